@@ -1,0 +1,27 @@
+# The two commands a new user needs: `make demo` and `make test`. Both make .venv first; nothing else is to be installed.
+PYTHON ?= python3
+BIN    := .venv/bin
+RUN    ?= runs/demo
+
+.PHONY: demo test lint evidence clean
+
+.venv/done: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit('anymask needs Python 3.10 or newer, this is ' + sys.version.split()[0]) if sys.version_info < (3, 10) else None"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/done
+	$(BIN)/anymask compare --config presets/demo.toml --out $(RUN)
+
+lint: .venv/done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/pytest -n 2
+
+clean:
+	rm -rf .venv build dist src/*.egg-info

@@ -1,0 +1,42 @@
+"""anymask: bring any mask, train it better, ship it sparse.
+
+Importing this package does no work: each name below is loaded when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anymask.holding import Hold, hold
+    from anymask.mask import Mask
+    from anymask.mask_io import load_mask
+    from anymask.prunable import prunable
+    from anymask.pruning import prune
+    from anymask.recipe import Recipe
+    from anymask.train import fit
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Hold": "holding",
+    "Mask": "mask",
+    "Recipe": "recipe",
+    "fit": "train",
+    "hold": "holding",
+    "load_mask": "mask_io",
+    "prunable": "prunable",
+    "prune": "pruning",
+}
+__all__ = ["Hold", "Mask", "Recipe", "__version__", "fit", "hold", "load_mask", "prunable", "prune"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'anymask' has no attribute {name!r}")
+    value = getattr(import_module(f"anymask.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

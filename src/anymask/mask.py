@@ -1,0 +1,145 @@
+"""The mask: which weights of a network are kept."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anymask.errors import MaskError
+from anymask.registry import nearest
+
+
+class Mask(Mapping[str, Tensor]):
+    """An immutable mapping of parameter name to bool tensor on the CPU, **True = kept**, shaped like the parameter.
+
+    Args:
+        kept: for each parameter name a tensor of bool, or of 0 and 1, in the parameter's shape.
+        info: where the mask comes from (method, sparsity, seed ...), plain JSON values, saved with it.
+
+    Raises:
+        MaskError: when `kept` is empty or holds values other than 0 and 1.
+
+    Example:
+        >>> import torch
+        >>> mask = Mask({"weight": torch.tensor([[1, 0], [0, 0]])})
+        >>> mask.sparsity, mask.density, mask.kept, mask.total
+        (0.75, 0.25, 1, 4)
+    """
+
+    def __init__(self, kept: Mapping[str, Tensor], *, info: Mapping[str, Any] | None = None) -> None:
+        if not kept:
+            raise MaskError("a mask of no parameters", allowed="at least one parameter", fix="give name -> bool tensor")
+        self._kept = {str(name): _as_bool(str(name), tensor) for name, tensor in kept.items()}
+        self.info: dict[str, Any] = dict(info or {})
+
+    # -- a mapping -------------------------------------------------------------------------------------------------
+    def __getitem__(self, name: str) -> Tensor:
+        return self._kept[name].clone()  # a copy: writing into it does not change the mask
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __eq__(self, other: object) -> bool:
+        """Equal when the same weights are kept; where a mask comes from does not count."""
+        if not isinstance(other, Mask):
+            return NotImplemented
+        return self._kept.keys() == other._kept.keys() and all(torch.equal(t, other._kept[n]) for n, t in self._kept.items())
+
+    __hash__ = None  # type: ignore[assignment]  # compared by value, and holds tensors
+
+    def __repr__(self) -> str:
+        made = f", {self.info['method']}" if "method" in self.info else ""
+        return f"Mask({len(self)} parameters, {self.kept:,} of {self.total:,} kept, sparsity {self.sparsity:.4f}{made})"
+
+    # -- counts ----------------------------------------------------------------------------------------------------
+    @property
+    def kept(self) -> int:
+        """Number of weights kept."""
+        return sum(int(t.sum()) for t in self._kept.values())
+
+    @property
+    def total(self) -> int:
+        """Number of weights covered, kept or not."""
+        return sum(t.numel() for t in self._kept.values())
+
+    @property
+    def density(self) -> float:
+        """Share of kept weights, in [0, 1]."""
+        return self.kept / self.total
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros, in [0, 1]: 1 - density."""
+        return 1.0 - self.density
+
+    def layer_density(self) -> dict[str, float]:
+        """Share of kept weights, in [0, 1], for each parameter."""
+        return {name: int(t.sum()) / t.numel() for name, t in self._kept.items()}
+
+    def collapsed(self) -> list[str]:
+        """Names of the parameters that keep no weight at all: nothing passes through such a layer."""
+        return [name for name, t in self._kept.items() if not t.any()]
+
+    # -- on a model ------------------------------------------------------------------------------------------------
+    def check(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters of `model` that this mask covers, by name.
+
+        Raises:
+            MaskError: naming every entry that is missing from the model or of another shape.
+        """
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        missing = [name for name in self._kept if name not in parameters]
+        misshapen = [
+            f"{name} is {tuple(t.shape)} in the mask and {tuple(parameters[name].shape)} in the model"
+            for name, t in self._kept.items()
+            if name in parameters and t.shape != parameters[name].shape
+        ]
+        if missing or misshapen:
+            raise self._misfit(missing, misshapen, parameters, model)
+        return {name: parameters[name] for name in self._kept}
+
+    def _misfit(self, missing: list[str], misshapen: list[str], parameters: Mapping[str, Any], model: nn.Module) -> MaskError:
+        free = [name for name in parameters if name not in self._kept]
+        parts = [f"{name} (nearest: {', '.join(nearest(name, free)) or 'none'})" for name in missing]
+        came = f"the mask does not fit {type(model).__name__}"
+        if parts:
+            came += f"; not in the model: {'; '.join(parts)}"
+        if misshapen:
+            came += f"; another shape: {'; '.join(misshapen)}"
+        return MaskError(
+            came, allowed="every name and shape of the mask as in the model", fix="make the mask for this very model, or rename its entries"
+        )
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> None:
+        """Set the pruned weights of `model` to exactly 0, once, in place. To keep them there, see `anymask.hold`.
+
+        Raises:
+            MaskError: when the mask does not fit the model.
+        """
+        for name, parameter in self.check(model).items():
+            parameter.masked_fill_(~self._kept[name].to(parameter.device), 0)
+
+    def save(self, path: Any) -> None:
+        """Write the mask to `path` (safetensors, one bit a weight). See `anymask.load_mask`."""
+        from anymask import mask_io  # below: mask_io needs Mask
+
+        mask_io.save(self, path)
+
+
+def _as_bool(name: str, tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise MaskError(f"{name} came as {type(tensor).__name__}", allowed="a tensor of bool or of 0 and 1", fix="torch.as_tensor(...) it")
+    tensor = tensor.detach().cpu()
+    kept = tensor.bool()
+    if tensor.dtype is not torch.bool and not torch.equal(kept.to(tensor.dtype), tensor):
+        raise MaskError(
+            f"{name} holds values other than 0 and 1",
+            allowed="bool, or 0 and 1 with 1 = kept",
+            fix="give `weight != 0` for a pruned weight",
+        )
+    return kept.clone()

@@ -1,0 +1,123 @@
+"""Files that survive: whole-or-not-at-all writes, and the ledger of finished runs."""
+
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from anymask.errors import FileFormatError
+
+
+@contextmanager
+def atomic(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a temporary file beside `path` and move it there when the block ends well.
+
+    Nobody ever sees half a file: an error in the block removes the temporary one and leaves `path` as it was.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> target = pathlib.Path(tempfile.mkdtemp()) / "notes.txt"
+        >>> with atomic(target, "w") as file:
+        ...     _ = file.write("whole")
+        >>> target.read_text()
+        'whole'
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def settings_id(settings: Mapping[str, Any]) -> str:
+    """A short name for `settings`: the same for equal settings in any order, on any machine.
+
+    Example:
+        >>> settings_id({"a": 1, "b": 2}) == settings_id({"b": 2, "a": 1})
+        True
+    """
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Ledger:
+    """The append-only file of finished runs, one JSON object a line.
+
+    A row is added under a lock and in one write, so that several processes may share a ledger; a last line without its
+    newline (a machine that lost power in the middle) is left out by `rows` and dropped by the next `append`.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> ledger = Ledger(pathlib.Path(tempfile.mkdtemp()) / "ledger.jsonl")
+        >>> ledger.append({"id": "a", "test": 0.9})
+        >>> [row["test"] for row in ledger.rows()]
+        [0.9]
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add one finished run.
+
+        Raises:
+            ValueError: when `row` holds NaN or an infinity, which JSON does not have.
+        """
+        line = json.dumps(row, allow_nan=False) + "\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            whole = file.read()
+            if whole and not whole.endswith(b"\n"):
+                file.truncate(whole.rfind(b"\n") + 1)
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All finished runs, oldest first; none when the file is not there.
+
+        Raises:
+            FileFormatError: naming the line that is not a JSON object.
+        """
+        if not self.path.exists():
+            return []
+        lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is not whole
+        return [self._row(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+    def _row(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise FileFormatError(
+                f"line {number} of {self.path} is not a JSON object",
+                allowed="one JSON object a line",
+                fix="remove that line, or move the file away to begin a new ledger",
+            )
+        return row
+
+    def ids(self) -> set[str]:
+        """The ids of all finished runs."""
+        return {row["id"] for row in self.rows() if "id" in row}
