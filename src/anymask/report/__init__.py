@@ -1,0 +1,7 @@
+"""Finished runs as paired statistics, Markdown tables and an interactive page."""
+
+from anymask.report.page import write_page
+from anymask.report.stats import Comparison, Overall, missing, overall, paired
+from anymask.report.table import grid, table
+
+__all__ = ["Comparison", "Overall", "grid", "missing", "overall", "paired", "table", "write_page"]

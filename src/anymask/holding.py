@@ -1,0 +1,105 @@
+"""Keeping pruned weights at exactly 0 while somebody else trains."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from anymask.errors import MaskError
+from anymask.mask import Mask
+
+
+class Hold:
+    """A mask that is kept on a model and its optimiser. Made by `anymask.hold`; undone by `release`."""
+
+    def __init__(self, mask: Mask, model: nn.Module, optimizer: Optimizer) -> None:
+        self.mask = mask
+        self._parameters = mask.check(model)
+        self._pruned = {name: ~mask[name] for name in mask}
+        self._handles = [p.register_post_accumulate_grad_hook(self._gradient_hook(name)) for name, p in self._parameters.items()]
+        self._handles += [optimizer.register_step_post_hook(self), optimizer.register_load_state_dict_post_hook(self)]
+        self(optimizer)
+
+    @torch.no_grad()
+    def __call__(self, optimizer: Optimizer, *_: Any) -> None:
+        """Zero the pruned weights and whatever the optimiser stores for them; called after each of its steps.
+
+        Most optimisers keep zeros by themselves once the gradients are masked. Those that mix the entries of a tensor
+        (Muon) or begin their slots with other values (Rprop, Adagrad) do not.
+        """
+        for name, parameter in self._parameters.items():
+            pruned = self._where(name, parameter)
+            parameter.masked_fill_(pruned, 0)
+            for slot in optimizer.state.get(parameter, {}).values():
+                if isinstance(slot, Tensor) and slot.shape == parameter.shape:
+                    slot.masked_fill_(pruned, 0)
+
+    def release(self) -> None:
+        """Remove every hook; the weights stay as they are."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _gradient_hook(self, name: str) -> Any:
+        # After accumulation and before clipping, scaling or all-reduce: nobody sees an unmasked gradient.
+        # Filled, not multiplied: an overflowed half-precision gradient is inf, and inf * 0 is NaN.
+        def mask_gradient(parameter: Tensor) -> None:
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = _masked_rows(parameter.grad, self._where(name, parameter))
+            elif parameter.grad is not None:
+                parameter.grad.masked_fill_(self._where(name, parameter), 0)
+
+        return mask_gradient
+
+    def _where(self, name: str, parameter: Tensor) -> Tensor:
+        """The pruned places, on the parameter's device and in its memory layout (a model may be moved after `hold`)."""
+        pruned = self._pruned[name]
+        if pruned.device != parameter.device or pruned.stride() != parameter.stride():
+            pruned = self._pruned[name] = torch.empty_like(parameter, dtype=torch.bool).copy_(pruned)
+        return pruned
+
+
+def hold(mask: Mask, model: nn.Module, optimizer: Optimizer) -> Hold:
+    """Keep the pruned weights of `model` at exactly 0 while any loop trains it with `optimizer`.
+
+    At once the weights are masked; from then on each gradient is masked as soon as it is accumulated (so clipping and
+    all-reduce see zeros), and after each step of the optimiser the weights and every slot of their shape (momentum,
+    moments ...) are zeroed where masked. No parameter is renamed or replaced. A live weight that reaches 0 stays live.
+
+    Args:
+        mask: which weights are kept; must fit `model`.
+        model: trained in place; may be moved to another device later.
+        optimizer: any `torch.optim.Optimizer` that holds the parameters of `model`.
+
+    Raises:
+        MaskError: when the mask does not fit, or `optimizer` holds a mask already.
+
+    Example:
+        >>> import torch, anymask
+        >>> model = torch.nn.Linear(2, 2)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> held = anymask.hold(anymask.Mask({"weight": torch.eye(2)}), model, optimizer)
+        >>> model(torch.ones(1, 2)).sum().backward(); optimizer.step()
+        >>> int((model.weight == 0).sum()), int((model.weight.grad == 0).sum())
+        (2, 2)
+    """
+    if held(optimizer) is not None:
+        raise MaskError(
+            f"this {type(optimizer).__name__} holds a mask already",
+            allowed="one hold for each optimiser",
+            fix="call release() on the first hold",
+        )
+    return Hold(mask, model, optimizer)
+
+
+def held(optimizer: Optimizer) -> Hold | None:
+    """The hold that `optimizer` carries, if any."""
+    hooks = optimizer._optimizer_step_post_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, Hold)), None)
+
+
+def _masked_rows(gradient: Tensor, pruned: Tensor) -> Tensor:
+    gradient = gradient.coalesce()  # rows of an embedding with sparse=True, as SparseAdam wants them
+    values = gradient.values().masked_fill(pruned[gradient.indices()[0]], 0)
+    return torch.sparse_coo_tensor(gradient.indices(), values, gradient.shape, is_coalesced=True)

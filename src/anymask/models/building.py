@@ -1,0 +1,79 @@
+"""Models by name, with weights that depend on the seed alone."""
+
+import math
+import re
+
+import torch
+from torch import nn
+
+from anymask.errors import SettingError
+from anymask.models.table import MODELS, Model, resnet
+from anymask.registry import unknown
+
+FORMS = 'any resnetN with N = 6n + 2, such as resnet104; any name with a factor on its width, such as "resnet32-2x" or "resnet20-0.5x"'
+
+_NAME = re.compile(r"(?P<base>\w+?)(?:-(?P<width>\d{1,3}(?:\.\d+)?)x)?")
+_DEPTH = re.compile(r"resnet(\d{1,4})")
+
+
+def names() -> tuple[str, ...]:
+    """The names in the table, each of which `build` takes; `FORMS` says which others it takes.
+
+    Example:
+        >>> "vgg19" in names()
+        True
+    """
+    return tuple(MODELS)
+
+
+def build(name: str, *, classes: int, channels: int = 3, seed: int | None = None) -> nn.Module:
+    """A new model on the CPU, in train mode, for images (N, `channels`, H, W) of 28, 32 or 64 pixels.
+
+    Convolution weights are drawn from a normal of mean 0 and variance 2 / fan_out, where fan_out = kernel^2 * channels out / groups
+    (Kaiming, arXiv 1502.01852); batch norm starts as 1 and 0; the linear layer as in PyTorch.
+
+    Args:
+        name: a name of `names()`, or resnetN with N = 6n + 2; "-2x" or "-0.5x" after it multiplies every width.
+        classes: number of outputs, >= 1.
+        channels: channels of the images, >= 1: 1 for grey, 3 for colour.
+        seed: with one, the weights depend on it alone and the global random state stays as it is; None draws from the global state.
+
+    Raises:
+        UnknownName: with the nearest names, for a name that is none of these.
+        SettingError: for a number out of its range.
+
+    Example:
+        >>> import torch
+        >>> build("resnet20-0.5x", classes=10, channels=1, seed=0)(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+    """
+    model, width = _parse(name)
+    for what, value in (("classes", classes), ("channels", channels)):
+        if value < 1:
+            raise SettingError(f"{what} came as {value}", allowed="a whole number from 1", fix=f"give the {what} of the data set")
+    with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.device("cpu"):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)  # the CPU's only: torch.manual_seed would reseed the accelerators too
+        network = model.make(channels=channels, classes=classes, width=width)
+        _initialise(network)
+    return network
+
+
+def _parse(name: str) -> tuple[Model, float]:
+    match = _NAME.fullmatch(name)
+    base, width = (match["base"], float(match["width"] or 1)) if match else (name, 1.0)
+    if width == 0:
+        raise SettingError(f"model came as {name!r}", allowed="a factor over 0, such as -2x or -0.5x", fix=f"write {base!r} for 1x")
+    if base in MODELS:
+        return MODELS[base], width
+    if depth := _DEPTH.fullmatch(base):
+        return resnet(int(depth[1])), width
+    raise unknown(name, MODELS, what="model", listing="`anymask list`")
+
+
+def _initialise(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            # nn.init.kaiming_normal_ forgets the groups, which makes depthwise weights too small by sqrt(channels)
+            fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+            nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))

@@ -1,0 +1,83 @@
+"""What a criterion may look at besides the model: a few batches, the loss, the input's shape, a source of lots."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anymask.errors import DataError
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The part of the data that a criterion sees.
+
+    Args:
+        generator: of the CPU; the only source of random numbers of a criterion.
+        pairs: a bounded number of (x, y) batches; x `(N, ...)` and y on the model's device. Empty for data-free methods.
+        loss: `loss(model(x), y)` is a scalar.
+        shape: of one input, without the batch dimension, such as `(C, H, W)`; None where no input is known.
+    """
+
+    generator: torch.Generator
+    pairs: Sequence[tuple[Tensor, Any]] = ()
+    loss: Loss = F.cross_entropy
+    shape: tuple[int, ...] | None = None
+
+
+def take(data: Iterable[Any], count: int, *, device: torch.device) -> list[tuple[Tensor, Any]]:
+    """The first `count` (x, y) batches of `data`, or all if there are fewer; no more than these are read or held.
+
+    Raises:
+        DataError: when there is no batch, or one without labels.
+    """
+    pairs = [_pair(batch, device) for batch in islice(data, count)]
+    if not pairs:
+        raise _empty()
+    return pairs
+
+
+def input_shape(data: Iterable[Any] | None, example: Tensor | None) -> tuple[int, ...]:
+    """The shape of one input, from `example` `(N, ...)` or else from the first batch of `data`, with or without labels.
+
+    Raises:
+        DataError: when there is no batch, or it does not begin with a tensor.
+    """
+    if example is None:
+        batch = next(iter(data or ()), None)
+        if batch is None:
+            raise _empty()
+        example = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(example, Tensor) or example.ndim < 2:
+        raise DataError(
+            f"the input came as {type(example).__name__}",
+            allowed="a tensor (N, ...) with at least two dimensions, alone or first in a pair (x, y)",
+            fix="give example=x[:1]",
+        )
+    return tuple(example.shape[1:])
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the inputs of `model` go: the device of its first parameter."""
+    return next(model.parameters()).device
+
+
+def _pair(batch: Any, device: torch.device) -> tuple[Tensor, Any]:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[0], Tensor):
+        raise DataError(
+            f"a batch came as {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""),
+            allowed="pairs (x, y) of a tensor x (N, ...) and its labels y",
+            fix="give a loader of labelled batches, or a data-free method such as synflow or magnitude",
+        )
+    x, y = batch
+    return x.to(device), y.to(device) if isinstance(y, Tensor) else y
+
+
+def _empty() -> DataError:
+    return DataError("data holds no batch", allowed="at least one batch", fix="check drop_last, the batch size and the dataset's length")

@@ -1,0 +1,70 @@
+"""How many weights each layer keeps: uniform, ER and ERK."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from anymask.registry import lookup
+
+Shapes = Mapping[str, Sequence[int]]
+
+# The density of a layer up to a factor that all layers share. A shape is (out, in, *kernel), or (in, out, *kernel).
+DISTRIBUTIONS: dict[str, Callable[[Sequence[int]], float]] = {
+    "uniform": lambda shape: 1.0,
+    "er": lambda shape: (shape[0] + shape[1]) / (shape[0] * shape[1]),  # SET, arXiv 1707.04780
+    "erk": lambda shape: sum(shape) / math.prod(shape),  # RigL, arXiv 1911.11134
+}
+
+
+def densities(shapes: Shapes, count: int, *, distribution: str) -> dict[str, float]:
+    """The share of kept weights of each layer, in [0, 1], such that `count` weights are kept in all.
+
+    density_l = min(1, eps * r_l) with r_l = 1 (uniform), (n_in + n_out) / (n_in * n_out) (ER) or
+    (n_in + n_out + k_1 + ...) / (n_in * n_out * k_1 * ...) (ERK); eps is the same for all layers and is found such that
+    sum_l density_l * size_l = count: what a full layer cannot take goes to the others.
+
+    Args:
+        shapes: for each layer (n_out, n_in, *kernel), in either order of the first two.
+        count: weights to keep in all layers together.
+        distribution: "uniform", "er" or "erk".
+
+    Differs from the paper: RigL's uniform keeps the first layer dense; here name it in `exclude` for that.
+
+    Example:
+        >>> {n: round(d, 3) for n, d in densities({"conv": (8, 4, 3, 3), "fc": (10, 8)}, 184, distribution="erk").items()}
+        {'conv': 0.361, 'fc': 1.0}
+    """
+    raw = {name: lookup(DISTRIBUTIONS, distribution, what="distribution")(shape) for name, shape in shapes.items()}
+    size = {name: math.prod(shape) for name, shape in shapes.items()}
+    free, full = list(shapes), set[str]()
+    while free:
+        budget = count - sum(size[name] for name in full)
+        eps = budget / sum(raw[name] * size[name] for name in free)
+        over = {name for name in free if eps * raw[name] > 1}
+        if not over:
+            break
+        full |= over  # eps only grows from here, so what is full stays full
+        free = [name for name in free if name not in over]
+    return {name: 1.0 if name in full else eps * raw[name] for name in shapes}
+
+
+def layer_counts(shapes: Shapes, count: int, *, distribution: str, floor: int = 0) -> dict[str, int]:
+    """How many weights each layer keeps: `densities` times sizes in whole numbers whose sum is exactly `count`.
+
+    Rounded by largest remainder (equal remainders: the earlier layer). A layer below `floor` takes what it lacks, one by
+    one, from the layer that then keeps most; the caller sees to it that `count` >= floor * layers.
+
+    Example:
+        >>> layer_counts({"a": (3, 1), "b": (3, 1), "c": (3, 1)}, 4, distribution="uniform")
+        {'a': 2, 'b': 1, 'c': 1}
+    """
+    size = {name: math.prod(shape) for name, shape in shapes.items()}
+    wanted = {name: d * size[name] for name, d in densities(shapes, count, distribution=distribution).items()}
+    counts = {name: math.floor(value) for name, value in wanted.items()}
+    by_remainder = sorted((name for name in shapes if counts[name] < size[name]), key=lambda name: counts[name] - wanted[name])
+    for name in by_remainder[: count - sum(counts.values())]:
+        counts[name] += 1
+    for name in shapes:
+        while counts[name] < min(floor, size[name]):
+            counts[max(counts, key=counts.__getitem__)] -= 1
+            counts[name] += 1
+    return counts

@@ -1,0 +1,88 @@
+"""The folder in which a search for a lottery ticket keeps its finished rounds."""
+
+import json
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from anymask.errors import FileFormatError, SettingError
+from anymask.mask import Mask
+from anymask.mask_io import load_mask
+from anymask.runlog import atomic
+
+
+class LotteryFolder:
+    """`settings.json`, `rewind.safetensors` (the weights at the rewinding step) and `round-01.mask`, `round-02.mask`, ...
+
+    Each file is written whole or not at all, in this order, so what is there is finished. Without a folder nothing is kept.
+
+    Raises:
+        SettingError: when the folder was made with other settings.
+        FileFormatError: when its settings cannot be read.
+    """
+
+    def __init__(self, folder: str | PathLike[str] | None, settings: Mapping[str, Any]) -> None:
+        self.path = None if folder is None else Path(folder)
+        if self.path is None:
+            return
+        file = self.path / "settings.json"
+        if file.exists():
+            self._compare(file, json.loads(json.dumps(settings)))
+            return
+        with atomic(file, "w") as out:
+            json.dump(settings, out, indent=1)
+
+    def _compare(self, file: Path, settings: Mapping[str, Any]) -> None:
+        try:
+            there = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise FileFormatError(f"{file} cannot be read ({error})", allowed="a JSON object", fix="use another folder") from error
+        other = [key for key in sorted({*there, *settings}) if there.get(key) != settings.get(key)]
+        if other:
+            raise SettingError(
+                f"{file.parent} was made with "
+                + ", ".join("another model" if key == "model" else f"{key}={there.get(key)!r}, not {settings.get(key)!r}" for key in other),
+                allowed="a new folder, or the settings and the initial weights the folder was made with",
+                fix="use another folder",
+            )
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """The weights at the rewinding step, if they are there."""
+        if self.path is None or not (file := self.path / "rewind.safetensors").exists():
+            return None
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise FileFormatError(f"{file} cannot be read ({error})", allowed="a safetensors file", fix="use another folder") from error
+
+    def write_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Keep the weights at the rewinding step."""
+        if self.path is not None:
+            with atomic(self.path / "rewind.safetensors") as file:
+                file.write(to_bytes(dict(weights)))
+
+    def last_round(self, plan: Sequence[int]) -> tuple[Mask, int] | None:
+        """The mask and the number of the last finished round; `plan` holds how many weights each round keeps."""
+        done = next((number for number in range(len(plan), 0, -1) if self.path and self._round(number).exists()), 0)
+        if not done:
+            return None
+        mask = load_mask(self._round(done))
+        if mask.kept != plan[done - 1]:
+            raise FileFormatError(
+                f"{self._round(done)} keeps {mask.kept} weights", allowed=f"{plan[done - 1]} after this round", fix="use another folder"
+            )
+        return mask, done
+
+    def write_round(self, number: int, mask: Mask) -> None:
+        """Keep the mask of a finished round."""
+        if self.path is not None:
+            mask.save(self._round(number))
+
+    def _round(self, number: int) -> Path:
+        return (self.path or Path()) / f"round-{number:02d}.mask"

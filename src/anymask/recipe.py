@@ -1,0 +1,383 @@
+"""Recipes: techniques composed, attached to anybody's training, and gone at its end."""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from anymask.errors import FileFormatError, SettingError, TechniqueError
+from anymask.holding import held
+from anymask.mask import Mask
+from anymask.registry import lookup, unknown
+from anymask.surgery import Cost, fingerprint
+from anymask.techniques import TECHNIQUES, Attached, Context, Loss, Technique
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_MARK = "_anymask_recipe"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Techniques to train a sparse network with, in the order in which they are attached.
+
+    Args:
+        techniques: at most one of each kind.
+        name: what ledgers and tables call it.
+
+    Raises:
+        SettingError: when a technique is there twice.
+
+    Example:
+        >>> import torch, anymask
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> running = anymask.Recipe.preset("tost").only("ghost_activation").attach(model, optimizer, total_steps=2)
+        >>> for _ in range(2):
+        ...     running.loss(model(torch.randn(3, 4)), torch.tensor([0, 1, 1])).backward()
+        ...     optimizer.step(); optimizer.zero_grad(); running.step()
+        >>> running.finish() is model
+        True
+    """
+
+    techniques: tuple[Technique, ...] = ()
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        names = [t.name for t in self.techniques]
+        if len(set(names)) < len(names):
+            raise SettingError(f"recipe {self.name!r} holds {names}", allowed="each technique once", fix="merge the two into one")
+
+    # -- making one ------------------------------------------------------------------------------------------------
+    @classmethod
+    def preset(cls, name: str) -> "Recipe":
+        """A recipe that comes with the package, or a TOML file of your own; whole or in part.
+
+        Args:
+            name: "default", "tost" ... (`anymask list` shows them), or a path that ends in ".toml". A colon picks
+                techniques of it: "tost:lrsi,ghost_skip" has these alone, "tost:-lrsi" all but this one.
+
+        Raises:
+            UnknownName: with the nearest names.
+            FileFormatError: when the file is no recipe.
+
+        Example:
+            >>> [t.name for t in Recipe.preset("tost:-lrsi,-ghost_skip").techniques]
+            ['ghost_activation', 'label_smoothing']
+        """
+        whole, _, part = name.partition(":")
+        recipe = cls.load(whole) if whole.endswith(".toml") else cls.load(lookup(presets(), whole, what="recipe"))
+        picked = part.split(",") if part else []
+        if picked and all(p.startswith("-") for p in picked):
+            return replace(recipe.without(*(p[1:] for p in picked)), name=name)
+        return replace(recipe.only(*picked), name=name) if picked else recipe
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Recipe":
+        """The recipe in a TOML file: a list `technique` of tables, each with `name` and that technique's settings."""
+        path = Path(path)
+        if not path.is_file():
+            raise SettingError(
+                f"no recipe file at {path}", allowed="a TOML file, or the name of a preset", fix="`anymask list` shows the presets"
+            )
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise FileFormatError(f"{path} is not TOML ({error})", allowed="a recipe in TOML", fix="mend the file") from error
+        return cls.from_settings(table.get("technique", []), name=path.stem)
+
+    @classmethod
+    def from_settings(cls, techniques: Iterable[Mapping[str, Any]], *, name: str = "custom") -> "Recipe":
+        """The recipe of plain values, as `settings` gives them."""
+        return cls(tuple(_technique(dict(settings)) for settings in techniques), name=name)
+
+    def settings(self) -> list[dict[str, Any]]:
+        """This recipe as plain values, for a ledger or a file."""
+        return [{"name": t.name, **asdict(t)} for t in self.techniques]
+
+    def only(self, *names: str) -> "Recipe":
+        """This recipe with the named techniques alone."""
+        self._known(names)
+        return Recipe(tuple(t for t in self.techniques if t.name in names), name=f"{self.name}:{','.join(names)}")
+
+    def without(self, *names: str) -> "Recipe":
+        """This recipe without the named techniques."""
+        self._known(names)
+        return Recipe(tuple(t for t in self.techniques if t.name not in names), name=f"{self.name}:-{',-'.join(names)}")
+
+    def _known(self, names: Iterable[str]) -> None:
+        for name in names:
+            lookup({t.name: t for t in self.techniques}, name, what=f"technique of recipe {self.name!r}")
+
+    # -- using it --------------------------------------------------------------------------------------------------
+    def attach(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        total_steps: int,
+        example: Tensor | None = None,
+        data: Iterable[tuple[Tensor, Tensor]] | None = None,
+        mask: Mask | None = None,
+        steps_per_epoch: int | None = None,
+        loss: Loss = F.cross_entropy,
+        seed: int = 0,
+        start: int = 0,
+        state: Mapping[str, Any] | None = None,
+    ) -> "RunningRecipe":
+        """Put the techniques into a training; they fade, and are gone by its end.
+
+        Args:
+            model: changed in place, and plain again after `finish`.
+            optimizer: learned ghosts join it for as long as they live.
+            total_steps: optimiser steps of the whole training, >= 1.
+            example: a batch of inputs (N, ...), for techniques that look at how data flows.
+            data: batches of (input, target), for techniques that look at gradients (LRsI).
+            mask: the mask that is held; found by itself when `anymask.hold` was called on `optimizer`.
+            steps_per_epoch: needed when a schedule counts epochs ("90ep").
+            loss: (output, target) -> loss.
+            seed: for what techniques draw at random.
+            start: the step that the training is at, in [0, total_steps).
+            state: `state_dict()` of an earlier RunningRecipe, to go on from there. Then load the model's and the
+                optimiser's state dicts, which may hold the weights of ghosts, after this call.
+
+        Raises:
+            TechniqueError: when a technique finds nothing to apply to, or a recipe is attached already.
+            SettingError: when `state` is of another recipe, or a number is out of range.
+        """
+        if not 0 <= start < total_steps:
+            raise SettingError(
+                f"total_steps came as {total_steps} and start as {start}",
+                allowed="0 <= start < total_steps",
+                fix="give total_steps=epochs * len(loader)",
+            )
+        if _MARK in vars(model):
+            raise TechniqueError(
+                f"{type(model).__name__} carries the recipe {vars(model)[_MARK]!r} already",
+                allowed="one recipe at a time",
+                fix="call finish() on the first one, or compose both into one Recipe",
+            )
+        carried = held(optimizer)
+        mask = mask if mask is not None else (carried.mask if carried is not None else None)
+        context = Context(model, optimizer, loss, mask=mask, example=example, data=data, seed=seed)
+        return RunningRecipe(self, context, total_steps=total_steps, per_epoch=steps_per_epoch, start=start, state=state)
+
+
+class RunningRecipe:
+    """A recipe in a training: call `loss` and `step` in the loop, and `finish` after it. Made by `Recipe.attach`."""
+
+    def __init__(
+        self, recipe: Recipe, context: Context, *, total_steps: int, per_epoch: int | None, start: int, state: Mapping[str, Any] | None
+    ) -> None:
+        self.recipe, self.total_steps, self.per_epoch = recipe, total_steps, per_epoch
+        self.position = start if state is None else self._resumed(state)
+        self.found: dict[str, str] = {}
+        self.added = Cost()
+        self._context, self._before = context, fingerprint(context.model)
+        self._live: dict[str, tuple[Technique, Attached]] = {}
+        self._strengths = {t.name: self.strength(t, self.position) for t in recipe.techniques}
+        vars(context.model)[_MARK] = recipe.name
+        try:
+            for technique in recipe.techniques:
+                self._join(technique, fresh=state is None)
+        except BaseException:
+            self._leave_all()
+            raise
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, with its ghosts while they live."""
+        return self._context.model
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """The strength of each technique at this step."""
+        return dict(self._strengths)
+
+    def strength(self, technique: Technique, step: int) -> float:
+        """The strength, in [0, 1], of `technique` at optimiser step `step`."""
+        return technique.schedule.strength(step, total=self.total_steps, per_epoch=self.per_epoch)
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """The loss to train with: the base loss as the techniques change it.
+
+        Args:
+            output: the model's output, (N, C, ...) logits for cross-entropy.
+            target: what the base loss takes.
+        """
+        value = self._context.loss(output, target)
+        for _, attached in self._live.values():
+            value = attached.loss(value, output, target)
+        return value
+
+    def step(self) -> None:
+        """Tell the recipe that the optimiser made a step.
+
+        Raises:
+            TechniqueError: when called more often than `total_steps`.
+        """
+        if self.position >= self.total_steps:
+            raise TechniqueError(
+                f"step() was called more than total_steps = {self.total_steps} times",
+                allowed="one call after each step of the optimiser",
+                fix="give the true total_steps to attach",
+            )
+        self.position += 1
+        for technique in self.recipe.techniques:
+            self._move(technique)
+
+    @contextmanager
+    def plain(self) -> Iterator[nn.Module]:
+        """Inside the block the model computes what the plain one would: for evaluation in the middle of training.
+
+        Example:
+            >>> import torch, anymask
+            >>> model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.ReLU())
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> running = anymask.Recipe.preset("tost").only("ghost_activation").attach(model, optimizer, total_steps=9)
+            >>> with running.plain():
+            ...     bool((model(torch.randn(5, 1)) >= 0).all())
+            True
+        """
+        for _, attached in self._live.values():
+            attached.set_strength(0.0)
+        try:
+            yield self.model
+        finally:
+            for technique, attached in self._live.values():
+                attached.set_strength(self._strengths[technique.name])
+
+    def plain_state_dict(self) -> dict[str, Tensor]:
+        """The model's state dict without what ghosts add to it."""
+        ghosts = tuple(f"{name}." if name else "" for name in self._ghost_names())
+        return {key: value for key, value in self.model.state_dict().items() if not key.startswith(ghosts or ("\0",))}
+
+    def finish(self, *, early: bool = False) -> nn.Module:
+        """Take away what is left of the recipe and return the plain model.
+
+        Args:
+            early: allow it before the ghosts have faded (they are cut off at the strength they have).
+
+        Raises:
+            TechniqueError: when ghosts have not faded yet, when anything of the recipe is left behind, or when the
+                zeros of the model are not the mask's.
+        """
+        ghosts = [t.name for t, _ in self._live.values() if t.seam == "model" and self._strengths[t.name] > 0]
+        if ghosts and not early:
+            raise TechniqueError(
+                f"finish() at step {self.position} of {self.total_steps}, where {', '.join(ghosts)} still act",
+                allowed="finish() after the ghosts have faded",
+                fix="call step() after each optimiser step, give the true total_steps, or finish(early=True) to cut them off",
+            )
+        self._leave_all()
+        self._check_plain()
+        return self.model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this recipe stands, as plain values; see `state` of `Recipe.attach`."""
+        return {"position": self.position, "total_steps": self.total_steps, "techniques": self.recipe.settings()}
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+    def _resumed(self, state: Mapping[str, Any]) -> int:
+        mine = {"total_steps": self.total_steps, "techniques": self.recipe.settings()}
+        other = [key for key, value in mine.items() if state.get(key) != value]
+        if other:
+            raise SettingError(
+                f"the state is of a recipe with other {' and '.join(other)}",
+                allowed="the recipe and total_steps that the state was saved with",
+                fix="attach the same recipe, or begin anew without `state`",
+            )
+        return int(state["position"])
+
+    def _join(self, technique: Technique, *, fresh: bool) -> None:
+        if technique.seam == "init" and not fresh:
+            return  # its work is in the weights that are loaded next
+        strength = self._strengths[technique.name]
+        if technique.seam != "init" and strength == 0:
+            return
+        attached = technique.attach(self._context)
+        self.found[technique.name] = attached.found
+        self.added = self.added + attached.added
+        if technique.seam != "init":
+            self._live[technique.name] = (technique, attached)
+            attached.set_strength(strength)
+
+    def _move(self, technique: Technique) -> None:
+        strength = self.strength(technique, self.position)
+        if strength == self._strengths[technique.name]:
+            return
+        self._strengths[technique.name] = strength
+        if technique.name in self._live:
+            _, attached = self._live[technique.name]
+            attached.set_strength(strength)
+            if strength == 0:
+                attached.detach()
+                del self._live[technique.name]
+
+    def _leave_all(self) -> None:
+        for _, attached in reversed(self._live.values()):
+            attached.detach()
+        self._live = {}
+        vars(self.model).pop(_MARK, None)
+
+    def _check_plain(self) -> None:
+        after = fingerprint(self.model)
+        changed = sorted(key for key in {*after, *self._before} if after.get(key) != self._before.get(key))
+        if changed:
+            raise TechniqueError(
+                f"the model is not what it was before attach: {', '.join(changed[:8])}",
+                allowed="the same modules, parameters, buffers and hooks",
+                fix="undo what was changed in between, or report this as a bug",
+            )
+        mask = self._context.mask
+        revived = [] if mask is None else [n for n, p in mask.check(self.model).items() if bool(p[~mask[n].to(p.device)].any())]
+        if revived:
+            raise TechniqueError(
+                f"pruned weights are not 0 in {', '.join(revived)}",
+                allowed="exact zeros wherever the mask says so",
+                fix="call anymask.hold(mask, model, optimizer) before the loop",
+            )
+
+    def _ghost_names(self) -> set[str]:
+        before = {key.removeprefix("module ") for key in self._before if key.startswith("module ")}
+        return {name for name, _ in self.model.named_modules(remove_duplicate=False)} - before
+
+
+def presets() -> dict[str, Path]:
+    """The recipes that come with the package, name -> TOML file."""
+    folder = Path(str(resources.files("anymask") / "presets"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def _technique(settings: dict[str, Any]) -> Technique:
+    """A technique from plain values: `name` picks the class, the rest are its fields."""
+    kind = lookup(TECHNIQUES, str(settings.pop("name", "")), what="technique")
+    return _build(kind, settings, what=kind.name)
+
+
+def _build(kind: Any, settings: Mapping[str, Any], *, what: str) -> Any:
+    known = {f.name for f in fields(kind)}
+    for key in settings:
+        if key not in known:
+            raise unknown(key, sorted(known), what=f"setting of {what}")
+    hints, default = get_type_hints(kind), kind()
+    nested = {k: _build(hints[k], v, what=f"{what}.{k}") for k, v in settings.items() if is_dataclass(hints[k]) and isinstance(v, Mapping)}
+    for key in settings:
+        _same_type(f"{what}.{key}", settings[key], getattr(default, key)) if key not in nested else None
+    return replace(default, **{**settings, **nested})
+
+
+def _same_type(name: str, value: Any, like: Any) -> None:
+    wanted = (int, float) if isinstance(like, float) else type(like)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and not isinstance(like, bool)):
+        raise SettingError(f"{name} came as {value!r}", allowed=f"a {type(like).__name__} such as {like!r}", fix="mend the recipe")

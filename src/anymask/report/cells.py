@@ -1,0 +1,181 @@
+"""Ledger rows sorted into cells: runs that share every setting but the recipe and the seed."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from anymask.errors import FileFormatError
+from anymask.runlog import settings_id
+
+Row = Mapping[str, Any]
+NEEDED = ("data", "model", "mask", "sparsity", "recipe", "seed")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Runs with equal settings except recipe and seed.
+
+    Args:
+        settings: what the runs share.
+        runs: the row of each (recipe, seed).
+    """
+
+    settings: Mapping[str, Any]
+    runs: Mapping[tuple[str, Any], Row]
+
+    @property
+    def key(self) -> str:
+        """A short name, the same for equal settings."""
+        return settings_id(self.settings)
+
+    @property
+    def recipes(self) -> list[str]:
+        """The recipes that were run here, by name."""
+        return sorted({recipe for recipe, _ in self.runs})
+
+    def accuracies(self, recipe: str) -> dict[Any, float]:
+        """Test accuracy in % of each seed of `recipe`, in the order of the seeds."""
+        found = {seed: 100.0 * row["accuracy"]["test"] for (name, seed), row in self.runs.items() if name == recipe}
+        return dict(sorted(found.items()))
+
+    def rows(self, recipe: str) -> list[Row]:
+        """The rows of `recipe`, in the order of the seeds."""
+        return [self.runs[recipe, seed] for seed in self.accuracies(recipe)]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The cells of one table: the same data, model and number of epochs."""
+
+    settings: Mapping[str, Any]
+    cells: Sequence[Cell]
+
+    @property
+    def recipes(self) -> list[str]:
+        """The recipes of all cells, by name."""
+        return sorted({recipe for cell in self.cells for recipe in cell.recipes})
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of all cells."""
+        return [row for cell in self.cells for row in cell.runs.values()]
+
+    def at(self, sparsity: float) -> list[Cell]:
+        """The cells of one sparsity."""
+        return [cell for cell in self.cells if cell.settings["sparsity"] == sparsity]
+
+    @property
+    def title(self) -> str:
+        """What the cells share, in words."""
+        seeds = count(len({seed for cell in self.cells for _, seed in cell.runs}), "seed")
+        epochs = self.settings["epochs"]
+        words = [self.settings["data"], self.settings["model"], *([] if epochs is None else [count(epochs, "epoch")])]
+        return ", ".join([*map(str, words), seeds])
+
+
+def cells(rows: Iterable[Row]) -> list[Cell]:
+    """The cells of `rows`, by data, model, epochs, sparsity and mask; dense references after the masks.
+
+    Of two rows with the same id, or with the same settings, the later one counts.
+
+    Raises:
+        FileFormatError: naming what a row lacks.
+    """
+    shared: dict[str, dict[str, Any]] = {}
+    runs: dict[str, dict[tuple[str, Any], Row]] = {}
+    for row in latest(rows):
+        settings = {key: value for key, value in row["settings"].items() if key not in ("recipe", "seed")}
+        key = settings_id(settings)
+        shared[key] = settings
+        runs.setdefault(key, {})[row["settings"]["recipe"], row["settings"]["seed"]] = row
+    return [Cell(shared[key], runs[key]) for key in sorted(shared, key=lambda key: (*_place(shared[key]), key))]
+
+
+def groups(rows: Iterable[Row]) -> list[Group]:
+    """The cells of `rows`, one group for each data, model and number of epochs."""
+    shared: dict[str, dict[str, Any]] = {}
+    members: dict[str, list[Cell]] = {}
+    for cell in cells(rows):
+        settings = {name: cell.settings.get(name) for name in ("data", "model", "epochs")}
+        key = settings_id(settings)
+        shared[key] = settings
+        members.setdefault(key, []).append(cell)
+    return [Group(shared[key], members[key]) for key in shared]
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """`rows` without those that a later row of the same id replaces.
+
+    Raises:
+        FileFormatError: naming what a row lacks.
+    """
+    kept: dict[Any, Row] = {}
+    for number, row in enumerate(rows, 1):
+        _check(number, row)
+        kept.pop(row["id"], None)
+        kept[row["id"]] = row
+    return list(kept.values())
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with no trailing zeros: 0.98 -> "98%".
+
+    Example:
+        >>> percent(0.98), percent(0.995)
+        ('98%', '99.5%')
+    """
+    return f"{100 * share:.6g}%"
+
+
+def count(number: Any, thing: str) -> str:
+    """A number of things.
+
+    Example:
+        >>> count(1, "seed"), count(3, "seed")
+        ('1 seed', '3 seeds')
+    """
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def names(members: Sequence[Cell]) -> list[str]:
+    """The mask of each cell; cells of one mask and sparsity also say in which settings they differ.
+
+    Example:
+        >>> names([Cell({"mask": "snip", "sparsity": 0.9, "lr": 0.1}, {}), Cell({"mask": "snip", "sparsity": 0.9, "lr": 0.2}, {})])
+        ['snip (lr=0.1)', 'snip (lr=0.2)']
+    """
+    return [_name(cell, members) for cell in members]
+
+
+def _name(cell: Cell, members: Sequence[Cell]) -> str:
+    mask, sparsity = cell.settings["mask"], cell.settings["sparsity"]
+    twins = [other.settings for other in members if (other.settings["mask"], other.settings["sparsity"]) == (mask, sparsity)]
+    keys = sorted({key for twin in twins for key in twin})
+    differing = [f"{key}={cell.settings.get(key)}" for key in keys if len({repr(twin.get(key)) for twin in twins}) > 1]
+    return f"{mask} ({', '.join(differing)})" if differing else str(mask)
+
+
+def _place(settings: Mapping[str, Any]) -> tuple[tuple[int, float, str], ...]:
+    """Dense references come last in their group."""
+    first, then = ("data", "model", "epochs"), ("sparsity", "mask")
+    dense = (int(settings["mask"] == "dense"), 0.0, "")
+    return (*(_order(settings.get(name)) for name in first), dense, *(_order(settings[name]) for name in then))
+
+
+def _order(value: Any) -> tuple[int, float, str]:
+    """Numbers by size, then the rest by their text."""
+    return (0, float(value), "") if isinstance(value, Real) else (1, 0.0, str(value))
+
+
+def _check(number: int, row: Row) -> None:
+    settings, accuracy = row.get("settings") or {}, row.get("accuracy") or {}
+    lacks = [f"settings.{name}" for name in NEEDED if name not in settings]
+    lacks += [] if "id" in row else ["id"]
+    lacks += [] if isinstance(accuracy.get("test"), Real) else ["accuracy.test"]
+    if lacks:
+        raise FileFormatError(
+            f"row {number} lacks {', '.join(lacks)}",
+            allowed="rows that the trainer of anymask wrote",
+            fix="remove that row, or give another ledger",
+        )

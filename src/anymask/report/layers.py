@@ -1,0 +1,46 @@
+"""The figure of layers: what share of its weights a mask keeps in each."""
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+
+from anymask.report.cells import Cell, names
+from anymask.report.look import Plot, text
+
+LEAST_DENSITY = 1e-4  # the colour of a layer with no weight at all, where a logarithm has no value
+
+
+def densities(members: Sequence[Cell]) -> Plot | None:
+    """A heat map of the kept share, one column per mask and one line per layer."""
+    columns = [(name, _mean_density(cell)) for name, cell in zip(names(members), members, strict=True)]
+    columns = [(name, layers) for name, layers in columns if layers]
+    if not columns:
+        return None
+    layers = list(dict.fromkeys(layer for _, found in columns for layer in found))
+    z = [[found.get(layer) for _, found in columns] for layer in layers]
+    heat = {
+        "type": "heatmap",
+        "x": [text(name) for name, _ in columns],
+        "y": [text(layer) for layer in layers],
+        "z": [[None if share is None else math.log10(max(share, LEAST_DENSITY)) for share in line] for line in z],
+        "text": [["" if share is None else f"{100 * share:.3g}" for share in line] for line in z],
+        "texttemplate": "%{text}",
+        "hovertemplate": "%{y}<br>%{x}: %{text}% kept<extra></extra>",
+        "colorscale": "Cividis",
+        "zmin": math.log10(LEAST_DENSITY),
+        "zmax": 0,
+        "xgap": 1,
+        "ygap": 1,
+        "showscale": False,
+    }
+    axis = {"type": "category", "automargin": True, "showgrid": False, "zeroline": False}
+    return {
+        "data": [heat],
+        "layout": {"height": 90 + 24 * len(layers), "xaxis": {**axis, "side": "top"}, "yaxis": {**axis, "autorange": "reversed"}},
+    }
+
+
+def _mean_density(cell: Cell) -> dict[str, float]:
+    found = [(row.get("density") or {}).get("layers") or {} for row in cell.runs.values()]
+    layers = dict.fromkeys(layer for masks in found for layer in masks)
+    return {layer: fmean(masks[layer] for masks in found if layer in masks) for layer in layers}

@@ -1,0 +1,124 @@
+"""The report as one HTML file that needs no network: plotly.js, figures and tables are all inside."""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from anymask.errors import AnymaskError
+from anymask.report.cells import Group, Row, groups, latest
+from anymask.report.figures import Figure, figures
+from anymask.report.stats import overall, paired
+from anymask.report.table import NOTHING, Table, grids, tables, verdicts
+from anymask.runlog import atomic
+
+
+def write_page(rows: Iterable[Row], path: str | os.PathLike[str], *, title: str, baseline: str = "default") -> None:
+    """Write finished runs to `path` as one interactive HTML page that loads nothing from anywhere.
+
+    Args:
+        rows: of `anymask.runlog.Ledger.rows()`.
+        path: such as "report.html"; an older file is replaced.
+        title: the heading of the page.
+        baseline: the recipe that the others are judged against.
+
+    Raises:
+        AnymaskError: when plotly is not installed.
+        FileFormatError: when a row lacks what the statistics need.
+    """
+    page = _fill(_parts(latest(rows), title, baseline))
+    with atomic(path, "w") as file:
+        file.write(page)
+
+
+def _parts(rows: Sequence[Row], title: str, baseline: str) -> dict[str, str]:
+    members = groups(rows)
+    drawn = figures(members, baseline=baseline)
+    return {
+        "title": escape(title),
+        "summary": _summary(members, baseline),
+        "figures": "".join(_figure(number, figure) for number, figure in enumerate(drawn)),
+        "tables": "".join(map(_table, tables(rows, baseline=baseline))),
+        "grids": "".join(_table(grid) for grid in grids(rows, baseline=baseline) if len(grid.lines) > 1),
+        "facts": _facts(rows),
+        "plots": _json([[plot for _, plot in figure.options] for figure in drawn]),
+        "plotly": _plotly(),
+    }
+
+
+def _summary(members: Sequence[Group], baseline: str) -> str:
+    found = [(group.title, overall(paired(group.rows, baseline=baseline))) for group in members]
+    lists = [f"<p>{escape(title)}</p>{_list([f'{verdicts(member)}.' for member in across])}" for title, across in found]
+    return "".join(lists) or f"<p>{NOTHING}</p>"
+
+
+def _fill(parts: dict[str, str]) -> str:
+    """The template with its {{names}} replaced, in one pass, so that no part is searched for names."""
+    template = files("anymask.report").joinpath("page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+
+
+def _plotly() -> str:
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise AnymaskError(
+            "plotly is not installed, and the report page is drawn with it",
+            allowed="plotly 5.20 or newer",
+            fix="pip install 'anymask[report]'",
+        ) from error
+    return str(get_plotlyjs())
+
+
+def _json(value: Any) -> str:
+    """JSON that can stand in a script element: no name in it can end the element."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _figure(number: int, figure: Figure) -> str:
+    choices = "".join(f'<option value="{index}">{escape(name)}</option>' for index, (name, _) in enumerate(figure.options))
+    menu = f'<label class="menu">Show <select data-menu="{number}">{choices}</select></label>' if len(figure.options) > 1 else ""
+    return (
+        f'<figure aria-labelledby="figure-{number}"><h2 id="figure-{number}">{escape(figure.title)}</h2>{menu}'
+        f'<div class="plot" data-plot="{number}"></div><figcaption>{escape(figure.caption)}</figcaption></figure>\n'
+    )
+
+
+def _table(table: Table) -> str:
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.header)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(entry)}</td>' for entry in line)}</tr>" for line in table.lines)
+    rows = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    heading = escape(table.heading)
+    return f'<h3>{heading}</h3><div class="wide" tabindex="0" role="region" aria-label="{heading}">{rows}</div>{_list(table.notes)}\n'
+
+
+def _list(entries: Sequence[str]) -> str:
+    return f"<ul>{''.join(f'<li>{escape(entry)}</li>' for entry in entries)}</ul>" if entries else ""
+
+
+def _facts(rows: Sequence[Row]) -> str:
+    finished = sorted(time for row in rows if (time := (row.get("time") or {}).get("finished")))
+    facts = {
+        "Runs": str(len(rows)),
+        "Training time": _duration(sum((row.get("time") or {}).get("seconds") or 0 for row in rows)),
+        "Time to find the masks": _duration(sum((row.get("time") or {}).get("mask_seconds") or 0 for row in rows)),
+        "Finished": f"{finished[0]} to {finished[-1]}" if finished else "not recorded",
+        "Versions": _counted(rows, "versions"),
+        "Machines": _counted(rows, "machine"),
+    }
+    return "<dl>" + "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in facts.items()) + "</dl>"
+
+
+def _counted(rows: Sequence[Row], key: str) -> str:
+    counts = Counter(", ".join(f"{name} {value}" for name, value in (row.get(key) or {}).items()) or "not recorded" for row in rows)
+    return "; ".join(f"{words} ({count} runs)" for words, count in counts.most_common())
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

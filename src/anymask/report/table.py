@@ -1,0 +1,186 @@
+"""Tables of finished runs. Every number comes from the rows; nothing is typed in."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from anymask.report.cells import Cell, Group, Row, count, groups, names, percent
+from anymask.report.stats import Overall, Pairs, compare, missing, overall, paired
+
+NOTHING = "No finished runs."
+NONE = "-"
+ACCURACY_NOTE = (
+    "Accuracies are test accuracies in %, of the checkpoint chosen on the validation images: mean ± sample standard deviation "
+    "over all seeds of that line."
+)
+PAIRED = "Differences are in percentage points, between runs that share the mask, the seed and every other setting"
+INTERVAL_NOTE = f"{PAIRED}; brackets hold the 95% confidence interval by Student's t over n seeds (n/a with fewer than two)."
+GRID_NOTE = f"{PAIRED}; ± is half the width of the 95% confidence interval by Student's t over n seeds (n/a with fewer than two)."
+ALL_NOTE = (
+    "All masks: differences are averaged over the masks within each seed and the interval is over seeds, because masks "
+    "of one seed share initialisation and data order and are not independent. A mask is won when its own interval lies above 0, "
+    "lost when it lies below 0, else tied."
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A heading, columns, lines and the notes below them, all as plain text."""
+
+    heading: str
+    header: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    notes: Sequence[str]
+
+
+def table(rows: Iterable[Row], *, baseline: str = "default") -> str:
+    """Markdown: for each data and model, one line per mask and sparsity with each recipe and its paired difference.
+
+    Raises:
+        FileFormatError: when a row lacks what the statistics need.
+
+    Example:
+        >>> settings = {"data": "d", "model": "m", "mask": "snip", "sparsity": 0.9, "recipe": "default", "seed": 0}
+        >>> print(table([{"id": "a", "settings": settings, "accuracy": {"test": 0.8}}]).splitlines()[4])
+        | 90% | snip | 80.00 ± n/a |
+    """
+    return markdown(tables(rows, baseline=baseline))
+
+
+def grid(rows: Iterable[Row], *, baseline: str = "default") -> str:
+    """Markdown: for each data and model, one line per recipe and one column per mask and sparsity, in each the difference.
+
+    Raises:
+        FileFormatError: when a row lacks what the statistics need.
+    """
+    return markdown(grids(rows, baseline=baseline))
+
+
+def tables(rows: Iterable[Row], *, baseline: str = "default") -> list[Table]:
+    """What `table` writes, before it is text."""
+    return [_table(group, baseline) for group in groups(rows)]
+
+
+def grids(rows: Iterable[Row], *, baseline: str = "default") -> list[Table]:
+    """What `grid` writes, before it is text."""
+    return [_grid(group, baseline) for group in groups(rows)]
+
+
+def markdown(members: Sequence[Table]) -> str:
+    """The tables as Markdown, names escaped."""
+    return "\n".join(_markdown(member) for member in members) if members else NOTHING + "\n"
+
+
+def _markdown(member: Table) -> str:
+    lines = [f"### {_escape(member.heading)}", "", _line(member.header), _line(["---"] * len(member.header))]
+    lines += [_line(line) for line in member.lines]
+    return "\n".join([*lines, "", *(f"- {_escape(note)}" for note in member.notes), ""])
+
+
+def _line(entries: Sequence[str]) -> str:
+    return f"| {' | '.join(map(_escape, entries))} |" if entries[0] != "---" else f"|{'|'.join(entries)}|"
+
+
+def _escape(text: str) -> str:
+    """A name may hold what Markdown or HTML would take as its own."""
+    return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+
+
+def _table(group: Group, baseline: str) -> Table:
+    others = [recipe for recipe in group.recipes if recipe != baseline]
+    header = ["sparsity", "mask", baseline]
+    for recipe in others:
+        header += [recipe, f"{recipe} - {baseline}, points [95% CI]", "n"]
+    sparsities = dict.fromkeys(cell.settings["sparsity"] for cell in group.cells)
+    lines = [line for sparsity in sparsities for line in _lines(group.at(sparsity), baseline, others)]
+    return Table(group.title, header, lines, [ACCURACY_NOTE, *_notes(group, baseline)])
+
+
+def _lines(members: Sequence[Cell], baseline: str, others: Sequence[str]) -> list[list[str]]:
+    lines = [_cell_line(cell, name, baseline, others) for cell, name in zip(members, names(members), strict=True)]
+    return lines if len(lines) < 2 else [*lines, _all_line(members, baseline, others)]
+
+
+def _cell_line(cell: Cell, name: str, baseline: str, others: Sequence[str]) -> list[str]:
+    here = {comparison.recipe: comparison for comparison in compare(cell, baseline=baseline)}
+    shown = f"{name} (reference)" if cell.settings["mask"] == "dense" else name
+    line = [percent(cell.settings["sparsity"]), shown, spread(cell.accuracies(baseline).values())]
+    for recipe in others:
+        line += [spread(cell.accuracies(recipe).values()), *_difference(here.get(recipe))]
+    return line
+
+
+def _all_line(members: Sequence[Cell], baseline: str, others: Sequence[str]) -> list[str]:
+    """The baseline is shown where all recipes are judged against the same of its runs."""
+    here = {member.recipe: member for member in overall(c for cell in members for c in compare(cell, baseline=baseline))}
+    befores = {spread(member.baseline_accuracies) for member in here.values()}
+    line = [percent(members[0].settings["sparsity"]), "all masks", befores.pop() if len(befores) == 1 else NONE]
+    for recipe in others:
+        line += [spread(here[recipe].recipe_accuracies) if recipe in here else NONE, *_difference(here.get(recipe))]
+    return line
+
+
+def _difference(pairs: Pairs | None) -> list[str]:
+    return [NONE, NONE] if pairs is None else [interval(pairs), str(pairs.n)]
+
+
+def spread(accuracies: Collection[float]) -> str:
+    """Mean ± sample standard deviation, as text."""
+    if not accuracies:
+        return NONE
+    return f"{fmean(accuracies):.2f} ± {f'{stdev(accuracies):.2f}' if len(accuracies) > 1 else 'n/a'}"
+
+
+def interval(pairs: Pairs) -> str:
+    """Mean difference and its 95% interval, as text."""
+    if pairs.mean is None:
+        return "n/a"
+    return f"{pairs.mean:+.2f} [{'n/a' if pairs.interval is None else '{:+.2f}, {:+.2f}'.format(*pairs.interval)}]"
+
+
+def _half_width(pairs: Pairs | None) -> str:
+    if pairs is None:
+        return NONE
+    if pairs.mean is None:
+        return "n/a"
+    return f"{pairs.mean:+.2f} ± {'n/a' if pairs.half_width is None else f'{pairs.half_width:.2f}'} (n={pairs.n})"
+
+
+def _grid(group: Group, baseline: str) -> Table:
+    here = {cell.key: {c.recipe: c for c in compare(cell, baseline=baseline)} for cell in group.cells}
+    columns = [cell for cell in group.cells if here[cell.key]]
+    places = [f"{name}, {percent(cell.settings['sparsity'])}" for cell, name in zip(columns, names(columns), strict=True)]
+    others = [recipe for recipe in group.recipes if recipe != baseline]
+    lines = [[recipe, *(_half_width(here[cell.key].get(recipe)) for cell in columns)] for recipe in others]
+    return Table(group.title, [f"recipe - {baseline}, points", *places], lines, [GRID_NOTE, *_gaps(missing(group.rows, baseline=baseline))])
+
+
+def _notes(group: Group, baseline: str) -> list[str]:
+    across = overall(paired(group.rows, baseline=baseline))
+    if not across:
+        return [
+            f"No differences: no mask has runs of both the baseline {baseline!r} and another of these recipes: {', '.join(group.recipes)}."
+        ]
+    averaged = [f"{verdicts(member)}." for member in across if member.cells > 1]
+    return [INTERVAL_NOTE, *([ALL_NOTE, *averaged] if averaged else []), *_gaps(missing(group.rows, baseline=baseline))]
+
+
+def verdicts(member: Overall) -> str:
+    """One sentence: how a recipe did over the masks of one sparsity."""
+    left_out = f"; seeds left out because a mask lacks them: {', '.join(map(str, member.left_out))}" if member.left_out else ""
+    return (
+        f"{member.recipe} against {member.baseline} at {percent(member.settings['sparsity'])} sparsity: {interval(member)} points over "
+        f"{count(member.n, 'seed')}; of {count(member.cells, 'mask')}, won {member.won}, lost {member.lost}, tied {member.tied}{left_out}"
+    )
+
+
+def _gaps(gaps: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not gaps:
+        return ["No pair is incomplete."]
+    listed = "; ".join(map(_gap, gaps[:20])) + (f"; and {len(gaps) - 20} more" if len(gaps) > 20 else "")
+    return [f"Runs that are missing beside a finished partner, which is in no difference: {len(gaps)} ({listed})."]
+
+
+def _gap(settings: Mapping[str, Any]) -> str:
+    return f"{settings['recipe']} on {settings['mask']} at {percent(settings['sparsity'])}, seed {settings['seed']}"

@@ -1,0 +1,172 @@
+"""Looking into models: what they are made of, how data flows through them, what they cost."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+
+
+def fingerprint(model: nn.Module) -> dict[str, str]:
+    """What `model` is made of, a line a thing: modules with their type and attributes, parameters, buffers, hooks.
+
+    Two fingerprints are equal when nothing was added, removed, renamed, replaced or left behind; values of weights and
+    training mode do not count.
+
+    Example:
+        >>> from torch import nn
+        >>> fingerprint(nn.ReLU())["module "].startswith("torch.nn.modules.activation.ReLU")
+        True
+    """
+    found: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        hooks = {key: len(value) for key, value in vars(module).items() if key.endswith("hooks") and value}
+        plain = sorted(key for key in vars(module) if not key.endswith("hooks"))
+        found[f"module {name}"] = f"{kind} id {id(module)} attributes {plain} hooks {hooks} {module.extra_repr()}"
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found[f"parameter {name}"] = f"{tuple(parameter.shape)} {parameter.dtype} {parameter.requires_grad} id {id(parameter)}"
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        found[f"buffer {name}"] = f"{tuple(buffer.shape)} {buffer.dtype}"
+    return found
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards each module is in the mode it was in.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Dropout()
+        >>> with evaluating(net):
+        ...     print(net.training)
+        False
+        >>> net.training
+        True
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module while an example went through the model."""
+
+    name: str
+    module: nn.Module
+    input: Tensor  # (N, ...)
+    output: Tensor  # (N, ...)
+
+
+@torch.no_grad()
+def trace(model: nn.Module, example: Tensor) -> list[Call]:
+    """Every call of a leaf module, in order, while `example` passes through `model` in eval mode.
+
+    The tensors are kept, so that a consumer can be found by the identity of what it consumes; state is left alone.
+
+    Args:
+        model: any module that takes one tensor.
+        example: a batch for it, (N, ...); two samples are enough.
+
+    Example:
+        >>> import torch
+        >>> [call.name for call in trace(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU()), torch.ones(1, 2))]
+        ['0', '1']
+    """
+    calls: list[Call] = []
+    handles = []
+    for name, module in model.named_modules():
+        if any(True for _ in module.children()):
+            continue
+
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:
+            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+                calls.append(Call(name, module, args[0], output))
+
+        handles.append(module.register_forward_hook(note))
+    try:
+        with evaluating(model):
+            model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A convolution and the norm that alone consumes what it gives."""
+
+    conv_name: str
+    norm_name: str
+    conv: nn.Module
+    norm: nn.Module
+    input_shape: tuple[int, ...]  # (N, C, H, W)
+    output_shape: tuple[int, ...]  # (N, C, H, W)
+    stem: bool  # whether it takes the model's own input
+
+
+def units(model: nn.Module, example: Tensor) -> list[Unit]:
+    """The conv + norm units of `model`, found by how data flows, not by names or classes of blocks.
+
+    Modules that are called more than once are left out: one call could not be told from another.
+    """
+    calls = trace(model, example)
+    times: dict[int, int] = {}
+    for call in calls:
+        times[id(call.module)] = times.get(id(call.module), 0) + 1
+    once = [call for call in calls if times[id(call.module)] == 1]
+    made = {id(call.output): call for call in once if isinstance(call.module, CONVS)}
+    return [
+        Unit(
+            conv.name,
+            call.name,
+            conv.module,
+            call.module,
+            tuple(conv.input.shape),
+            tuple(call.output.shape),
+            stem=conv.input is example,
+        )
+        for call in once
+        if isinstance(call.module, NORMS) and (conv := made.get(id(call.input))) is not None
+    ]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, and floating-point operations of one sample's forward pass (a multiply-add counts 2)."""
+
+    parameters: int = 0
+    flops: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.parameters + other.parameters, self.flops + other.flops)
+
+
+def cost(model: nn.Module, example: Tensor) -> Cost:
+    """What `model` costs dense: its parameters, and the FLOPs of its convolutions and linear layers per sample.
+
+    Example:
+        >>> import torch
+        >>> cost(torch.nn.Linear(10, 5), torch.ones(1, 10))
+        Cost(parameters=55, flops=100)
+    """
+    flops = sum(_flops(call) for call in trace(model, example))
+    return Cost(sum(p.numel() for p in model.parameters()), flops // len(example))
+
+
+def _flops(call: Call) -> int:
+    weight = getattr(call.module, "weight", None)
+    if isinstance(call.module, (*CONVS, nn.Linear)) and isinstance(weight, Tensor):
+        return 2 * call.output.numel() * weight[0].numel()
+    return 0

@@ -1,0 +1,218 @@
+"""The paired comparison: each mask trained with each recipe, the same seed giving the same start to all of them."""
+
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import anymask
+from anymask.config import Bench, Experiment
+from anymask.errors import SettingError
+from anymask.mask import Mask
+from anymask.mask_io import load_mask
+from anymask.pruning import METHODS, prune
+from anymask.recipe import Recipe
+from anymask.registry import lookup
+from anymask.runlog import Ledger, settings_id
+from anymask.train import Protocol, fit
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is compared."""
+
+    masks: tuple[str, ...] = ("random-erk", "snip", "synflow")
+    """Mask methods (also grasp, magnitude, lottery ...), or mask files of your own."""
+    sparsity: tuple[float, ...] = (0.98,)
+    """Shares of zeros, each in [0, 1)."""
+    recipes: tuple[str, ...] = ("default", "tost")
+    """Recipes; the first is the one that others are compared with. tost:lrsi is that technique alone, tost:-lrsi all but it."""
+    seeds: int = 3
+    """How many seeds, >= 1; each gives its own initialisation, mask, split and data order."""
+    first_seed: int = 0
+    """The first of them."""
+    dense: bool = True
+    """Train the dense network as well, with the first recipe."""
+
+    def __post_init__(self) -> None:
+        for mask in self.masks:
+            if not Path(mask).is_file():
+                lookup(METHODS, mask, what="mask method")
+        for recipe in self.recipes:
+            Recipe.preset(recipe)
+        for sparsity in self.sparsity:
+            if not 0 <= sparsity < 1:
+                raise SettingError(f"sparsity came as {sparsity}", allowed="a share of zeros in [0, 1)", fix="0.98 keeps 2% of the weights")
+        if self.seeds < 1:
+            raise SettingError(f"seeds came as {self.seeds}", allowed="a number >= 1", fix="3 or more show the spread")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of the grid."""
+
+    mask: str
+    sparsity: float
+    recipe: str
+    seed: int
+
+    def __str__(self) -> str:
+        what = DENSE if self.mask == DENSE else f"{self.mask} {self.sparsity:g}"
+        return f"{what}, {self.recipe}, seed {self.seed}"
+
+
+class Watcher:
+    """Told what happens; this one ignores it."""
+
+    def begin(self, *, total: int, done: int) -> None:
+        """The grid has `total` trainings, of which `done` are in the ledger already."""
+
+    def cell(self, cell: Cell, *, epochs: int) -> None:
+        """A training begins (or its mask is being made)."""
+
+    def epoch(self, epoch: int, figures: dict[str, Any]) -> None:
+        """An epoch (from 1) of it has ended."""
+
+    def finished(self, row: dict[str, Any]) -> None:
+        """It is in the ledger."""
+
+
+def compare(
+    grid: Grid,
+    folder: str | Path,
+    *,
+    experiment: Experiment | None = None,
+    protocol: Protocol | None = None,
+    watcher: Watcher | None = None,
+) -> Ledger:
+    """Train every cell of `grid` that is not in `folder`/ledger.jsonl yet; returns the ledger.
+
+    May be stopped at any moment and called again: finished trainings are kept, the one that was running goes on from
+    its last epoch, and the numbers are those of an undisturbed run.
+
+    Args:
+        grid: masks, sparsities, recipes and seeds.
+        folder: the run folder; made when it is not there.
+        experiment, protocol: the data, the network and how it is trained.
+        watcher: told of progress.
+
+    Raises:
+        AnymaskError: for settings or data that do not fit; nothing is written before.
+    """
+    watcher, bench = watcher or Watcher(), Bench(experiment or Experiment(), protocol or Protocol())
+    runner = _Runner(bench, Path(folder))
+    planned = [(cell, settings_id(runner.settings(cell))) for cell in cells(grid)]
+    done = runner.ledger.ids()
+    watcher.begin(total=len(planned), done=sum(name in done for _, name in planned))
+    for cell, name in planned:
+        if name not in done:
+            watcher.cell(cell, epochs=bench.protocol.epochs)
+            row = runner.run(cell, name, watcher)
+            watcher.finished(row)
+    return runner.ledger
+
+
+def cells(grid: Grid) -> Iterator[Cell]:
+    """The trainings of `grid`, seed by seed, so that what is finished early is paired."""
+    for seed in range(grid.first_seed, grid.first_seed + grid.seeds):
+        if grid.dense:
+            yield Cell(DENSE, 0.0, grid.recipes[0], seed)
+        for sparsity in grid.sparsity:
+            for mask in grid.masks:
+                for recipe in grid.recipes:
+                    yield Cell(mask, sparsity, recipe, seed)
+
+
+class _Runner:
+    def __init__(self, bench: Bench, folder: Path) -> None:
+        self.bench, self.folder = bench, folder
+        self.ledger = Ledger(folder / "ledger.jsonl")
+
+    def settings(self, cell: Cell) -> dict[str, Any]:
+        recipe = Recipe.preset(cell.recipe)
+        cell_settings = {"mask": cell.mask, "sparsity": cell.sparsity, "recipe": cell.recipe, "seed": cell.seed}
+        return {**self.bench.settings(), **cell_settings, "techniques": recipe.settings()}
+
+    def run(self, cell: Cell, name: str, watcher: Watcher) -> dict[str, Any]:
+        model = self.bench.model(cell.seed)
+        began = time.monotonic()
+        mask = None if cell.mask == DENSE else self.mask(cell, model)
+        mask_seconds = time.monotonic() - began
+        train, validation, test = self.bench.batches(cell.seed)
+        unfinished = self.folder / "unfinished" / f"{name}.pt"
+        result = fit(
+            model,
+            train,
+            mask=mask,
+            recipe=Recipe.preset(cell.recipe),
+            protocol=self.bench.protocol,
+            validation=validation,
+            test=test,
+            seed=cell.seed,
+            checkpoint_file=unfinished,
+            on_epoch=watcher.epoch,
+        )
+        row = {
+            "id": name,
+            "settings": self.settings(cell),
+            "versions": versions(),
+            "machine": machine(self.bench.device),
+            "accuracy": result.accuracies(),
+            "density": {"overall": 1.0, "layers": {}} if mask is None else {"overall": mask.density, "layers": mask.layer_density()},
+            "curves": result.curves,
+            "time": {"seconds": result.seconds, "mask_seconds": mask_seconds, "finished": _now()},
+            "ghosts": result.added,
+            "found": result.found,
+        }
+        self.ledger.append(row)
+        unfinished.unlink(missing_ok=True)
+        return row
+
+    def mask(self, cell: Cell, model: nn.Module) -> Mask:
+        """The mask of `cell`, the same for all its recipes: made once on the initialisation of its seed, then read."""
+        if Path(cell.mask).is_file():
+            return load_mask(cell.mask)
+        settings = {**self.bench.settings(), "mask": cell.mask, "sparsity": cell.sparsity, "seed": cell.seed}
+        path = self.folder / "masks" / f"{cell.mask}-{cell.sparsity:g}-seed{cell.seed}-{settings_id(settings)}.mask"
+        if path.exists():
+            return load_mask(path)
+        train, _, _ = self.bench.batches(cell.seed)
+        mask = prune(model, cell.mask, sparsity=cell.sparsity, data=train, seed=cell.seed, train=self._trainer(cell.seed))
+        mask.save(path)
+        return mask
+
+    def _trainer(self, seed: int) -> Any:
+        train, _, _ = self.bench.batches(seed)
+
+        def trainer(model: nn.Module, mask: Mask | None, first: int, last: int | None) -> None:
+            protocol = self.bench.protocol
+            fit(model, train, mask=mask, recipe="default", protocol=protocol, seed=seed, first_step=first, last_step=last)
+
+        return trainer
+
+
+def versions() -> dict[str, str | None]:
+    """What a row was made with."""
+    here = Path(anymask.__file__).parent
+    git = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = git.stdout.strip() if git.returncode == 0 else None
+    return {"anymask": anymask.__version__, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Where a row was made."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
+    return {"device": device, "processor": name, "threads": torch.get_num_threads()}
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,173 @@
+"""Ghost skip connections: extra shortcuts around conv + norm units early in training, gone at the end."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from anymask.errors import SettingError, TechniqueError
+from anymask.registry import lookup
+from anymask.surgery import Cost, Unit, units
+from anymask.techniques.base import AttachedGhosts, Context, Ghost, Technique, device_of
+
+_CHILD = "ghost_skip"
+KINDS = ("free", "learned")
+WHERE = ("spatial", "all")
+
+
+@dataclass(frozen=True)
+class GhostSkip(Technique):
+    r"""Each conv + norm unit gets an extra shortcut that fades to nothing.
+
+    With strength s falling from 1 to 0, a unit y = norm(conv(x)) gives
+
+        y + s * scale * skip(x)
+
+    where skip is parameter-free (identity; average pooling where the map shrinks; zero channels appended where
+    channels grow, groups of channels averaged where they shrink) or learned (1x1 convolution + batch norm). At s = 0
+    the output is y, bit for bit; then the branch, its weights and its buffers are gone.
+
+    Learned weights join the optimiser (in the group that holds the convolution's weight) and leave it at the end. They
+    are never masked: `added` says what they cost while they exist.
+
+    Args:
+        kind: "free" or "learned".
+        scale: factor of the branch at full strength, > 0.
+        where: "spatial" (convolutions with a kernel larger than 1) or "all"; the unit that takes the model's input and
+            units whose input cannot be brought to the output's shape are left out.
+
+    Raises:
+        TechniqueError: on attach, when there is no such unit, no example, or (learned) no optimiser.
+
+    Reference: ToST (arXiv 2206.12755). Differs from the authors' code: there the branch is never removed, never counted,
+    and starts at full strength because its batch norm undoes the 1e-4 of its weights; here the factor comes after the
+    norm and ends at exactly 0.
+    """
+
+    name: ClassVar[str] = "ghost_skip"
+    seam: ClassVar[str] = "model"
+    about: ClassVar[str] = "extra shortcuts around conv + norm units early in training"
+    paper: ClassVar[str] = "arXiv 2206.12755"
+
+    kind: str = "free"
+    scale: float = 1.0
+    where: str = "spatial"
+
+    def __post_init__(self) -> None:
+        lookup(dict.fromkeys(KINDS), self.kind, what="kind of ghost skip")
+        lookup(dict.fromkeys(WHERE), self.where, what="place of ghost skips")
+        if not self.scale > 0:
+            raise SettingError(f"scale came as {self.scale}", allowed="a number > 0", fix="1.0 is the full branch")
+
+    def attach(self, context: Context) -> AttachedGhosts:
+        example = context.needs_example(self.name)
+        chosen = [unit for unit in units(context.model, example) if self._wanted(unit)]
+        if not chosen:
+            raise self.nothing("convolutions followed by a norm", context.model, fix='try where="all"')
+        made = _make(chosen, self, context)
+        added = sum((_cost(unit, ghost) for unit, ghost in made), Cost())
+        ghosts = AttachedGhosts(child=_CHILD, found=f"{len(made)} conv + norm units", added=added)
+        for unit, ghost in made:
+            handles: list[Any] = [_Joined(context.optimizer, unit.conv, ghost)] if self.kind == "learned" else []
+            handles += [unit.conv.register_forward_pre_hook(ghost.enter), unit.norm.register_forward_hook(ghost.leave)]
+            ghosts.add(unit.norm, ghost, handles)
+        return ghosts
+
+    def _wanted(self, unit: Unit) -> bool:
+        kernel: tuple[int, ...] = unit.conv.kernel_size  # type: ignore[assignment]
+        spatial = any(k > 1 for k in kernel)
+        shrinks = all(a >= b for a, b in zip(unit.input_shape[2:], unit.output_shape[2:], strict=True))
+        return not unit.stem and shrinks and (spatial or self.where == "all")
+
+
+def _make(chosen: list[Unit], settings: GhostSkip, context: Context) -> list[tuple[Unit, "_Skip"]]:
+    if settings.kind == "learned" and context.optimizer is None:
+        raise TechniqueError(
+            "learned ghost skips got no optimizer", allowed="an optimizer that they can join", fix="pass optimizer=, or use kind='free'"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(context.seed)
+        return [(unit, _Skip(settings, unit, like=device_of(context.model))) for unit in chosen]
+
+
+class _Skip(Ghost):
+    def __init__(self, settings: GhostSkip, unit: Unit, *, like: Tensor) -> None:
+        super().__init__(like)
+        self.scale, self.size, self.channels = settings.scale, unit.output_shape[2:], unit.output_shape[1]
+        self.entered: Tensor | None = None
+        self.branch: nn.Module | None = None
+        if settings.kind == "learned":
+            self.branch = _learned(unit.input_shape[1], self.channels, dims=len(self.size)).to(like.device)
+
+    def enter(self, _conv: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.entered = args[0]
+
+    def leave(self, _norm: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        x, self.entered = self.entered, None  # not kept: the graph would outlive the step
+        if x is None:
+            return out
+        skip = _shrink(x, out.shape[2:])
+        skip = _match_channels(skip, self.channels) if self.branch is None else self.branch(skip)
+        return out + skip * (self.strength * self.scale).to(out.dtype)
+
+
+def _learned(inputs: int, outputs: int, *, dims: int) -> nn.Sequential:
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](inputs, outputs, 1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(conv, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1](outputs))
+
+
+def _shrink(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    if x.shape[2:] == torch.Size(size):
+        return x
+    pools: tuple[Any, ...] = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+    return pools[len(size) - 1](x, size)
+
+
+def _match_channels(x: Tensor, channels: int) -> Tensor:
+    """`x` (N, C, ...) with `channels` channels: zeros appended, or neighbours averaged."""
+    if x.shape[1] < channels:
+        return F.pad(x, [0, 0] * (x.ndim - 2) + [0, channels - x.shape[1]])
+    if x.shape[1] > channels:
+        groups = -(-x.shape[1] // channels)
+        x = F.pad(x, [0, 0] * (x.ndim - 2) + [0, groups * channels - x.shape[1]])
+        return x.unflatten(1, (channels, groups)).mean(2)
+    return x
+
+
+def _cost(unit: Unit, ghost: _Skip) -> Cost:
+    places = 1
+    for extent in unit.output_shape[2:]:
+        places *= extent
+    multiply_adds = unit.input_shape[1] if ghost.branch is not None else 1
+    return Cost(sum(p.numel() for p in ghost.parameters()), 2 * multiply_adds * places * unit.output_shape[1])
+
+
+class _Joined:
+    """Ghost weights as guests of the optimiser, in the group of their unit's convolution, until `remove`.
+
+    A group of their own would not be known to a learning-rate scheduler that was made before.
+    """
+
+    def __init__(self, optimizer: Optimizer | None, conv: nn.Module, ghost: nn.Module) -> None:
+        assert optimizer is not None  # _make raised before
+        self.optimizer, self.guests = optimizer, list(ghost.parameters())
+        self.group = next(
+            (g for g in optimizer.param_groups if any(p is conv.weight for p in g["params"])),
+            optimizer.param_groups[0],
+        )
+        self.group["params"].extend(self.guests)
+        if "param_names" in self.group:
+            self.group["param_names"].extend(f"{_CHILD}.{id(ghost)}.{i}" for i in range(len(self.guests)))
+
+    def remove(self) -> None:
+        gone = {id(p) for p in self.guests}
+        stay = [i for i, p in enumerate(self.group["params"]) if id(p) not in gone]
+        for key in ("params", "param_names"):
+            if key in self.group:
+                self.group[key][:] = [self.group[key][i] for i in stay]
+        for guest in self.guests:
+            self.optimizer.state.pop(guest, None)

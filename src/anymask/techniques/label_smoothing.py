@@ -1,0 +1,76 @@
+"""Smoothed labels."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anymask.errors import SettingError, TechniqueError
+from anymask.schedules import Schedule
+from anymask.techniques.base import Attached, Context, Technique, device_of
+
+
+@dataclass(frozen=True)
+class LabelSmoothing(Technique):
+    r"""Cross-entropy against labels that give a share `eps` to the other classes.
+
+    With C classes, log-probabilities l and true class y, averaged over samples,
+
+        (1 - s*eps) * (-l_y) + s*eps / (C - 1) * sum over c != y of (-l_c)
+
+    where s is the strength (constant 1 by default; give another `schedule` to fade it).
+
+    Args:
+        eps: share of the label that goes to the other classes, in (0, 1).
+
+    Raises:
+        TechniqueError: on attach, when the loss is not cross-entropy.
+
+    Reference: ToST (arXiv 2206.12755), eps = 0.1. Differs from `torch.nn.CrossEntropyLoss(label_smoothing=eps)`, which
+    puts eps/C on every class, the true one included: this form with eps is that one with eps * C / (C - 1).
+    """
+
+    name: ClassVar[str] = "label_smoothing"
+    seam: ClassVar[str] = "loss"
+    about: ClassVar[str] = "a share eps of each label goes to the other classes"
+    paper: ClassVar[str] = "arXiv 2206.12755"
+
+    schedule: Schedule = field(default_factory=lambda: Schedule("step", full="100%", end="100%"))
+    eps: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.eps < 1:
+            raise SettingError(f"eps came as {self.eps}", allowed="a share in (0, 1)", fix="0.1 is the paper's")
+
+    def attach(self, context: Context) -> "_Smoothing":
+        if context.loss is not F.cross_entropy:
+            raise TechniqueError(
+                f"label_smoothing on the loss {getattr(context.loss, '__name__', context.loss)!r}",
+                allowed="torch.nn.functional.cross_entropy",
+                fix="leave `loss` out of Recipe.attach, or leave label_smoothing out of the recipe",
+            )
+        return _Smoothing(self.eps, torch.ones((), device=device_of(context.model).device))
+
+
+class _Smoothing(Attached):
+    def __init__(self, eps: float, strength: Tensor) -> None:
+        self.eps, self.strength = eps, strength
+        self.found = f"eps {eps:g}"
+
+    def set_strength(self, strength: float) -> None:
+        self.strength.fill_(strength)
+
+    def loss(self, value: Tensor, output: Tensor, target: Tensor) -> Tensor:
+        self.strength = self.strength.to(output.device)
+        return value + self.strength * self.eps * (_others(output, target) - value)
+
+
+def _others(output: Tensor, target: Tensor) -> Tensor:
+    """Mean of -l_c over the classes c other than the true one; output (N, C, ...), target (N, ...), -100 ignored."""
+    logs = F.log_softmax(output, dim=1)
+    true = logs.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1)
+    each = (true - logs.sum(1)) / (output.shape[1] - 1)
+    valid = target != -100
+    return (each * valid).sum() / valid.sum()

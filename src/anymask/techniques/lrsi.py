@@ -1,0 +1,56 @@
+"""Layer-wise re-scaled initialisation, as a technique."""
+
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from anymask.schedules import Schedule
+from anymask.techniques.base import Attached, Context, Technique
+from anymask.techniques.rescale import RescaleSettings, rescale
+
+
+@dataclass(frozen=True)
+class LRsI(Technique):
+    """One scale per parameter tensor, learned before the first step on the *masked* network (see `rescale`).
+
+    The batches come from `data` of `Recipe.attach`. Where only an `example` is given, its labels are drawn uniformly
+    (an untrained network knows nothing of the real ones either) and `found` says so.
+
+    Args:
+        settings: iterations, look-ahead step, gradient-norm bound and the rest, by their names in `RescaleSettings`.
+        batches: how many batches of `data` are used, >= 1; they are kept in memory.
+
+    Raises:
+        TechniqueError: on attach, when there is neither data nor an example, or the objective becomes non-finite.
+
+    Reference: ToST (arXiv 2206.12755); the objective is GradInit's (arXiv 2102.08098). Differs from the authors' code:
+    there the scales are learned on the dense network before masking.
+    """
+
+    name: ClassVar[str] = "lrsi"
+    seam: ClassVar[str] = "init"
+    about: ClassVar[str] = "layer-wise re-scaled initialisation of the masked network"
+    paper: ClassVar[str] = "arXiv 2206.12755"
+
+    schedule: Schedule = field(default_factory=lambda: Schedule("step", full="0%", end="0%"))
+    settings: RescaleSettings = field(default_factory=RescaleSettings)
+    batches: int = 16
+
+    def attach(self, context: Context) -> Attached:
+        batches, labels = self._batches(context)
+        done = rescale(context.model, batches, mask=context.mask, loss=context.loss, settings=self.settings)
+        attached = Attached()
+        attached.found = f"{len(done.scales)} parameters, {self.settings.iterations} iterations on {len(batches)} batches, {labels}"
+        return attached
+
+    def _batches(self, context: Context) -> tuple[list[tuple[Tensor, Tensor]], str]:
+        if context.data is not None:
+            return list(islice(context.data, self.batches)), "real labels"
+        x = context.needs_example(self.name)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            classes = context.model(x[:2]).shape[1]
+        generator = torch.Generator().manual_seed(context.seed)
+        return [(x, torch.randint(classes, (len(x),), generator=generator).to(x.device))], "labels drawn: no data was given"

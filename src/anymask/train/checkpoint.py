@@ -1,0 +1,49 @@
+"""What a training needs to go on from where it stopped, bit for bit."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anymask.errors import FileFormatError
+from anymask.runlog import atomic
+
+FORMAT = "anymask-checkpoint-1"
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors and plain values) and the random state, whole or not at all."""
+    random = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state()
+    with atomic(path) as file:
+        torch.save({"format": FORMAT, "random": random, **state}, file)
+
+
+def load(path: Path, *, device: str) -> dict[str, Any]:
+    """Read what `save` wrote. Nothing in the file is run.
+
+    Raises:
+        FileFormatError: when the file is damaged or another kind of file.
+    """
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise _bad(path) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise _bad(path)
+    return state
+
+
+def restore_random(state: dict[str, Any]) -> None:
+    """Put the global random state back."""
+    torch.set_rng_state(state["random"]["cpu"].cpu())
+    if "cuda" in state["random"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["random"]["cuda"].cpu())
+
+
+def _bad(path: Path) -> FileFormatError:
+    return FileFormatError(
+        f"{path} is not a checkpoint that can be read", allowed=f"a whole file of format {FORMAT}", fix="remove it to train from the start"
+    )

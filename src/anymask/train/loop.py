@@ -1,0 +1,277 @@
+"""The reference trainer: one flat loop."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anymask.data import Batches
+from anymask.errors import SettingError, TechniqueError
+from anymask.holding import hold
+from anymask.mask import Mask
+from anymask.recipe import Recipe
+from anymask.train import checkpoint
+from anymask.train.settings import Protocol, accuracy, autocast_dtype, set_lr
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training gave. Accuracies are shares in [0, 1]."""
+
+    validation: float | None  # accuracy of the chosen checkpoint on validation data
+    test: float | None  # accuracy of the chosen checkpoint on test data
+    best_epoch: int  # the epoch (from 1) whose checkpoint was chosen: highest validation accuracy, the later one of equals
+    last_validation: float | None
+    last_test: float | None
+    curves: dict[str, Any]  # one value an epoch: train_loss, validation_accuracy, lr, strength
+    seconds: float  # of training and validation, over all resumed parts
+    found: dict[str, str] = field(default_factory=dict)  # what each technique applied to
+    added: dict[str, int] = field(default_factory=dict)  # what ghosts added while they lived
+
+    def accuracies(self) -> dict[str, Any]:
+        """The accuracies as plain values, for the ledger."""
+        names = ("validation", "test", "best_epoch", "last_validation", "last_test")
+        return {name: getattr(self, name) for name in names}
+
+
+def fit(
+    model: nn.Module,
+    train: Batches,
+    *,
+    mask: Mask | None = None,
+    recipe: Recipe | str = "tost",
+    protocol: Protocol | None = None,
+    validation: Batches | None = None,
+    test: Batches | None = None,
+    seed: int = 0,
+    first_step: int = 0,
+    last_step: int | None = None,
+    checkpoint_file: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    log_dir: str | Path | None = None,
+    on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+) -> Result:
+    """Train `model` in place, with `mask` held and `recipe` attached; it ends plain, with the chosen checkpoint's weights.
+
+    The network that is evaluated, chosen and reported is always the plain one: ghosts are at strength 0 there.
+
+    Args:
+        model: on the device of `train`.
+        train: shuffled batches; `validation` and `test`: the same, not shuffled. Without `validation` the last
+            checkpoint is the chosen one.
+        mask: held at exact zeros; None trains dense.
+        recipe: a Recipe, the name of a preset, or a TOML file.
+        protocol: epochs, optimiser and the rest.
+        seed: for what techniques and dropout draw; data order is the business of `train`.
+        first_step: the optimiser step to begin at (> 0 for a rewound lottery ticket).
+        last_step: the step to stop before; None for the end of the protocol.
+        checkpoint_file: written atomically after every epoch, and every `checkpoint_every` steps; where it exists,
+            training goes on from it, and ends bit-equal to a training that was never stopped.
+        log_dir: TensorBoard events go there (extra `tensorboard`).
+        on_epoch: called with the epoch (from 1) and its figures.
+
+    Raises:
+        TechniqueError: when the loss becomes NaN or infinite, or a technique does not fit.
+
+    Example:
+        >>> from anymask import data, fit, models
+        >>> from anymask.train import Protocol
+        >>> images = data.load("fashion-mnist-5k")
+        >>> few = data.Split(images.test.images[:64], images.test.labels[:64])
+        >>> batches = data.Batches(few, batch_size=32)
+        >>> net = models.build("demonet", classes=10, channels=1, seed=0)
+        >>> result = fit(net, batches, test=batches, recipe="default", protocol=Protocol(epochs=1))
+        >>> 0 <= result.test <= 1
+        True
+    """
+    protocol = protocol or Protocol()
+    recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
+    run = _Run(model, train, mask=mask, recipe=recipe, protocol=protocol, seed=seed, first_step=first_step, file=checkpoint_file)
+    writer = _writer(log_dir)
+    stop = run.total if last_step is None else min(last_step, run.total)
+    while run.step < stop:
+        epoch = run.step // run.per_epoch
+        model.train()
+        for index, (x, y) in enumerate(train.epoch(epoch, start=run.first_batch), run.first_batch + 1):
+            with run.autocast():
+                loss = run.recipe.loss(model(x), y)
+            run.backward(loss)
+            if index % protocol.accumulate == 0 or index == len(train):
+                run.update()
+                if run.step == stop:
+                    break
+                if checkpoint_every and run.step % checkpoint_every == 0 and run.step % run.per_epoch:
+                    run.save()
+        run.end_epoch(epoch, validation=validation)
+        figures = {name: values[-1] for name, values in run.progress["curves"].items() if name != "strength"}
+        if on_epoch is not None:
+            on_epoch(epoch + 1, figures)
+        if writer is not None:
+            for name, value in figures.items():
+                if value is not None:
+                    writer.add_scalar(name, value, epoch + 1)
+            writer.flush()
+    return run.finish(stop=stop, validation=validation, test=test)
+
+
+class _Run:
+    """The moving parts of one training, and how they are saved and brought back."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Batches,
+        *,
+        mask: Mask | None,
+        recipe: Recipe,
+        protocol: Protocol,
+        seed: int,
+        first_step: int,
+        file: str | Path | None,
+    ) -> None:
+        self.model, self.protocol = model, protocol
+        self.file = None if file is None else Path(file)
+        example, _ = next(iter(train))
+        self.device = str(example.device)
+        self.dtype = autocast_dtype(protocol.precision)
+        self.per_epoch = math.ceil(len(train) / protocol.accumulate)
+        self.total = protocol.epochs * self.per_epoch
+        self.first_batch, self.batches = 0, len(train)
+        self.loss = torch.zeros((), device=self.device)  # summed on the device: nothing waits for it inside an epoch
+        self.progress: dict[str, Any] = {
+            "step": first_step,
+            "seconds": 0.0,
+            "best": None,
+            "curves": {"epoch": [], "train_loss": [], "validation_accuracy": [], "lr": [], "strength": {}},
+        }
+        self.optimizer = protocol.make_optimizer(model)
+        self.hold = None if mask is None else hold(mask, model, self.optimizer)
+        self.scaler = torch.amp.GradScaler(self.device, enabled=protocol.precision == "float16")
+        saved = checkpoint.load(self.file, device=self.device) if self.file is not None and self.file.exists() else None
+        torch.manual_seed(seed)
+        self.recipe = recipe.attach(
+            model,
+            self.optimizer,
+            total_steps=self.total,
+            steps_per_epoch=self.per_epoch,
+            start=first_step,
+            example=example[:2],
+            data=train,
+            seed=seed,
+            state=saved["recipe"] if saved else None,
+        )
+        if saved is not None:
+            self._restore(saved)
+        self.began = time.monotonic() - self.progress["seconds"]
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done."""
+        return int(self.progress["step"])
+
+    def autocast(self) -> Any:
+        """Mixed precision, where the protocol asks for it."""
+        return nullcontext() if self.dtype is None else torch.autocast(self.device.split(":")[0], self.dtype)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one batch."""
+        self.loss += loss.detach()
+        self.scaler.scale(loss / self.protocol.accumulate).backward()
+
+    def update(self) -> None:
+        """One step of the optimiser and of the recipe."""
+        set_lr(self.optimizer, self.protocol.lr_at(self.step, total=self.total, per_epoch=self.per_epoch))
+        if self.protocol.clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.protocol.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.recipe.step()
+        self.progress["step"] += 1
+        self.first_batch = self.step % self.per_epoch * self.protocol.accumulate
+
+    def end_epoch(self, epoch: int, *, validation: Batches | None) -> None:
+        """Evaluate the plain network, remember the best one, and save."""
+        curves, strengths = self.progress["curves"], self.recipe.strengths
+        loss = float(self.loss) / self.batches
+        if not math.isfinite(loss):
+            raise TechniqueError(
+                f"the training loss became {loss} in epoch {epoch + 1}",
+                allowed="a finite loss",
+                fix="lower lr, set clip=1, or leave out the techniques you added last",
+            )
+        self.loss.zero_()
+        score = None
+        if validation is not None:
+            with self.recipe.plain() as plain:
+                score = accuracy(plain, validation)
+        best = self.progress["best"]
+        if score is None or best is None or score >= best["validation"]:
+            state = {k: v.detach().clone() for k, v in self.recipe.plain_state_dict().items()}
+            self.progress["best"] = {"validation": score, "epoch": epoch + 1, "model": state}
+        for name, value in {"epoch": epoch + 1, "train_loss": loss, "validation_accuracy": score, "lr": self._lr()}.items():
+            curves[name].append(value)
+        for name, value in strengths.items():
+            curves["strength"].setdefault(name, []).append(value)
+        self.save()
+
+    def finish(self, *, stop: int, validation: Batches | None, test: Batches | None) -> Result:
+        """The plain model with the chosen checkpoint's weights, and what it is worth."""
+        self.recipe.finish(early=stop < self.total)
+        self.progress["seconds"] = time.monotonic() - self.began
+        best, curves = self.progress["best"], self.progress["curves"]
+        last_test = None if test is None else accuracy(self.model, test)
+        if best is not None:
+            self.model.load_state_dict(best["model"])
+        if self.hold is not None:
+            self.hold.release()
+        return Result(
+            validation=best["validation"] if best else None,
+            test=None if test is None else accuracy(self.model, test),
+            best_epoch=best["epoch"] if best else 0,
+            last_validation=curves["validation_accuracy"][-1] if curves["validation_accuracy"] else None,
+            last_test=last_test,
+            curves=curves,
+            seconds=self.progress["seconds"],
+            found=dict(self.recipe.found),
+            added={"extra_parameters": self.recipe.added.parameters, "extra_flops": self.recipe.added.flops},
+        )
+
+    def save(self) -> None:
+        """Write the checkpoint file, if there is one."""
+        if self.file is None:
+            return
+        self.progress["seconds"] = time.monotonic() - self.began
+        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler, "recipe": self.recipe}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        checkpoint.save(self.file, {**state, "loss": self.loss, "progress": self.progress})
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.loss, self.progress = saved["loss"], saved["progress"]
+        self.first_batch = self.step % self.per_epoch * self.protocol.accumulate
+        checkpoint.restore_random(saved)
+
+    def _lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+
+def _writer(log_dir: str | Path | None) -> Any:
+    if log_dir is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise SettingError(
+            "log_dir needs TensorBoard", allowed="the extra tensorboard", fix="pip install 'anymask[tensorboard]'"
+        ) from error
+    return SummaryWriter(str(log_dir))

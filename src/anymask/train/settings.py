@@ -1,0 +1,108 @@
+"""How a network is trained: the protocol."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from anymask.durations import Duration
+from anymask.errors import SettingError
+from anymask.registry import lookup
+from anymask.surgery import evaluating
+
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("cosine", "step", "constant")
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The settings of one training, apart from data, model, mask, recipe and seed."""
+
+    epochs: int = 12
+    """Passes over the training images, >= 1."""
+    batch_size: int = 128
+    """Images in a batch, >= 1."""
+    optimizer: str = "sgd"
+    """sgd (Nesterov momentum 0.9) or adamw."""
+    lr: float = 0.1
+    """Peak learning rate, > 0."""
+    schedule: str = "cosine"
+    """Learning rate over time: cosine (to 0), step (x0.1 at 50% and 75%), constant."""
+    warmup: str = "0%"
+    """How long the learning rate rises linearly from 0, such as 5% or 1ep."""
+    weight_decay: float = 5e-4
+    """Weight decay of convolution and linear weights, >= 0."""
+    clip: float = 0.0
+    """Largest gradient norm; 0 for none."""
+    accumulate: int = 1
+    """Batches whose gradients are added up for one optimiser step, >= 1."""
+    precision: str = "float32"
+    """float32, or bfloat16 / float16 for mixed precision."""
+    augment: bool = True
+    """Random crops (4 pixels of padding) and flips of the training images."""
+
+    def __post_init__(self) -> None:
+        lookup(dict.fromkeys(OPTIMIZERS), self.optimizer, what="optimizer")
+        lookup(dict.fromkeys(SCHEDULES), self.schedule, what="learning-rate schedule")
+        lookup(dict.fromkeys(PRECISIONS), self.precision, what="precision")
+        Duration.parse(self.warmup)
+        for name, least in {"epochs": 1, "batch_size": 1, "accumulate": 1, "weight_decay": 0, "clip": 0}.items():
+            if not getattr(self, name) >= least:
+                raise SettingError(f"{name} came as {getattr(self, name)}", allowed=f"a number >= {least}", fix=f"set {name} higher")
+        if not self.lr > 0:
+            raise SettingError(f"lr came as {self.lr}", allowed="a number > 0", fix="0.1 suits SGD, 0.001 AdamW")
+
+    def plain(self) -> dict[str, Any]:
+        """These settings as plain values, for the ledger."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def make_optimizer(self, model: nn.Module) -> Optimizer:
+        """The optimiser for `model`; biases and norms are not decayed."""
+        decayed = [p for p in model.parameters() if p.ndim > 1]
+        others = [p for p in model.parameters() if p.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+        if self.optimizer == "adamw":
+            return AdamW(groups, lr=self.lr)
+        return SGD(groups, lr=self.lr, momentum=0.9, nesterov=True)
+
+    def lr_at(self, step: int, *, total: int, per_epoch: int) -> float:
+        """The learning rate of optimiser step number `step` (from 0) of `total`."""
+        warmup = Duration.parse(self.warmup).steps(total=total, per_epoch=per_epoch)
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        done = (step - warmup) / max(1, total - warmup)
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+        if self.schedule == "step":
+            return self.lr * (0.1 ** ((done >= 0.5) + (done >= 0.75)))
+        return self.lr
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Give every group of `optimizer` the learning rate `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """The dtype for autocast, or None for plain float32."""
+    return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+
+
+def accuracy(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Share of images, in [0, 1], whose class `model` gives the largest logit, in eval mode."""
+
+    right = total = 0
+    with torch.no_grad(), evaluating(model):
+        for x, y in batches:
+            right = right + (model(x).argmax(1) == y).sum()  # stays on the device: one synchronisation in all
+            total += len(y)
+    if total == 0:
+        raise SettingError("no batch to evaluate on", allowed="at least one image", fix="check the data split")
+    return float(right) / total

@@ -1,0 +1,132 @@
+import builtins
+
+import pytest
+from conftest import write_image
+
+from anymask.data import load
+from anymask.errors import DataError
+
+
+def write_classes(root, *, classes=("ant", "bee"), each=2):
+    for number, name in enumerate(classes):
+        for index in range(each):
+            write_image(root / name / f"{index}.png", colour=(number, index, 7))
+
+
+@pytest.mark.parametrize("parts", [["test"], ["val"], ["test", "val"]])
+def test_a_folder_with_test_or_val_is_read_and_test_comes_first(tmp_path, parts):
+    write_classes(tmp_path / "train", each=3)
+    for part in parts:
+        write_classes(tmp_path / part, each=1 if part == "test" else 2)
+    data = load("folder", dir=tmp_path)
+    assert data.classes == ("ant", "bee")
+    assert data.train.images.shape == (6, 3, 4, 6)
+    assert data.train.images[4, :, 0, 0].tolist() == [1, 1, 7]
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert len(data.test) == (2 if "test" in parts else 4)
+
+
+@pytest.mark.parametrize("train", ["train", "."])
+def test_a_fifth_of_every_class_is_held_out_where_there_is_no_test(tmp_path, train):
+    write_classes(tmp_path / train, each=10)
+    write_image(tmp_path / train / ".hidden" / "x.png")
+    (tmp_path / train / "ant" / "notes.txt").write_text("no image")
+    data, again = load("folder", dir=tmp_path), load("folder", dir=tmp_path)
+    assert data.train.labels.bincount().tolist() == [8, 8]
+    assert data.test.labels.bincount().tolist() == [2, 2]
+    assert data.test.images.tolist() == again.test.images.tolist()
+
+
+def test_a_test_class_that_has_no_training_images_is_refused(tmp_path):
+    write_classes(tmp_path / "train")
+    write_classes(tmp_path / "test", classes=("ant", "wasp"))
+    with pytest.raises(DataError, match="wasp"):
+        load("folder", dir=tmp_path)
+
+
+def test_a_test_folder_may_lack_a_class(tmp_path):
+    write_classes(tmp_path / "train")
+    write_classes(tmp_path / "test", classes=("bee",))
+    assert load("folder", dir=tmp_path).test.labels.tolist() == [1, 1]
+
+
+def test_two_images_that_differ_in_size_are_named_with_their_sizes_and_a_remedy(tmp_path):
+    write_classes(tmp_path)
+    write_image(tmp_path / "bee" / "9.png", size=(8, 5))
+    with pytest.raises(DataError, match=r"ant/0\.png is 6 x 4 pixels and .*bee/9\.png is 8 x 5\. .*To do: resize"):
+        load("folder", dir=tmp_path)
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path):
+    write_classes(tmp_path)
+    whole = (tmp_path / "ant" / "1.png").read_bytes()
+    for blob in (b"no image", whole[:40]):
+        (tmp_path / "ant" / "1.png").write_bytes(blob)
+        with pytest.raises(DataError, match=r"ant/1\.png cannot be read as an image"):
+            load("folder", dir=tmp_path)
+
+
+@pytest.mark.parametrize(("empty", "message"), [("ant", "no images in .*ant"), (".", "no class folders in")])
+def test_empty_folders_are_refused(tmp_path, empty, message):
+    (tmp_path / empty).mkdir(exist_ok=True)
+    with pytest.raises(DataError, match=message):
+        load("folder", dir=tmp_path)
+
+
+def test_a_folder_that_is_not_given_or_not_there_is_refused(tmp_path):
+    with pytest.raises(DataError, match="'folder' came without a folder"):
+        load("folder")
+    with pytest.raises(DataError, match="no folder in .*gone"):
+        load("folder", dir=tmp_path / "gone")
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    root = tmp_path / "tiny-imagenet-200"
+    for number, wnid in enumerate(("n02", "n01")):
+        for index in range(3):
+            write_image(root / "train" / wnid / "images" / f"{wnid}_{index}.JPEG", colour=(100 * number, 0, 0))
+        write_image(root / "val" / "images" / f"val_{number}.JPEG", colour=(0, 0, 100 * number))
+    (root / "wnids.txt").write_text("n02\nn01\n")
+    (root / "val" / "val_annotations.txt").write_text("val_1.JPEG\tn01\t0\t0\t5\t5\nval_0.JPEG\tn02\t0\t0\t5\t5\n")
+    return root
+
+
+def test_tiny_imagenet_is_read_in_the_order_of_wnids_and_val_is_the_test_split(tiny):
+    data = load("tiny-imagenet", dir=tiny.parent)
+    assert data.classes == ("n02", "n01")
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert (data.train.images[:, 0, 0, 0] > 50).tolist() == [False] * 3 + [True] * 3
+    assert data.test.labels.tolist() == [1, 0]
+    assert (data.test.images[:, 2, 0, 0] > 50).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("line", ["val_9.JPEG\tn01\t0", "val_0.JPEG\tn77\t0", "val_0.JPEG", ""])
+def test_an_annotation_of_an_unknown_image_or_class_is_named(tiny, line):
+    (tiny / "val" / "val_annotations.txt").write_text(f"val_1.JPEG\tn01\t0\n{line}\nval_0.JPEG\tn02\n")
+    with pytest.raises(DataError, match="line 2 of"):
+        load("tiny-imagenet", dir=tiny)
+
+
+def test_missing_annotations_and_images_are_named(tiny):
+    (tiny / "val" / "val_annotations.txt").unlink()
+    with pytest.raises(DataError, match=r"no .*val_annotations\.txt"):
+        load("tiny-imagenet", dir=tiny)
+    for path in (tiny / "train" / "n02" / "images").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match="no images in .*n02"):
+        load("tiny-imagenet", dir=tiny)
+
+
+def test_without_pillow_the_error_says_what_to_install(tmp_path, monkeypatch):
+    write_classes(tmp_path)
+    real = builtins.__import__
+
+    def without_pillow(name, *arguments):
+        if name.split(".")[0] == "PIL":
+            raise ImportError(name)
+        return real(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", without_pillow)
+    with pytest.raises(DataError, match=r"pip install 'anymask\[images\]'"):
+        load("folder", dir=tmp_path)

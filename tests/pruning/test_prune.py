@@ -1,0 +1,118 @@
+"""`anymask.prune`: what it takes, what it refuses, and that pruned stays pruned."""
+
+import pytest
+import torch
+from torch import nn
+
+import anymask
+from anymask.errors import DataError, MaskError, SettingError, UnknownName
+from anymask.pruning import prune
+
+NET = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+LOADER = [(torch.randn(4, 8), torch.arange(4))]
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "says"),
+    [
+        ({"method": "synflw"}, UnknownName, "unknown mask method 'synflw'.*'synflow'"),
+        ({"sparsity": 1.0}, SettingError, r"sparsity came as 1\.0.*\[0, 1\)"),
+        ({"sparsity": -0.1}, SettingError, "sparsity came as -0.1"),
+        ({"sparsity": float("nan")}, SettingError, "sparsity came as nan"),
+        ({"sparsity": "0.9"}, SettingError, "sparsity came as '0.9'"),
+        ({"scope": "erkk"}, UnknownName, "unknown scope 'erkk'.*'erk'"),
+        ({"on_collapse": "rise"}, UnknownName, "unknown on_collapse 'rise'.*'raise'"),
+        ({"rounds": 0}, SettingError, "rounds came as 0.*>= 1"),
+        ({"batches": 1.5}, SettingError, "batches came as 1.5"),
+        ({"data": None}, SettingError, r"snip came without data.*give data=loader"),
+        ({"data": []}, DataError, "data holds no batch"),
+        ({"data": [torch.zeros(4, 8)]}, DataError, r"a batch came as Tensor.*pairs \(x, y\)"),
+        ({"data": [(torch.zeros(4, 8),)]}, DataError, "a batch came as tuple of 1"),
+        ({"method": "synflow", "data": []}, DataError, "data holds no batch"),
+        ({"method": "synflow", "data": ["text"]}, DataError, "the input came as str.*give example="),
+        ({"method": "synflow", "data": None}, SettingError, r"synflow came without the shape of an input.*example=x\[:1\]"),
+        ({"method": "lottery"}, SettingError, "lottery came without train"),
+        ({"method": "lottery", "train": print, "scope": "erk"}, SettingError, "lottery came with scope='erk'"),
+        ({"method": "lottery", "train": print, "rounds": 3}, SettingError, "rounds=3"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_three_parts(how, error, says):
+    how = {"method": "snip", "sparsity": 0.5, "data": LOADER, **how}
+    with pytest.raises(error, match=says) as caught:
+        prune(NET, how.pop("method"), **how)
+    assert caught.value.came
+    assert caught.value.allowed
+    assert caught.value.fix
+
+
+def test_nan_in_a_weight_is_refused_with_the_layer_named():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight.data[0, 0] = torch.nan
+    with pytest.raises(MaskError, match=r"magnitude gave NaN or infinite scores for 1\.weight\."):
+        prune(net, "magnitude", sparsity=0.5)
+
+
+def test_no_more_batches_are_read_than_asked_for():
+    read = []
+
+    def endless():
+        while True:
+            read.append(1)
+            yield LOADER[0]
+
+    prune(NET, "snip", sparsity=0.5, data=endless())
+    assert len(read) == 1
+    prune(NET, "grasp", sparsity=0.5, data=endless(), batches=3)
+    assert len(read) == 4
+    prune(NET, "synflow", sparsity=0.5, data=endless())
+    assert len(read) == 5
+
+
+def test_synflow_needs_a_shape_only_from_an_example_or_the_first_batch_labelled_or_not():
+    of_example = prune(NET, "synflow", sparsity=0.5, example=torch.randn(7, 8))
+    assert prune(NET, "synflow", sparsity=0.5, data=LOADER) == of_example
+    assert prune(NET, "synflow", sparsity=0.5, data=[torch.full((2, 8), torch.nan)]) == of_example
+
+
+def test_the_loss_is_the_callers_own():
+    def last_output(out, y):
+        return out[:, 3].square().mean()
+
+    mask = prune(NET, "snip", sparsity=1 - 6 / 72, data=LOADER, loss=last_output, exclude=["0"], on_collapse="raise")
+    assert mask["2.weight"][3].any()
+    assert not prune(NET, "snip", sparsity=0.75, data=LOADER, loss=last_output, exclude=["0"])["2.weight"][:3].any()
+
+
+def test_more_rounds_never_bring_a_weight_back():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    for method in ("snip", "synflow"):
+        few = prune(net, method, sparsity=1 - 96 / 192, data=LOADER, rounds=1)
+        more = prune(net, method, sparsity=1 - 48 / 192, data=LOADER, rounds=2)  # its first round keeps the same 96
+        assert all(bool((few[name] | ~more[name]).all()) for name in more)
+        assert more != prune(net, method, sparsity=1 - 48 / 192, data=LOADER, rounds=1)  # scored anew in between
+
+
+def test_avoid_gives_a_tiny_layer_its_best_weight_and_takes_it_from_the_others():
+    net = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    net[1].weight.data.mul_(1e-6)
+    mask = prune(net, "magnitude", sparsity=0.5, on_collapse="avoid")
+    assert mask["1.weight"].sum() == 1
+    assert int(mask["1.weight"].reshape(-1).nonzero()) == int(net[1].weight.abs().argmax())
+    assert mask.kept == 36
+
+
+def test_a_half_precision_model_is_ranked_without_underflow():
+    net = nn.Linear(4, 4, bias=False).half()
+    net.weight.data.copy_(torch.arange(1, 17).reshape(4, 4) * 1e-4)
+    wanted = prune(net, "magnitude", sparsity=0.5)
+    got = prune(net, "snip", sparsity=0.5, data=[(torch.full((2, 4), 1e-3).half(), None)], loss=lambda out, y: out.sum())
+    assert got == wanted  # equal gradients of 2e-3: in float16 the products, from 2e-7 up, would run together
+
+
+def test_the_example_of_the_design_runs_as_written():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
+    loader = [(torch.randn(4, 3, 8, 8), torch.arange(4))]
+    mask = anymask.prune(model, "synflow", sparsity=0.98, data=loader)
+    assert (mask.kept, mask.info["method"]) == (round(0.02 * mask.total), "synflow")
