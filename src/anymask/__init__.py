@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from anymask.holding import Hold, hold
     from anymask.mask import Mask
     from anymask.mask_io import load_mask
-    from anymask.prunable import prunable
+    from anymask.prunables import prunable
     from anymask.pruning import prune
     from anymask.recipe import Recipe
     from anymask.train import fit
@@ -24,7 +24,7 @@ _HOME = {
     "fit": "train",
     "hold": "holding",
     "load_mask": "mask_io",
-    "prunable": "prunable",
+    "prunable": "prunables",
     "prune": "pruning",
 }
 __all__ = ["Hold", "Mask", "Recipe", "__version__", "fit", "hold", "load_mask", "prunable", "prune"]

@@ -60,4 +60,4 @@ class Duration:
         return min(total, round(self.amount * each))
 
     def __str__(self) -> str:
-        return f"{self.amount:g}{self.unit}"
+        return f"{self.amount:.15g}{self.unit}"

@@ -17,7 +17,7 @@ class Hold:
         self.mask = mask
         self._parameters = mask.check(model)
         self._pruned = {name: ~mask[name] for name in mask}
-        self._handles = [p.register_post_accumulate_grad_hook(self._gradient_hook(name)) for name, p in self._parameters.items()]
+        self._handles = [self._hold_gradient(name, parameter) for name, parameter in self._parameters.items()]
         self._handles += [optimizer.register_step_post_hook(self), optimizer.register_load_state_dict_post_hook(self)]
         self(optimizer)
 
@@ -41,7 +41,7 @@ class Hold:
             handle.remove()
         self._handles = []
 
-    def _gradient_hook(self, name: str) -> Any:
+    def _hold_gradient(self, name: str, parameter: Tensor) -> Any:
         # After accumulation and before clipping, scaling or all-reduce: nobody sees an unmasked gradient.
         # Filled, not multiplied: an overflowed half-precision gradient is inf, and inf * 0 is NaN.
         def mask_gradient(parameter: Tensor) -> None:
@@ -50,7 +50,11 @@ class Hold:
             elif parameter.grad is not None:
                 parameter.grad.masked_fill_(self._where(name, parameter), 0)
 
-        return mask_gradient
+        mask_gradient(parameter)
+        trains = parameter.requires_grad
+        handle = parameter.requires_grad_(True).register_post_accumulate_grad_hook(mask_gradient)  # refused on a frozen one
+        parameter.requires_grad_(trains)  # which may be thawed later
+        return handle
 
     def _where(self, name: str, parameter: Tensor) -> Tensor:
         """The pruned places, on the parameter's device and in its memory layout (a model may be moved after `hold`)."""
@@ -73,7 +77,7 @@ def hold(mask: Mask, model: nn.Module, optimizer: Optimizer) -> Hold:
         optimizer: any `torch.optim.Optimizer` that holds the parameters of `model`.
 
     Raises:
-        MaskError: when the mask does not fit, or `optimizer` holds a mask already.
+        MaskError: when the mask does not fit, or `optimizer` holds a mask already or none of the masked parameters.
 
     Example:
         >>> import torch, anymask
@@ -89,6 +93,13 @@ def hold(mask: Mask, model: nn.Module, optimizer: Optimizer) -> Hold:
             f"this {type(optimizer).__name__} holds a mask already",
             allowed="one hold for each optimiser",
             fix="call release() on the first hold",
+        )
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in trained for parameter in mask.check(model).values()):
+        raise MaskError(
+            f"this {type(optimizer).__name__} trains none of the {len(mask)} masked parameters",
+            allowed="an optimiser made from the parameters of this very model",
+            fix="make it from model.parameters()",
         )
     return Hold(mask, model, optimizer)
 

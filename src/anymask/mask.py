@@ -18,7 +18,7 @@ class Mask(Mapping[str, Tensor]):
         info: where the mask comes from (method, sparsity, seed ...), plain JSON values, saved with it.
 
     Raises:
-        MaskError: when `kept` is empty or holds values other than 0 and 1.
+        MaskError: when `kept` or one of its tensors is empty, or holds values other than 0 and 1.
 
     Example:
         >>> import torch
@@ -135,6 +135,8 @@ def _as_bool(name: str, tensor: Tensor) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise MaskError(f"{name} came as {type(tensor).__name__}", allowed="a tensor of bool or of 0 and 1", fix="torch.as_tensor(...) it")
     tensor = tensor.detach().cpu()
+    if tensor.numel() == 0:
+        raise MaskError(f"{name} has no weights: its shape is {tuple(tensor.shape)}", allowed="at least one weight", fix="leave it out")
     kept = tensor.bool()
     if tensor.dtype is not torch.bool and not torch.equal(kept.to(tensor.dtype), tensor):
         raise MaskError(

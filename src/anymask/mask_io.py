@@ -1,7 +1,9 @@
 """Mask files: safetensors, one bit a weight."""
 
+import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,8 @@ FORMAT = "anymask-mask-1"
 def save(mask: Mask, path: str | os.PathLike[str]) -> None:
     """Write `mask` to `path`: safetensors, one bit a weight, with shapes and `mask.info` in the header."""
     packed = {name: np.packbits(mask[name].numpy().reshape(-1)) for name in mask}
-    header = {"shapes": {name: list(mask[name].shape) for name in mask}, "info": mask.info}
-    blob = to_bytes(packed, metadata={"format": FORMAT, "header": json.dumps(header)})
+    header = json.dumps({"shapes": {name: list(mask[name].shape) for name in mask}, "info": mask.info})
+    blob = to_bytes(packed, metadata={"format": FORMAT, "header": header, "sha256": _digest(header, packed.values())})
     with atomic(path) as file:
         file.write(blob)
 
@@ -61,8 +63,19 @@ def _read(path: Path) -> Mask:
         header = json.loads(metadata["header"])
         if set(header["shapes"]) != set(file.keys()):
             raise _bad(path, "names of the header and of the tensors differ")
-        kept = {name: _unpack(path, file.get_tensor(name), shape) for name, shape in header["shapes"].items()}
+        packed = {name: file.get_tensor(name) for name in header["shapes"]}
+    if _digest(metadata["header"], packed.values()) != metadata["sha256"]:
+        raise _bad(path, "its checksum is wrong")
+    kept = {name: _unpack(path, packed[name], shape) for name, shape in header["shapes"].items()}
     return Mask(kept, info=dict(header["info"]))
+
+
+def _digest(header: str, packed: Iterable[np.ndarray]) -> str:
+    """A flipped bit would be another mask, and safetensors would not see it."""
+    digest = hashlib.sha256(header.encode())
+    for bits in packed:
+        digest.update(bits.tobytes())
+    return digest.hexdigest()
 
 
 def _unpack(path: Path, bits: np.ndarray, shape: list[int]) -> torch.Tensor:

@@ -169,7 +169,7 @@ class Recipe:
             )
         carried = held(optimizer)
         mask = mask if mask is not None else (carried.mask if carried is not None else None)
-        context = Context(model, optimizer, loss, mask=mask, example=example, data=data, seed=seed)
+        context = Context(model, optimizer, loss, mask=mask, example=example, data=data, total_steps=total_steps, seed=seed)
         return RunningRecipe(self, context, total_steps=total_steps, per_epoch=steps_per_epoch, start=start, state=state)
 
 

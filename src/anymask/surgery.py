@@ -1,5 +1,6 @@
 """Looking into models: what they are made of, how data flows through them, what they cost."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,11 +123,10 @@ def units(model: nn.Module, example: Tensor) -> list[Unit]:
     Modules that are called more than once are left out: one call could not be told from another.
     """
     calls = trace(model, example)
-    times: dict[int, int] = {}
-    for call in calls:
-        times[id(call.module)] = times.get(id(call.module), 0) + 1
+    times = Counter(id(call.module) for call in calls)
+    used = Counter(id(call.input) for call in calls)  # an activation in place uses, and gives, the very tensor it takes
     once = [call for call in calls if times[id(call.module)] == 1]
-    made = {id(call.output): call for call in once if isinstance(call.module, CONVS)}
+    made = {id(call.output): call for call in once if isinstance(call.module, CONVS) and used[id(call.output)] == 1}
     return [
         Unit(
             conv.name,

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import anymask
 from anymask.errors import MaskError
-from anymask.prunable import prunable
+from anymask.prunables import prunable
 from anymask.pruning import METHODS, CollapseWarning, Method
 
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -76,7 +76,7 @@ def test_rows_are_filed_under_their_own_names_and_describe_themselves_in_a_line(
 
 @every_method
 @pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.7, 0.999])
+@pytest.mark.parametrize("sparsity", [0.0, 0.7, 0.999])
 @pytest.mark.filterwarnings("ignore::anymask.pruning.CollapseWarning")
 def test_the_count_is_exact(method, net, sparsity):
     model, loader = make(net)

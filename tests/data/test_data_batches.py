@@ -74,18 +74,18 @@ def test_padding_is_black_before_normalisation():
 @settings(deadline=None)
 @given(
     count=st.integers(1, 40),
-    batch_size=st.integers(1, 12),
     epoch=st.integers(0, 1000),
+    data=st.data(),
+    batch_size=st.integers(1, 12),
     seed=st.integers(0, 2**40),
     shuffle=st.booleans(),
-    data=st.data(),
 )
-def test_an_epoch_begun_in_its_middle_yields_the_batches_of_the_whole_one(count, batch_size, epoch, seed, shuffle, data):
+def test_an_epoch_begun_in_its_middle_yields_the_batches_of_the_whole_one(*, count, epoch, data, **settings):
     split = noise(count)
-    batches = Batches(split, batch_size=batch_size, seed=seed, shuffle=shuffle, augment=Augment(pad=1))
+    batches = Batches(split, augment=Augment(pad=1), **settings)
     whole = list(batches.epoch(epoch))
     start = data.draw(st.integers(0, len(batches)))
-    resumed = Batches(split, batch_size=batch_size, seed=seed, shuffle=shuffle, augment=Augment(pad=1))
+    resumed = Batches(split, augment=Augment(pad=1), **settings)
     assert same(resumed.epoch(epoch, start=start), whole[start:])
     assert sorted(torch.cat([labels for _, labels in whole]).tolist()) == list(range(count))
     assert len(whole) == len(batches)

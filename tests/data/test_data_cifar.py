@@ -80,14 +80,21 @@ class Call:
 def test_a_hostile_pickle_is_refused_and_runs_nothing(five, protocol):
     marker = five / "touched"
     (five / "data_batch_2").write_bytes(pickle.dumps({"data": cifar_rows(1), "labels": [0], "x": Touch(marker)}, protocol=protocol))
-    with pytest.raises(FileFormatError, match="system, which no CIFAR file needs"):
+    with pytest.raises(FileFormatError, match="which no CIFAR file needs"):
         load("cifar10", dir=five)
     assert not marker.exists()
 
 
 @pytest.mark.parametrize(
     "call",
-    [Call(eval, "1"), Call(getattr, np, "x"), Call(np.frombuffer, b"a"), Call(np.load, "x"), Call(torch.load, "x"), Call(bytearray, 9)],
+    [
+        Call(eval, "1"),
+        Call(getattr, "a", "upper"),
+        Call(np.frombuffer, b"a"),
+        Call(np.load, "x"),
+        Call(torch.load, "x"),
+        Call(bytearray, 9),
+    ],
 )
 def test_nothing_else_can_be_named_in_a_pickle(five, call):
     (five / "test_batch").write_bytes(pickle.dumps(call, protocol=4))

@@ -112,7 +112,7 @@ def test_a_network_that_does_not_answer_is_an_error_in_three_parts(target, monke
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with socket.socket() as taken:  # bound and not listening: connections are refused
         taken.bind(("127.0.0.1", 0))
-        with pytest.raises(DataError, match="could not be fetched .*Allowed: .*To do: check the network"):
+        with pytest.raises(DataError, match=r"could not be fetched .*Allowed: .*To do: check the network"):
             fetch([Remote(f"http://127.0.0.1:{taken.getsockname()[1]}/x.gz", "0" * 32)], target)
     assert list(target.iterdir()) == []
 

@@ -76,7 +76,7 @@ def test_empty_folders_are_refused(tmp_path, empty, message):
 def test_a_folder_that_is_not_given_or_not_there_is_refused(tmp_path):
     with pytest.raises(DataError, match="'folder' came without a folder"):
         load("folder")
-    with pytest.raises(DataError, match="no folder in .*gone"):
+    with pytest.raises(DataError, match=r"no folder in .*gone"):
         load("folder", dir=tmp_path / "gone")
 
 
@@ -114,7 +114,7 @@ def test_missing_annotations_and_images_are_named(tiny):
         load("tiny-imagenet", dir=tiny)
     for path in (tiny / "train" / "n02" / "images").iterdir():
         path.unlink()
-    with pytest.raises(DataError, match="no images in .*n02"):
+    with pytest.raises(DataError, match=r"no images in .*n02"):
         load("tiny-imagenet", dir=tiny)
 
 

@@ -39,5 +39,5 @@ def test_tiny_imagenet_is_read(unpacked):
 
 
 def test_an_unknown_name_suggests_the_nearest():
-    with pytest.raises(UnknownName, match="did you mean 'cifar100'|'cifar10'"):
+    with pytest.raises(UnknownName, match="did you mean 'cifar100' or 'cifar10'"):
         load("cifar-100")

@@ -12,7 +12,7 @@ from torch.nn.utils import prune as torch_prune
 
 import anymask
 from anymask.errors import MaskError
-from anymask.prunable import prunable
+from anymask.prunables import prunable
 from anymask.pruning import criteria
 from anymask.pruning.batches import Batches
 
@@ -161,14 +161,14 @@ def test_synflow_equals_the_sum_over_paths_divided_by_all_paths():
 @pytest.mark.parametrize("rounds", [1, 3, 100])
 def test_synflow_prunes_round_by_round_as_by_hand(rounds):
     model = net(3, 4, 5, 2)
-    names, kept = ["0.weight", "2.weight", "4.weight"], 7
+    names, kept = ["0.weight", "2.weight", "4.weight"], 24  # of 42; with few left, weights in a row have equal scores
     weights = [model[i].weight.detach().numpy().copy() for i in (0, 2, 4)]
     for number in range(1, rounds + 1):
         scores = dict(zip(names, synflow_by_hand(weights), strict=True))
         left = best_of(scores, round(42 * (kept / 42) ** (number / rounds)))
         weights = [w * left[name].numpy() for name, w in zip(names, weights, strict=True)]
-    mask = anymask.prune(model, "synflow", sparsity=1 - kept / 42, example=torch.zeros(2, 3), rounds=rounds)
-    assert mask == anymask.Mask(left)
+    assert sum(int(t.sum()) for t in left.values()) == kept
+    assert anymask.prune(model, "synflow", sparsity=1 - kept / 42, example=torch.zeros(2, 3), rounds=rounds) == anymask.Mask(left)
 
 
 def test_synflow_takes_100_rounds_unless_told_otherwise():
@@ -179,7 +179,7 @@ def test_synflow_takes_100_rounds_unless_told_otherwise():
 def test_synflow_does_not_take_batch_norm_statistics_for_weights():
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 2))
     fresh = anymask.prune(model, "synflow", sparsity=0.5, example=torch.zeros(1, 2, 5, 5))
-    model(torch.randn(8, 2, 5, 5) * 50 + 20)  # train mode: moves the statistics far away
+    model(torch.randn(8, 2, 5, 5) * 500 + 200)  # train mode: moves the statistics far away
     assert float(model[1].running_mean.abs().max()) > 1
     assert anymask.prune(model, "synflow", sparsity=0.5, example=torch.zeros(1, 2, 5, 5)) == fresh
 
@@ -193,11 +193,12 @@ def test_synflow_is_finite_and_conserved_through_104_layers(gain):
     assert all(float(score.sum()) == pytest.approx(1, rel=1e-9) for score in got.values())
 
 
-def test_synflow_refuses_a_flow_beyond_float64_rather_than_rank_infinities():
+@pytest.mark.parametrize("weight", [1e27, 1e30])  # the sum of the outputs only, or activations too
+def test_synflow_refuses_a_flow_beyond_float64_rather_than_rank_what_is_left(weight):
     model = net(*[10] * 12)
-    for weight in model.parameters():
-        nn.init.constant_(weight, 1e30)
-    with pytest.raises(MaskError, match=r"synflow gave NaN or infinite scores for 0\.weight"):
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, weight)
+    with pytest.raises(MaskError, match=r"the flow of synflow came as inf"):
         anymask.prune(model, "synflow", sparsity=0.5, example=torch.zeros(1, 10))
 
 
@@ -219,9 +220,9 @@ def test_scope_sets_the_layer_counts_and_each_layer_keeps_its_own_best(scope, ke
 def test_random_is_random_erk_and_keeps_every_weight_equally_often():
     model = nn.Linear(4, 5)
     assert anymask.prune(model, "random", sparsity=0.5, seed=1) == anymask.prune(model, "random-erk", sparsity=0.5, seed=1)
-    hits = sum(anymask.prune(model, "random", sparsity=0.7, seed=seed)["weight"].double() for seed in range(1000))
-    # 1000 draws with p = 0.3: standard deviation 14.5; five of them
-    assert bool(((hits - 300).abs() < 73).all()), hits
+    hits = sum(anymask.prune(model, "random", sparsity=0.7, seed=seed)["weight"].double() for seed in range(400))
+    # 400 draws with p = 0.3: standard deviation 9.2; five of them
+    assert bool(((hits - 120).abs() < 46).all()), hits
 
 
 @pytest.mark.parametrize("method", ["random-uniform", "random-er", "random-erk"])

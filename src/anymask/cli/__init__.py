@@ -1,0 +1,59 @@
+"""The command line: `anymask prune | train | compare | inspect | list`."""
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from cyclopts import CycloptsError
+
+from anymask.cli.app import make_app
+from anymask.cli.errors import explain, is_out_of_memory
+from anymask.errors import AnymaskError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and give its exit code: 0, 2 for what the user can mend, 130 after Ctrl-C.
+
+    Args:
+        argv: the words after `anymask`; None for those of this process.
+
+    Example:
+        >>> main(["--version"])
+        0.1.0
+        0
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with _warnings_as_notes():
+            code = make_app()(words, exit_on_error=False, print_error=False)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader has left, as in `anymask list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        return 141
+    except (AnymaskError, CycloptsError, OSError) as error:
+        print(explain(error), file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(explain(error), file=sys.stderr)
+        return 2
+    return int(code or 0)
+
+
+@contextmanager
+def _warnings_as_notes() -> Iterator[None]:
+    """Warnings as a line for people, without the place in the code."""
+
+    def note(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"Note: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = note
+        yield

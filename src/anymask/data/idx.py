@@ -5,8 +5,7 @@ import lzma
 import math
 import struct
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anymask.data.splits import Dataset, Split
-from anymask.errors import DataError, FileFormatError
+from anymask.errors import FileFormatError
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 EMBEDDED = Path(__file__).parent / "embedded" / "fashion-mnist-5k.idx.xz"
@@ -24,21 +23,13 @@ _OPENERS: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".xz": lzma.ope
 
 def read_embedded(path: Path) -> Dataset:
     """Four idx arrays, one after the other in one .xz stream: training images and labels, test images and labels."""
-    with _reading(path) as file:
-        arrays = [read_idx(file) for _ in STEMS]
-    return _dataset("fashion-mnist-5k", arrays, path)
+    return _dataset("fashion-mnist-5k", _arrays(path, count=len(STEMS)), path)
 
 
 def read_fashion_mnist(folder: Path) -> Dataset:
     """The four files of the publishers, each as it is or with .gz."""
-    arrays = []
-    for stem in STEMS:
-        path = folder / stem if (folder / stem).exists() else folder / f"{stem}.gz"
-        if not path.exists():
-            raise DataError(f"no {stem} in {folder}", allowed=f"{', '.join(STEMS)}, with or without .gz", fix="fetch the missing file")
-        with _reading(path) as file:
-            arrays.append(read_idx(file))
-    return _dataset("fashion-mnist", arrays, folder)
+    paths = [folder / stem if (folder / stem).exists() else folder / f"{stem}.gz" for stem in STEMS]
+    return _dataset("fashion-mnist", [array for path in paths for array in _arrays(path, count=1)], folder)
 
 
 def read_idx(file: IO[bytes]) -> Tensor:
@@ -62,17 +53,19 @@ def read_idx(file: IO[bytes]) -> Tensor:
     return torch.frombuffer(bytearray(values), dtype=torch.uint8).reshape(shape)
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[IO[Any]]:
+def _arrays(path: Path, *, count: int) -> list[Tensor]:
     try:
         with _OPENERS.get(path.suffix, open)(path, "rb") as file:
-            yield file
-    except (OSError, EOFError, ValueError, struct.error, zlib.error, lzma.LZMAError) as error:
+            arrays = [read_idx(file) for _ in range(count)]
+            if file.read(1):  # reading to the end also makes gzip and lzma compare their checksums
+                raise ValueError(f"more than {count} arrays")
+    except (OSError, EOFError, ValueError, OverflowError, MemoryError, struct.error, zlib.error, lzma.LZMAError) as error:
         raise FileFormatError(
             f"{path} cannot be read ({type(error).__name__}: {error})",
             allowed="a whole idx file, as published, or a part written by tools/make_fashion_mnist_5k.py",
             fix="fetch or make the file again",
         ) from error
+    return arrays
 
 
 def _dataset(name: str, arrays: list[Tensor], source: Path) -> Dataset:

@@ -5,12 +5,15 @@ may change at will and that holds the weights as masked so far; `weights` are th
 caller's model. Scores are compared with each other only, so factors that all of them share are left out.
 """
 
+import math
+import sys
 from collections.abc import Callable, Mapping
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
+from anymask.errors import MaskError
 from anymask.pruning.batches import Batches, device_of
 from anymask.pruning.select import wide
 
@@ -101,6 +104,12 @@ def synflow(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, T
     flow = model(torch.ones(1, *(batches.shape or ()), dtype=torch.float64, device=device_of(model))).sum()
     if flow.item() == 0:  # every path is cut: no weight matters
         return {name: torch.zeros(weight.shape, dtype=torch.float64) for name, weight in weights.items()}
+    if not math.isfinite(flow.item()):
+        raise MaskError(
+            f"the flow of synflow came as {flow.item()}",
+            allowed=f"a number that float64 holds, below {sys.float_info.max:.0e}",
+            fix="look for NaN, inf or very large numbers in the model; scale its weights down",
+        )
     grads = _gradients(flow / flow.detach(), wanted)
     return {name: wide(weights[name]).abs() * wide(g) for name, g in zip(wanted, grads, strict=True)}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from anymask.errors import MaskError, SettingError
 from anymask.mask import Mask
-from anymask.prunable import prunable
+from anymask.prunables import prunable
 from anymask.pruning.budget import at_least, keep_count, report_collapse
 from anymask.pruning.isolation import isolated_random, masked_copy
 from anymask.pruning.lottery_folder import LotteryFolder

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from anymask.errors import SettingError
 from anymask.mask import Mask
-from anymask.prunable import prunable
+from anymask.prunables import prunable
 from anymask.pruning.batches import Batches, Loss, device_of, input_shape, take
 from anymask.pruning.budget import at_least, keep_count, report_collapse
 from anymask.pruning.distribution import DISTRIBUTIONS, Shapes, layer_counts

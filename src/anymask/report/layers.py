@@ -8,6 +8,7 @@ from anymask.report.cells import Cell, names
 from anymask.report.look import Plot, text
 
 LEAST_DENSITY = 1e-4  # the colour of a layer with no weight at all, where a logarithm has no value
+MARGIN = {"l": 8, "r": 12, "t": 40, "b": 8}  # the columns are named at the top
 
 
 def densities(members: Sequence[Cell]) -> Plot | None:
@@ -36,7 +37,12 @@ def densities(members: Sequence[Cell]) -> Plot | None:
     axis = {"type": "category", "automargin": True, "showgrid": False, "zeroline": False}
     return {
         "data": [heat],
-        "layout": {"height": 90 + 24 * len(layers), "xaxis": {**axis, "side": "top"}, "yaxis": {**axis, "autorange": "reversed"}},
+        "layout": {
+            "height": 60 + 24 * len(layers),
+            "margin": MARGIN,
+            "xaxis": {**axis, "side": "top"},
+            "yaxis": {**axis, "autorange": "reversed"},
+        },
     }
 
 

@@ -96,7 +96,7 @@ def differences(group: Group, look: dict[str, Style], *, baseline: str) -> Plot 
     data: list[Plot] = []
     for index, recipe in enumerate(recipes):
         data += _difference_marks(lines, recipe, look[recipe], index=index, count=len(recipes))
-    layout = _rows_layout([name for name, _ in lines], title="difference, percentage points", marks=len(recipes))
+    layout = _rows_layout([name for name, _ in lines], title="difference, points", marks=len(recipes))
     zero = {"type": "line", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "yref": "paper", "line": {"color": GREY, "width": 2}, "layer": "below"}
     return {"data": data, "layout": {**layout, "shapes": [zero]}}
 

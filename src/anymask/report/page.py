@@ -16,6 +16,9 @@ from anymask.report.stats import overall, paired
 from anymask.report.table import NOTHING, Table, grids, tables, verdicts
 from anymask.runlog import atomic
 
+LEAD = "Differences in test accuracy, in percentage points with their 95% confidence intervals; how they are made is said below the tables."
+UNCOMPARED = "No mask has runs of the baseline and of another recipe yet, so there is nothing to compare."
+
 
 def write_page(rows: Iterable[Row], path: str | os.PathLike[str], *, title: str, baseline: str = "default") -> None:
     """Write finished runs to `path` as one interactive HTML page that loads nothing from anywhere.
@@ -42,8 +45,8 @@ def _parts(rows: Sequence[Row], title: str, baseline: str) -> dict[str, str]:
         "title": escape(title),
         "summary": _summary(members, baseline),
         "figures": "".join(_figure(number, figure) for number, figure in enumerate(drawn)),
-        "tables": "".join(map(_table, tables(rows, baseline=baseline))),
-        "grids": "".join(_table(grid) for grid in grids(rows, baseline=baseline) if len(grid.lines) > 1),
+        "tables": _section("Results", tables(rows, baseline=baseline)),
+        "grids": _section("Recipe by recipe", [grid for grid in grids(rows, baseline=baseline) if len(grid.lines) > 1]),
         "facts": _facts(rows),
         "plots": _json([[plot for _, plot in figure.options] for figure in drawn]),
         "plotly": _plotly(),
@@ -52,8 +55,8 @@ def _parts(rows: Sequence[Row], title: str, baseline: str) -> dict[str, str]:
 
 def _summary(members: Sequence[Group], baseline: str) -> str:
     found = [(group.title, overall(paired(group.rows, baseline=baseline))) for group in members]
-    lists = [f"<p>{escape(title)}</p>{_list([f'{verdicts(member)}.' for member in across])}" for title, across in found]
-    return "".join(lists) or f"<p>{NOTHING}</p>"
+    lists = [f"<h3>{escape(title)}</h3>{_list([f'{verdicts(member)}.' for member in across] or [UNCOMPARED])}" for title, across in found]
+    return f"<p>{LEAD if lists else NOTHING}</p>{''.join(lists)}"
 
 
 def _fill(parts: dict[str, str]) -> str:
@@ -88,12 +91,16 @@ def _figure(number: int, figure: Figure) -> str:
     )
 
 
+def _section(title: str, members: Sequence[Table]) -> str:
+    return f"<section><h2>{title}</h2>{''.join(map(_table, members))}</section>" if members else ""
+
+
 def _table(table: Table) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.header)
     body = "".join(f"<tr>{''.join(f'<td>{escape(entry)}</td>' for entry in line)}</tr>" for line in table.lines)
-    rows = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    grid = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     heading = escape(table.heading)
-    return f'<h3>{heading}</h3><div class="wide" tabindex="0" role="region" aria-label="{heading}">{rows}</div>{_list(table.notes)}\n'
+    return f'<h3>{heading}</h3><div class="wide" tabindex="0" role="region" aria-label="{heading}">{grid}</div>{_list(table.notes)}\n'
 
 
 def _list(entries: Sequence[str]) -> str:

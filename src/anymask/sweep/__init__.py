@@ -1,5 +1,7 @@
 """Many trainings, one ledger."""
 
-from anymask.sweep.compare import Cell, Grid, Watcher, cells, compare
+from anymask.sweep.compare import DENSE, Cell, Grid, Runner, Watcher, cells, compare
+from anymask.sweep.inspect import Overlap, overlap
+from anymask.sweep.single import cell_of, make_mask, train_one
 
-__all__ = ["Cell", "Grid", "Watcher", "cells", "compare"]
+__all__ = ["DENSE", "Cell", "Grid", "Overlap", "Runner", "Watcher", "cell_of", "cells", "compare", "make_mask", "overlap", "train_one"]

@@ -109,8 +109,8 @@ def compare(
         AnymaskError: for settings or data that do not fit; nothing is written before.
     """
     watcher, bench = watcher or Watcher(), Bench(experiment or Experiment(), protocol or Protocol())
-    runner = _Runner(bench, Path(folder))
-    planned = [(cell, settings_id(runner.settings(cell))) for cell in cells(grid)]
+    runner = Runner(bench, folder)
+    planned = [(cell, runner.name(cell)) for cell in cells(grid)]
     done = runner.ledger.ids()
     watcher.begin(total=len(planned), done=sum(name in done for _, name in planned))
     for cell, name in planned:
@@ -132,23 +132,46 @@ def cells(grid: Grid) -> Iterator[Cell]:
                     yield Cell(mask, sparsity, recipe, seed)
 
 
-class _Runner:
-    def __init__(self, bench: Bench, folder: Path) -> None:
-        self.bench, self.folder = bench, folder
-        self.ledger = Ledger(folder / "ledger.jsonl")
+@dataclass(frozen=True)
+class Trained:
+    """A finished training that is not in the ledger yet."""
+
+    row: dict[str, Any]
+    model: nn.Module  # plain, with the weights of the chosen checkpoint
+    mask: Mask | None
+
+
+class Runner:
+    """Trains cells in a run folder: ledger.jsonl, masks/ and, while a training runs, unfinished/."""
+
+    def __init__(self, bench: Bench, folder: str | Path) -> None:
+        self.bench, self.folder = bench, Path(folder)
+        self.ledger = Ledger(self.folder / "ledger.jsonl")
+
+    def name(self, cell: Cell) -> str:
+        """The id of the row of `cell`; equal for equal settings."""
+        return settings_id(self.settings(cell))
 
     def settings(self, cell: Cell) -> dict[str, Any]:
+        """All that decides the numbers of `cell`."""
         recipe = Recipe.preset(cell.recipe)
         cell_settings = {"mask": cell.mask, "sparsity": cell.sparsity, "recipe": cell.recipe, "seed": cell.seed}
         return {**self.bench.settings(), **cell_settings, "techniques": recipe.settings()}
 
     def run(self, cell: Cell, name: str, watcher: Watcher) -> dict[str, Any]:
+        """Train `cell`, or go on with it, and put it into the ledger."""
+        row = self.train(cell, name, watcher).row
+        self.ledger.append(row)
+        self.checkpoint_file(name).unlink(missing_ok=True)
+        return row
+
+    def train(self, cell: Cell, name: str, watcher: Watcher, *, log_dir: Path | None = None) -> Trained:
+        """Train `cell`, or go on with it; its checkpoint file stays."""
         model = self.bench.model(cell.seed)
         began = time.monotonic()
         mask = None if cell.mask == DENSE else self.mask(cell, model)
         mask_seconds = time.monotonic() - began
         train, validation, test = self.bench.batches(cell.seed)
-        unfinished = self.folder / "unfinished" / f"{name}.pt"
         result = fit(
             model,
             train,
@@ -158,7 +181,8 @@ class _Runner:
             validation=validation,
             test=test,
             seed=cell.seed,
-            checkpoint_file=unfinished,
+            checkpoint_file=self.checkpoint_file(name),
+            log_dir=log_dir,
             on_epoch=watcher.epoch,
         )
         row = {
@@ -173,22 +197,32 @@ class _Runner:
             "ghosts": result.added,
             "found": result.found,
         }
-        self.ledger.append(row)
-        unfinished.unlink(missing_ok=True)
-        return row
+        return Trained(row, model, mask)
+
+    def checkpoint_file(self, name: str) -> Path:
+        """Where the training of the row `name` is kept until it is finished."""
+        return self.folder / "unfinished" / f"{name}.pt"
+
+    def mask_file(self, cell: Cell) -> Path:
+        """Where the mask of `cell` is kept."""
+        settings = {**self.bench.settings(), "mask": cell.mask, "sparsity": cell.sparsity, "seed": cell.seed}
+        return self.folder / "masks" / f"{cell.mask}-{cell.sparsity:g}-seed{cell.seed}-{settings_id(settings)}.mask"
 
     def mask(self, cell: Cell, model: nn.Module) -> Mask:
         """The mask of `cell`, the same for all its recipes: made once on the initialisation of its seed, then read."""
         if Path(cell.mask).is_file():
             return load_mask(cell.mask)
-        settings = {**self.bench.settings(), "mask": cell.mask, "sparsity": cell.sparsity, "seed": cell.seed}
-        path = self.folder / "masks" / f"{cell.mask}-{cell.sparsity:g}-seed{cell.seed}-{settings_id(settings)}.mask"
+        path = self.mask_file(cell)
         if path.exists():
             return load_mask(path)
-        train, _, _ = self.bench.batches(cell.seed)
-        mask = prune(model, cell.mask, sparsity=cell.sparsity, data=train, seed=cell.seed, train=self._trainer(cell.seed))
+        mask = self.make_mask(cell, model)
         mask.save(path)
         return mask
+
+    def make_mask(self, cell: Cell, model: nn.Module) -> Mask:
+        """The mask of `cell`, made anew."""
+        train, _, _ = self.bench.batches(cell.seed)
+        return prune(model, cell.mask, sparsity=cell.sparsity, data=train, seed=cell.seed, train=self._trainer(cell.seed))
 
     def _trainer(self, seed: int) -> Any:
         train, _, _ = self.bench.batches(seed)

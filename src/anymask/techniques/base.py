@@ -26,6 +26,7 @@ class Context:
     mask: Mask | None = None
     example: Tensor | None = None  # a batch of inputs, (N, ...)
     data: Iterable[tuple[Tensor, Tensor]] | None = None  # batches of (input, target)
+    total_steps: int = 1  # optimiser steps of the whole training
     seed: int = 0
 
     def needs_example(self, technique: str) -> Tensor:

@@ -1,12 +1,14 @@
 """Layer-wise re-scaled initialisation, as a technique."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from anymask.durations import Duration
+from anymask.errors import SettingError
 from anymask.schedules import Schedule
 from anymask.techniques.base import Attached, Context, Technique
 from anymask.techniques.rescale import RescaleSettings, rescale
@@ -22,6 +24,8 @@ class LRsI(Technique):
     Args:
         settings: iterations, look-ahead step, gradient-norm bound and the rest, by their names in `RescaleSettings`.
         batches: how many batches of `data` are used, >= 1; they are kept in memory.
+        at_most: a bound of the iterations in a short training, as a duration such as "5%" of its steps; the rescaler's
+            learning rate rises in proportion, so that the scales can move as far. An iteration costs 2 to 4 steps.
 
     Raises:
         TechniqueError: on attach, when there is neither data nor an example, or the objective becomes non-finite.
@@ -38,13 +42,26 @@ class LRsI(Technique):
     schedule: Schedule = field(default_factory=lambda: Schedule("step", full="0%", end="0%"))
     settings: RescaleSettings = field(default_factory=RescaleSettings)
     batches: int = 16
+    at_most: str = "5%"
+
+    def __post_init__(self) -> None:
+        Duration.parse(self.at_most)
+        if self.batches < 1:
+            raise SettingError(f"batches came as {self.batches}", allowed="an integer >= 1", fix="16 is the default")
 
     def attach(self, context: Context) -> Attached:
         batches, labels = self._batches(context)
-        done = rescale(context.model, batches, mask=context.mask, loss=context.loss, settings=self.settings)
+        settings = self._bounded(context.total_steps)
+        done = rescale(context.model, batches, mask=context.mask, loss=context.loss, settings=settings)
         attached = Attached()
-        attached.found = f"{len(done.scales)} parameters, {self.settings.iterations} iterations on {len(batches)} batches, {labels}"
+        attached.found = f"{len(done.scales)} parameters, {settings.iterations} iterations on {len(batches)} batches, {labels}"
         return attached
+
+    def _bounded(self, total_steps: int) -> RescaleSettings:
+        most = max(1, Duration.parse(self.at_most).steps(total=total_steps))
+        if most >= self.settings.iterations:
+            return self.settings
+        return replace(self.settings, iterations=most, lr=min(0.1, self.settings.lr * self.settings.iterations / most))
 
     def _batches(self, context: Context) -> tuple[list[tuple[Tensor, Tensor]], str]:
         if context.data is not None:

@@ -1,4 +1,13 @@
-"""LRsI: before training, learn one scale for each parameter tensor of the masked network."""
+"""LRsI: before training, learn one scale for each parameter tensor of the masked network.
+
+Of the two batches of an iteration, B1 is one of those given; B2, as large, has the first half of it (`overlap`) and the
+first half of the batch that follows. A lone batch is cut in halves, which are then two batches. Batches of one size
+(`drop_last=True`) keep B2 large.
+
+While the scales are learned, batch and instance norms use the statistics of the batch and track nothing; every other
+module is in eval mode, so there is no dropout. Buffers, modes, `.grad` and torch's global generators (CPU, CUDA) are as
+before at the end; so are the parameters, the same objects, until the one multiplication in place.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -107,14 +116,7 @@ def rescale(
     the objective; Adam keeps separate moments for the two. s_min is `min_bias_scale` for a parameter with "bias" in the
     last part of its name and `min_weight_scale` for any other; every parameter that requires a gradient has one scale,
     tied weights one together. A parameter that is all zeros (biases of a fresh batch norm) moves in the look-ahead
-    step, but its scale stays at 1.
-
-    B1 is a batch; B2, as large, has the first half of it (`overlap`) and the first half of the batch that follows. A
-    lone batch is cut in halves, which are then two batches. Batches of one size (`drop_last=True`) keep B2 large.
-
-    Meanwhile batch and instance norms use the statistics of the batch and track nothing; every other module is in
-    eval mode, so there is no dropout. Buffers, modes, `.grad` and torch's global generators (CPU, CUDA) are as before at the
-    end; so are the parameters, the same objects, until the one multiplication in place, after which pruned weights are 0.
+    step, but its scale stays at 1. Pruned weights are 0 afterwards.
 
     Args:
         model: gives the output that `loss` takes from the inputs alone; twice differentiable where the norm is over gamma.
@@ -132,8 +134,7 @@ def rescale(
     Example:
         >>> import torch
         >>> from torch import nn
-        >>> torch.manual_seed(0) is not None
-        True
+        >>> _ = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> batches = [(torch.randn(16, 4), torch.randint(3, (16,))) for _ in range(4)]
         >>> done = rescale(net, batches, settings=RescaleSettings(iterations=5))

@@ -1,0 +1,7 @@
+"""`python -m anymask`."""
+
+import sys
+
+from anymask.cli import main
+
+sys.exit(main())

@@ -1,0 +1,149 @@
+"""The table of commands, with the help and the examples of each."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from cyclopts import App, Parameter
+
+import anymask
+from anymask.cli.settings import check_whole_numbers, read_config, split_commas
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command; `target` is imported when the command is used, because most of them need torch."""
+
+    target: str
+    about: str
+    more: str
+
+
+COMMANDS: dict[str, Command] = {
+    "compare": Command(
+        "anymask.cli.compare:compare",
+        "Train the same sparse networks with each recipe, paired by seed, and say what a recipe brings.",
+        """\
+Every mask is made on the dense initialisation of a seed. Each recipe then
+trains that same network: same initialisation, mask, split, order of the data.
+Ctrl-C keeps what is finished; the same command goes on from there.
+
+Examples:
+
+  # Embedded images, three masks, three seeds: table and page in runs/compare
+  anymask compare
+
+  # Fewer masks at two sparsities; --dry-run only shows what it would train
+  anymask compare --masks snip synflow --sparsity 0.95 0.98 --seeds 5 --dry-run
+
+  # With GraSP and the lottery ticket, whose rounds take longer: each prunes 20%
+  # of what is left, so that a ticket costs about log(1 - sparsity) / log(0.8)
+  # trainings for each seed, 18 of them at sparsity 0.98.
+  anymask compare --masks random-erk snip synflow grasp lottery --out runs/all
+
+  # Which technique does it? One alone, and all but one, against the default
+  anymask compare --masks snip --recipes default tost:lrsi tost:-lrsi tost
+
+  # Settings from a file, some of them changed
+  anymask compare --config presets/demo.toml --epochs 3 --out runs/short
+""",
+    ),
+    "train": Command(
+        "anymask.cli.train:train",
+        "Train one sparse network, and keep its weights.",
+        """\
+OUT then holds model.safetensors (the plain network, at the checkpoint chosen
+on validation data), mask.mask and ledger.jsonl. A training that was stopped
+goes on with --resume, to the same numbers bit for bit.
+
+Examples:
+
+  anymask train --mask snip --sparsity 0.98 --out runs/snip
+
+  # A mask of your own: a file of mask.save(path)
+  anymask train --mask my.mask --recipe default --seed 1 --out runs/mine
+
+  # Go on after Ctrl-C or a power cut
+  anymask train --mask snip --sparsity 0.98 --out runs/snip --resume
+
+  # The dense network, of another kind, on CIFAR-100
+  anymask train --mask dense --data cifar100 --data-dir data \\
+    --model resnet32-2x --epochs 160 --out runs/dense
+""",
+    ),
+    "prune": Command(
+        "anymask.cli.prune:prune",
+        "Make a mask on the initialisation of a seed, and save it.",
+        """\
+Examples:
+
+  anymask prune synflow --sparsity 0.98 --out synflow.mask
+
+  # On another network and other images
+  anymask prune snip --sparsity 0.9 --data cifar10 --data-dir data \\
+    --model resnet20 --seed 1 --out snip.mask
+
+  # Which methods there are
+  anymask list masks
+""",
+    ),
+    "inspect": Command(
+        "anymask.cli.inspect:inspect",
+        "Show what is in a mask file, in two side by side, or in a run folder.",
+        """\
+Examples:
+
+  # Density of each layer
+  anymask inspect synflow.mask
+
+  # How much two masks overlap
+  anymask inspect synflow.mask snip.mask
+
+  # The table of what is finished; --page writes table.md and report.html again
+  anymask inspect runs/compare --page
+""",
+    ),
+    "list": Command(
+        "anymask.cli.listing:show",
+        "Show the names that other commands take: masks, recipes, techniques, models, data.",
+        """\
+Examples:
+
+  anymask list
+
+  anymask list masks
+""",
+    ),
+}
+
+_MORE = """\
+Start with:
+
+  anymask compare            # the main job, on images that come with it
+  anymask compare --help     # every setting, with examples
+  anymask list               # the names that can be given
+"""
+
+
+def make_app() -> App:
+    """The command line as a cyclopts App."""
+    app = App(
+        name="anymask",
+        help="Bring any mask, train it better: training sparse neural networks.",
+        help_epilogue=_MORE,
+        help_format="plaintext",
+        version=anymask.__version__,
+        default_parameter=Parameter(consume_multiple=1, negative_iterable=(), show_default=_shown),
+        config=[split_commas, read_config, check_whole_numbers],
+        suppress_keyboard_interrupt=False,  # `main` answers Ctrl-C, and commands say what is kept
+        result_action="return_value",
+    )
+    for place, (name, command) in enumerate(COMMANDS.items()):
+        app.command(command.target, name=name, help=command.about, help_epilogue=command.more, sort_key=place)
+    return app
+
+
+def _shown(value: Any) -> str | None:
+    """A default value for people; None where there is nothing to say."""
+    if value is None or value is False:
+        return None
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,55 @@
+"""`anymask compare`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from anymask import sweep
+from anymask.cli.outcome import LEDGER, show_table, write_outcome
+from anymask.cli.progress import watching
+from anymask.cli.settings import EXPERIMENT, GRID, PROTOCOL, RUN, ConfigFile
+from anymask.config import Bench, Experiment
+from anymask.runlog import Ledger
+from anymask.sweep import Grid, Runner
+from anymask.train import Protocol
+
+
+def compare(
+    *,
+    grid: Annotated[Grid | None, Parameter(name="*", group=GRID)] = None,
+    experiment: Annotated[Experiment | None, Parameter(name="*", group=EXPERIMENT)] = None,
+    protocol: Annotated[Protocol | None, Parameter(name="*", group=PROTOCOL)] = None,
+    out: Annotated[Path, Parameter(group=RUN, help="The run folder; trainings that it holds already are not run again.")] = Path(
+        "runs/compare"
+    ),
+    dry_run: Annotated[bool, Parameter(group=RUN, negative=(), help="Only show which trainings would run.")] = False,
+    config: ConfigFile = None,
+) -> int:
+    """Train each mask with each recipe, and report."""
+    grid, experiment, protocol = grid or Grid(), experiment or Experiment(), protocol or Protocol()
+    if dry_run:
+        return _show_plan(grid, Runner(Bench(experiment, protocol), out))
+    ledger, code = Ledger(out / LEDGER), 0
+    try:
+        with watching() as watcher:
+            sweep.compare(grid, out, experiment=experiment, protocol=protocol, watcher=watcher)
+    except KeyboardInterrupt:
+        kept = f"{len(ledger.rows())} finished trainings are kept in {out}"
+        print(f"\nStopped. {kept}; the same command goes on from there.", file=sys.stderr)
+        code = 130
+    if ledger.rows():
+        show_table(ledger, baseline=grid.recipes[0])
+        write_outcome(ledger, baseline=grid.recipes[0])
+    return code
+
+
+def _show_plan(grid: Grid, runner: Runner) -> int:
+    finished = runner.ledger.ids()
+    cells = list(sweep.cells(grid))
+    waiting = [cell for cell in cells if runner.name(cell) not in finished]
+    for cell in waiting:
+        print(cell)
+    print(f"{len(waiting)} of {len(cells)} trainings would run, {runner.bench.protocol.epochs} epochs each.", file=sys.stderr)
+    return 0

@@ -1,0 +1,44 @@
+"""What a run folder says, as files and on the screen."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from anymask.cli.errors import explain
+from anymask.errors import AnymaskError
+from anymask.report import table, write_page
+from anymask.runlog import Ledger, atomic
+
+LEDGER = "ledger.jsonl"
+
+
+def show_table(ledger: Ledger, *, baseline: str) -> None:
+    """Print the table of the finished trainings: laid out on a terminal, as Markdown elsewhere."""
+    text, console = table(ledger.rows(), baseline=baseline), Console()
+    if console.is_terminal:
+        console.print(Markdown(text))
+    else:
+        console.out(text, end="", highlight=False)
+
+
+def write_outcome(ledger: Ledger, *, baseline: str) -> None:
+    """Write table.md and report.html beside the ledger, and say where; without plotly, what to install."""
+    folder, note = ledger.path.parent, Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    rows = ledger.rows()
+    with atomic(folder / "table.md", "w") as file:
+        file.write(table(rows, baseline=baseline))
+    note.print(f"Table: {folder / 'table.md'}")
+    try:
+        write_page(rows, folder / "report.html", title=f"anymask: {folder.resolve().name}", baseline=baseline)
+    except AnymaskError as error:
+        note.print(explain(error))
+    else:
+        note.print(f"Page:  {folder / 'report.html'}")
+
+
+def ledger_of(path: Path) -> Ledger | None:
+    """The ledger that `path`, a run folder or the file itself, stands for; None when it is another file."""
+    if path.is_dir():
+        return Ledger(path / LEDGER)
+    return Ledger(path) if path.suffix == ".jsonl" else None

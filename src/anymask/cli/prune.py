@@ -1,0 +1,40 @@
+"""`anymask prune`."""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from anymask.cli.inspect import show_mask
+from anymask.cli.settings import EXPERIMENT, PROTOCOL, RUN, ConfigFile
+from anymask.config import Experiment
+from anymask.errors import SettingError
+from anymask.pruning import CollapseWarning
+from anymask.sweep import make_mask
+from anymask.train import Protocol
+
+
+def prune(
+    method: Annotated[str, Parameter(group=RUN, help="The mask method; `anymask list masks` shows them.")],
+    /,
+    *,
+    sparsity: Annotated[float, Parameter(group=RUN, help="Share of zeros, in [0, 1).")],
+    out: Annotated[Path, Parameter(group=RUN, help="The mask file to write.")],
+    seed: Annotated[int, Parameter(group=RUN, help="Gives the initialisation, and the images that are looked at.")] = 0,
+    experiment: Annotated[Experiment | None, Parameter(name="*", group=EXPERIMENT)] = None,
+    protocol: Annotated[Protocol | None, Parameter(name="*", group=PROTOCOL)] = None,
+    force: Annotated[bool, Parameter(group=RUN, negative=(), help="Replace OUT if it is there.")] = False,
+    config: ConfigFile = None,
+) -> int:
+    """Make a mask on the initialisation of a seed, and save it."""
+    if out.exists() and not force:
+        raise SettingError(f"{out} is there already", allowed="a new file", fix="choose another --out, or add --force to replace it")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CollapseWarning)  # shown below
+        mask = make_mask(method, sparsity=sparsity, seed=seed, experiment=experiment, protocol=protocol)
+    mask.save(out)
+    show_mask(mask, title=str(out))
+    print(f"Mask: {out}", file=sys.stderr)
+    return 0

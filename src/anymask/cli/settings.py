@@ -1,0 +1,118 @@
+"""Where settings come from: options, and a TOML or YAML file under them."""
+
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Group, Parameter
+from cyclopts.argument import Argument, ArgumentCollection
+from cyclopts.config import Dict
+
+from anymask.errors import FileFormatError, SettingError
+from anymask.registry import unknown
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RUN = Group("Run", sort_key=0)
+GRID = Group("Grid", sort_key=1)
+EXPERIMENT = Group("Data and network", sort_key=2)
+PROTOCOL = Group("Protocol", sort_key=3)
+
+ConfigFile = Annotated[
+    Path | None,
+    Parameter(group=RUN, help="File.toml or file.yaml with settings, named as the options are; options given here override it."),
+]
+_LISTS = ("--masks", "--sparsity")  # --recipes is none of them: in tost:lrsi,ghost_skip the comma has a meaning
+_WHOLE = re.compile(r"[+-]?\d+")
+
+
+def split_commas(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """`--masks snip,synflow` as well as `--masks snip synflow`. Called by cyclopts."""
+    for argument in _named(arguments, _LISTS):
+        words = [(token, word) for token in argument.tokens for word in token.value.split(",") if word]
+        argument.tokens = [token.evolve(value=word, index=index) for index, (token, word) in enumerate(words)]
+
+
+def read_config(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Give the arguments that are not on the command line the values in the file of `--config`. Called by cyclopts.
+
+    Raises:
+        OSError: when the file cannot be read.
+        FileFormatError: when it is not TOML or YAML, or no table of settings.
+        UnknownName: for a key that is no setting.
+    """
+    for argument in _named(arguments, ("--config",)):
+        for token in argument.tokens:
+            path = Path(token.value)
+            settings = load_table(path)
+            known = [name.lstrip("-").replace("-", "_") for a in arguments if (name := a.name) not in ("*", "--config")]
+            for key, value in settings.items():
+                if str(key).replace("-", "_") not in known:
+                    raise unknown(str(key), known, what=f"setting in {path}:")
+                _check_value(path, key, value)
+            Dict(settings, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
+
+
+def check_whole_numbers(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse 2.5 where a whole number belongs, which cyclopts would round. Called by cyclopts."""
+    for argument in arguments:
+        for token in argument.tokens:
+            if argument.hint is int and token.value and not _WHOLE.fullmatch(token.value):
+                raise SettingError(f"{argument.name} came as {token.value!r}", allowed="a whole number", fix="write it without a point")
+
+
+def load_table(path: Path) -> dict[str, Any]:
+    """The table in a TOML or YAML file.
+
+    Raises:
+        OSError: when the file cannot be read.
+        FileFormatError: when it is neither, or damaged.
+    """
+    if path.suffix.lower() not in _PARSERS:
+        raise SettingError(f"{path} came as a file of settings", allowed=", ".join(_PARSERS), fix="name the file by its format")
+    text = path.read_bytes()
+    try:
+        table = _PARSERS[path.suffix.lower()](text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # damaged TOML and text that is not UTF-8 are ValueErrors
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FileFormatError(f"{path} cannot be read ({why})", allowed="whole TOML or YAML, in UTF-8", fix="mend that line") from error
+    if not isinstance(table, dict):
+        raise FileFormatError(f"{path} holds a {type(table).__name__}", allowed="lines of name: value", fix="write epochs: 3, for example")
+    return table
+
+
+def _toml(text: str) -> Any:
+    return tomllib.loads(text)
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        line = f", line {place.line + 1}" if place is not None else ""
+        raise ValueError(f"{getattr(error, 'problem', None) or 'no YAML'}{line}") from error
+
+
+_PARSERS = {".toml": _toml, ".yaml": _yaml, ".yml": _yaml}
+
+
+def _check_value(path: Path, key: str, value: Any) -> None:
+    for entry in value if isinstance(value, list) else [value]:
+        if not isinstance(entry, (str, int, float)):
+            raise SettingError(
+                f"{key} in {path} came as {value!r}",
+                allowed="a text, a number, true or false, or a list of these",
+                fix="write one of these",
+            )
+
+
+def _named(arguments: ArgumentCollection, names: Iterable[str]) -> list[Argument]:
+    return [argument for argument in arguments if argument.name in names]

@@ -1,0 +1,39 @@
+"""`anymask train`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from anymask.cli.progress import watching
+from anymask.cli.settings import EXPERIMENT, PROTOCOL, RUN, ConfigFile
+from anymask.config import Experiment
+from anymask.sweep import cell_of, train_one
+from anymask.train import Protocol
+
+
+def train(
+    *,
+    mask: Annotated[str, Parameter(group=RUN, help="A mask method, a mask file, or dense.")],
+    out: Annotated[Path, Parameter(group=RUN, help="The folder for this training alone.")],
+    sparsity: Annotated[float | None, Parameter(group=RUN, help="Share of zeros, in [0, 1); 0.98 unless told otherwise.")] = None,
+    recipe: Annotated[str, Parameter(group=RUN, help="The recipe: default, tost, tost:lrsi, or a TOML file.")] = "tost",
+    seed: Annotated[int, Parameter(group=RUN, help="Gives the initialisation, mask, split and data order.")] = 0,
+    experiment: Annotated[Experiment | None, Parameter(name="*", group=EXPERIMENT)] = None,
+    protocol: Annotated[Protocol | None, Parameter(name="*", group=PROTOCOL)] = None,
+    resume: Annotated[bool, Parameter(group=RUN, negative=(), help="Go on with the training that OUT holds.")] = False,
+    tensorboard: Annotated[bool, Parameter(group=RUN, negative=(), help="Log to OUT/tensorboard.")] = False,
+    config: ConfigFile = None,
+) -> int:
+    """Train one network, and keep its weights."""
+    cell = cell_of(mask, sparsity=sparsity, recipe=recipe, seed=seed)
+    try:
+        with watching() as watcher:
+            row = train_one(cell, out, experiment=experiment, protocol=protocol, resume=resume, tensorboard=tensorboard, watcher=watcher)
+    except KeyboardInterrupt:
+        kept = "its last epoch is kept" if any((out / "unfinished").glob("*.pt")) else "no epoch was finished yet"
+        print(f"\nStopped; {kept}. The same command with --resume goes on from there.", file=sys.stderr)
+        return 130
+    print(f"{cell}: test accuracy {100 * row['accuracy']['test']:.2f}% at epoch {row['accuracy']['best_epoch']}. Kept in {out}")
+    return 0

@@ -1,0 +1,124 @@
+"""One training in a folder of its own, with its weights."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_bytes
+from torch import nn
+
+from anymask.config import Bench, Experiment
+from anymask.errors import SettingError
+from anymask.mask import Mask
+from anymask.mask_io import load_mask
+from anymask.runlog import atomic
+from anymask.sweep.compare import DENSE, Cell, Grid, Runner, Watcher
+from anymask.train import Protocol
+
+
+class _Single(Runner):
+    def mask_file(self, cell: Cell) -> Path:
+        return self.folder / "unfinished" / super().mask_file(cell).name
+
+
+def train_one(
+    cell: Cell,
+    folder: str | Path,
+    *,
+    experiment: Experiment | None = None,
+    protocol: Protocol | None = None,
+    resume: bool = False,
+    tensorboard: bool = False,
+    watcher: Watcher | None = None,
+) -> dict[str, Any]:
+    """Train `cell` and keep model.safetensors, mask.mask (unless dense) and ledger.jsonl in `folder`; returns its row.
+
+    Args:
+        cell: what is trained.
+        folder: of this training alone; made when it is not there.
+        experiment, protocol: the data, the network and how it is trained.
+        resume: go on from the last epoch of a training that was stopped, to the same numbers bit for bit; without it a
+            folder that holds one is refused.
+        tensorboard: log to `folder`/tensorboard.
+        watcher: told of progress.
+
+    Raises:
+        SettingError: when `folder` holds a training that is not to be resumed, or one of other settings.
+    """
+    watcher, runner = watcher or Watcher(), _Single(Bench(experiment or Experiment(), protocol or Protocol()), folder)
+    name = runner.name(cell)
+    finished = {row["id"]: row for row in runner.ledger.rows()}
+    _check_folder(runner, cell, name, finished=finished, resume=resume)
+    watcher.begin(total=1, done=len(finished))
+    if name in finished:
+        return finished[name]
+    watcher.cell(cell, epochs=runner.bench.protocol.epochs)
+    done = runner.train(cell, name, watcher, log_dir=runner.folder / "tensorboard" if tensorboard else None)
+    _write_weights(done.model, runner.folder / "model.safetensors")
+    if done.mask is not None:
+        done.mask.save(runner.folder / "mask.mask")
+    runner.ledger.append(done.row)
+    shutil.rmtree(runner.folder / "unfinished")
+    watcher.finished(done.row)
+    return done.row
+
+
+def cell_of(mask: str, *, sparsity: float | None, recipe: str, seed: int) -> Cell:
+    """The training of `mask` (a method, a mask file or "dense"); a file knows its sparsity, a method takes 0.98 for None.
+
+    Raises:
+        SettingError: when a sparsity is given for a mask file or a dense network.
+    """
+    fixed = 0.0 if mask == DENSE else round(load_mask(mask).sparsity, 6) if Path(mask).is_file() else None
+    if fixed is None:
+        return Cell(mask, 0.98 if sparsity is None else sparsity, recipe, seed)
+    if sparsity is not None:
+        raise SettingError(
+            f"sparsity came as {sparsity} with mask {mask}",
+            allowed=f"no sparsity here: it is {fixed:g} already",
+            fix="leave --sparsity out, or name a method",
+        )
+    return Cell(mask, fixed, recipe, seed)
+
+
+def _check_folder(runner: Runner, cell: Cell, name: str, *, finished: Mapping[str, Mapping[str, Any]], resume: bool) -> None:
+    """Refuse a folder whose training would be mixed with this one."""
+    unfinished = [path.stem for path in (runner.folder / "unfinished").glob("*.pt")]
+    if not finished and not unfinished:
+        return
+    what = "a finished training" if finished else "a training that was stopped"
+    if not resume:
+        fix = "choose another --out" if finished else "add --resume to go on with it, or choose another --out"
+        raise SettingError(f"{runner.folder} holds {what}", allowed="a new folder, or --resume", fix=fix)
+    if name not in finished and name not in unfinished:
+        there: dict[str, Any] = next((row["settings"] for row in finished.values()), {})
+        here = runner.settings(cell)
+        other = ", ".join(f"{key} {there.get(key)!r} there, {here[key]!r} here" for key in here if there and there.get(key) != here[key])
+        raise SettingError(
+            f"{runner.folder} holds {what} with other settings" + (f": {other}" if other else ""),
+            allowed="the settings it was begun with",
+            fix="give those, or choose another --out",
+        )
+
+
+def _write_weights(model: nn.Module, path: Path) -> None:
+    """The state dict, row by row in memory (trained as channels_last), so that its bytes depend on the values alone."""
+    state = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in model.state_dict().items()}
+    with atomic(path) as file:
+        file.write(to_bytes(state, metadata={"format": "pt"}))
+
+
+def make_mask(
+    method: str, *, sparsity: float, seed: int = 0, experiment: Experiment | None = None, protocol: Protocol | None = None
+) -> Mask:
+    """The mask that `compare` makes for `seed`: by `method`, on the initialisation of that seed.
+
+    Raises:
+        UnknownName: for a method that is not in `METHODS`.
+        SettingError: for a sparsity out of range.
+    """
+    Grid(masks=(method,), sparsity=(sparsity,))  # says what is wrong before the data are read
+    bench = Bench(experiment or Experiment(), protocol or Protocol())
+    return Runner(bench, "").make_mask(Cell(method, sparsity, "default", seed), bench.model(seed))

@@ -1,0 +1,131 @@
+"""Laws of the paired statistics."""
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_rows import made_row, made_rows
+from scipy.stats import ttest_rel
+
+from anymask.errors import FileFormatError
+from anymask.report import missing, overall, paired
+
+SHARES = st.floats(0, 1, allow_nan=False)
+PAIRS = st.lists(st.tuples(SHARES, SHARES), min_size=1, max_size=6)
+
+
+def pair_rows(pairs, *, mask="snip", **more):
+    return [
+        made_row(mask, name, seed, test, **more)
+        for seed, pair in enumerate(pairs)
+        for name, test in zip(("default", "tost"), pair, strict=True)
+    ]
+
+
+def test_three_pairs_give_the_numbers_worked_out_by_hand():
+    [found] = paired(pair_rows([(0.80, 0.81), (0.82, 0.85), (0.84, 0.86)]))
+    assert (found.recipe, found.baseline, found.n, found.unpaired) == ("tost", "default", 3, 0)
+    assert found.baseline_mean == pytest.approx(82.0)
+    assert found.recipe_mean == pytest.approx(84.0)
+    assert list(found.differences.values()) == pytest.approx([1.0, 3.0, 2.0])
+    assert found.mean == pytest.approx(2.0)
+    assert found.std == pytest.approx(1.0)
+    half = 4.302652729911275 / math.sqrt(3)  # t(0.975) of 2 degrees of freedom, from a printed table
+    assert found.interval == pytest.approx((2.0 - half, 2.0 + half))
+    assert found.verdict == "tied"
+
+
+@given(st.lists(st.tuples(SHARES, SHARES), min_size=2, max_size=8).filter(lambda pairs: len({b - a for a, b in pairs}) > 1))
+def test_interval_equals_that_of_scipys_paired_t_test(pairs):
+    [found] = paired(pair_rows(pairs))
+    truth = ttest_rel([100 * b for _, b in pairs], [100 * a for a, _ in pairs]).confidence_interval(0.95)
+    assert found.interval == pytest.approx((truth.low, truth.high), abs=1e-9)
+
+
+def test_one_pair_has_a_difference_but_no_interval():
+    [found] = paired(pair_rows([(0.8, 0.9)]))
+    assert (found.n, found.std, found.interval, found.verdict) == (1, None, None, "tied")
+    assert found.mean == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize(("gain", "verdict"), [(0.05, "won"), (-0.05, "lost"), (0.0, "tied")])
+def test_verdict_asks_for_the_whole_interval_on_one_side(gain, verdict):
+    [found] = paired(pair_rows([(0.5, 0.5 + gain + wobble) for wobble in (-0.001, 0.0, 0.001)]))
+    assert found.verdict == verdict
+
+
+@given(PAIRS)
+def test_swapping_baseline_and_recipe_negates_every_difference(pairs):
+    rows = pair_rows(pairs)
+    [one], [other] = paired(rows), paired(rows, baseline="tost")
+    assert other.differences == {seed: -difference for seed, difference in one.differences.items()}
+    assert other.mean == -one.mean
+    if one.interval:
+        assert other.interval == pytest.approx((-one.interval[1], -one.interval[0]))
+
+
+@given(st.randoms(use_true_random=False))
+@settings(max_examples=15)
+def test_order_of_rows_does_not_matter(rng: random.Random):
+    rows = made_rows()
+    mixed = rng.sample(rows, len(rows))
+    assert paired(mixed) == paired(rows)
+    assert overall(paired(mixed)) == overall(paired(rows))
+
+
+def test_runs_that_differ_in_another_setting_are_never_paired():
+    rows = [made_row("snip", "default", 0, 0.8, lr=0.1), made_row("snip", "tost", 0, 0.9, lr=0.2)]
+    assert paired(rows) == []
+    assert [(gap["recipe"], gap["lr"]) for gap in missing(rows)] == [("default", 0.2)]
+
+
+def test_of_two_rows_with_one_id_the_later_counts():
+    rows = pair_rows([(0.8, 0.7)])
+    again = made_row("snip", "tost", 0, 0.9)
+    assert [found.mean for found in paired([*rows, again])] == [pytest.approx(10.0)]
+    assert [found.mean for found in paired([again, *rows])] == [pytest.approx(-10.0)]
+
+
+def test_runs_without_partner_are_counted_and_their_partners_named():
+    rows = [*pair_rows([(0.8, 0.9), (0.8, 0.9)]), made_row("snip", "default", 7, 0.8), made_row("snip", "tost", 8, 0.9)]
+    [found] = paired(rows)
+    assert (found.n, found.unpaired) == (2, 2)
+    assert [(gap["recipe"], gap["seed"]) for gap in missing(rows)] == [("default", 8), ("tost", 7)]
+
+
+def test_a_baseline_alone_lacks_nothing_and_a_recipe_alone_lacks_its_baseline():
+    assert missing([made_row("dense", "default", 0, 0.9)]) == []
+    assert [gap["recipe"] for gap in missing([made_row("snip", "tost", 0, 0.9)])] == ["default"]
+
+
+def test_overall_averages_masks_within_a_seed_before_the_interval():
+    rows = pair_rows([(0.80, 0.82), (0.80, 0.84)]) + pair_rows([(0.70, 0.74), (0.70, 0.78)], mask="synflow")
+    [found] = overall(paired(rows))
+    assert (found.n, found.cells) == (2, 2)
+    assert list(found.differences.values()) == pytest.approx([3.0, 6.0])
+    half = 12.706204736432095 * 3 / math.sqrt(2) / math.sqrt(2)  # t(0.975) of 1 degree of freedom: seeds, not 4 runs
+    assert found.interval == pytest.approx((4.5 - half, 4.5 + half))
+
+
+def test_overall_keeps_sparsities_and_recipes_apart_and_counts_verdicts():
+    sure, unsure = [(0.5, 0.600), (0.5, 0.601), (0.5, 0.602)], [(0.5, 0.6), (0.5, 0.4), (0.5, 0.5)]
+    worse = [(b, a) for a, b in sure]
+    rows = pair_rows(sure) + pair_rows(unsure, mask="grasp") + pair_rows(worse, mask="synflow") + pair_rows(sure, sparsity=0.9)
+    low, high = overall(paired(rows))
+    assert (low.settings["sparsity"], low.cells, low.won, low.lost, low.tied) == (0.9, 1, 1, 0, 0)
+    assert (high.settings["sparsity"], high.cells, high.won, high.lost, high.tied) == (0.98, 3, 1, 1, 1)
+
+
+def test_overall_leaves_out_and_names_seeds_that_some_mask_lacks():
+    rows = pair_rows([(0.8, 0.9), (0.8, 0.9), (0.8, 0.9)]) + pair_rows([(0.8, 0.7), (0.8, 0.7)], mask="synflow")
+    [found] = overall(paired(rows))
+    assert (found.n, found.left_out) == (2, (2,))
+    assert found.mean == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("broken", [{"id": "a"}, {"settings": {"mask": "snip"}, "accuracy": {"test": None}}])
+def test_a_row_that_lacks_something_is_named_with_what_it_lacks(broken):
+    with pytest.raises(FileFormatError, match=r"row 2 lacks .*settings\.seed.*accuracy\.test"):
+        paired([made_row("snip", "default", 0, 0.8), broken])

@@ -1,0 +1,93 @@
+"""The Markdown tables say every number, and what is missing."""
+
+import re
+
+from made_rows import made_row, made_rows
+
+from anymask.report import grid, paired, table
+
+GOLDEN = """\
+### fashion-mnist-5k, demonet, 12 epochs, 2 seeds
+
+| sparsity | mask | default | tost | tost - default, points [95% CI] | n |
+|---|---|---|---|---|---|
+| 98% | snip | 81.00 ± 1.41 | 83.50 ± 2.12 | +2.50 [-3.85, +8.85] | 2 |
+| 98% | synflow | 85.00 ± 1.41 | 87.00 ± n/a | +3.00 [n/a] | 1 |
+| 98% | all masks | 82.00 ± n/a | 84.50 ± n/a | +2.50 [n/a] | 1 |
+| 0% | dense (reference) | 91.00 ± 1.41 | - | - | - |
+
+- Accuracies are test accuracies in %"""
+
+
+def small_rows():
+    tests = {
+        ("snip", "default"): [0.80, 0.82],
+        ("snip", "tost"): [0.82, 0.85],
+        ("synflow", "default"): [0.84, 0.86],
+        ("synflow", "tost"): [0.87],
+        ("dense", "default"): [0.90, 0.92],
+    }
+    return [
+        made_row(mask, recipe, seed, test, sparsity=0.0 if mask == "dense" else 0.98)
+        for (mask, recipe), values in tests.items()
+        for seed, test in enumerate(values)
+    ]
+
+
+def test_small_sweep_gives_the_golden_table():
+    assert table(small_rows()).startswith(GOLDEN)
+
+
+def test_missing_pairs_and_left_out_seeds_are_said():
+    text = table(small_rows())
+    assert "missing beside a finished partner, which is in no difference: 1 (tost on synflow at 98%, seed 1)" in text
+    assert "seeds left out because a mask lacks them: 1" in text
+    assert "No pair is incomplete." in table(made_rows())
+
+
+def test_every_difference_and_interval_of_the_statistics_is_in_the_table():
+    rows = made_rows(seeds=4)
+    text = table(rows)
+    for comparison in paired(rows):
+        low, high = comparison.interval
+        assert f"| {comparison.mean:+.2f} [{low:+.2f}, {high:+.2f}] | 4 |" in text
+
+
+def test_grid_has_a_line_per_recipe_and_a_column_per_mask():
+    rows = made_rows(seeds=4)
+    text = grid(rows)
+    header, _, *lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert header == "| recipe - default, points | random-erk, 98% | snip, 98% | synflow, 98% |"
+    assert [line.split("|")[1].strip() for line in lines] == ["ham", "tost"]
+    for comparison in paired(rows):
+        low, high = comparison.interval
+        assert f"{comparison.mean:+.2f} ± {(high - low) / 2:.2f} (n=4)" in text
+
+
+def test_groups_of_other_epochs_get_their_own_table():
+    text = table(made_rows() + made_rows(epochs=30, seeds=1))
+    assert re.findall("### .*", text) == [
+        "### fashion-mnist-5k, demonet, 12 epochs, 3 seeds",
+        "### fashion-mnist-5k, demonet, 30 epochs, 1 seed",
+    ]
+
+
+def test_one_mask_at_two_learning_rates_gives_two_lines_that_say_which():
+    text = table([made_row("snip", "default", 0, 0.8, lr=lr) for lr in (0.1, 0.2)])
+    assert "| snip (lr=0.1) |" in text
+    assert "| snip (lr=0.2) |" in text
+
+
+def test_a_baseline_that_nobody_ran_is_said_with_the_recipes_there_are():
+    assert "No differences" in table(made_rows(), baseline="tots")
+    assert "'tots'" in table(made_rows(), baseline="tots")
+    assert "default, ham, tost" in table(made_rows(), baseline="tots")
+
+
+def test_no_rows_are_said():
+    assert table([]) == grid([]) == "No finished runs.\n"
+
+
+def test_names_cannot_break_the_table_or_become_html():
+    text = table([made_row("a|b\n<script>", "default", 0, 0.8)])
+    assert "| a\\|b &lt;script> |" in text

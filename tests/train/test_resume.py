@@ -1,0 +1,111 @@
+"""A training that is killed and started again ends bit-equal to one that was never disturbed."""
+
+import multiprocessing
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from anymask.errors import FileFormatError, SettingError
+from anymask.train import checkpoint
+from tests.train.trainings import RECIPE, Net, train_and_save, train_once
+
+KILLS = 10
+
+
+def test_killed_at_ten_random_moments_is_bit_equal_to_undisturbed(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")  # imports torch once, and forks from a process of one thread
+    context.set_forkserver_preload(["torch._dynamo", "anymask.train", "anymask.pruning"])
+    reference = _run(context, tmp_path / "undisturbed", kill_after=None)
+    assert reference is not None
+
+    chance, kills, resumed, runs = random.Random(0), 0, 0, 0
+    while kills < KILLS or runs == 0:
+        folder = tmp_path / f"run{runs}"
+        resumed += (folder / "checkpoint.pt").exists()
+        done = _run(
+            context, folder, kill_after=chance.uniform(0, 0.3) if kills < KILLS else None, awaited=("started", "checkpoint.pt")[kills % 2]
+        )
+        kills += done is None
+        if done is not None:
+            _same(done, reference)
+            runs += 1
+    assert resumed > 0
+
+
+def _run(context: Any, folder: Path, *, kill_after: float | None, awaited: str = "started") -> dict[str, Any] | None:
+    """What a training in a process of its own leaves behind; None when it was killed, `kill_after` seconds from `awaited`."""
+    folder.mkdir(exist_ok=True)
+    process = context.Process(target=train_and_save, args=(folder,))
+    process.start()
+    while kill_after is not None and process.is_alive() and not (folder / awaited).exists():
+        time.sleep(0.01)
+    process.join(kill_after)
+    process.kill()  # SIGKILL
+    process.join()
+    (folder / "started").unlink(missing_ok=True)
+    return torch.load(folder / "done.pt", weights_only=True) if (folder / "done.pt").exists() else None
+
+
+def _same(ours: dict, theirs: dict) -> None:
+    assert ours["curves"] == theirs["curves"]
+    assert ours["accuracy"] == theirs["accuracy"]
+    for key, value in theirs["model"].items():
+        assert torch.equal(ours["model"][key], value), key
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 7, 11, 17])
+def test_stopped_after_any_step_is_bit_equal_in_every_phase(tmp_path: Path, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Net()
+    expected = train_once(whole)
+    kept = checkpoint.save
+    saves = 0
+
+    def stop_after(path: Path, state: dict) -> None:
+        nonlocal saves
+        kept(path, state)
+        saves += 1
+        if saves == steps:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", stop_after)
+        with pytest.raises(KeyboardInterrupt):
+            train_once(Net(), file=tmp_path / "c.pt", every=1)
+    model = Net(seed=99)  # its weights must come from the checkpoint
+    result = train_once(model, file=tmp_path / "c.pt", every=1)
+    assert result.curves == expected.curves
+    for key, value in whole.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut off"])
+def test_a_damaged_checkpoint_is_a_clear_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "c.pt").write_bytes(content)
+    with pytest.raises(FileFormatError, match="remove it"):
+        train_once(Net(), file=tmp_path / "c.pt")
+
+
+def test_a_checkpoint_that_would_run_code_runs_nothing(tmp_path: Path) -> None:
+    touched = tmp_path / "touched"
+    torch.save(_Hostile(touched), tmp_path / "c.pt")
+    with pytest.raises(FileFormatError):
+        train_once(Net(), file=tmp_path / "c.pt")
+    assert not touched.exists()
+
+
+class _Hostile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    train_once(Net(), file=tmp_path / "c.pt")
+    with pytest.raises(SettingError, match="other techniques"):
+        train_once(Net(), recipe=RECIPE.without("label_smoothing"), file=tmp_path / "c.pt")
