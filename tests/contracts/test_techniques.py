@@ -56,11 +56,11 @@ def setting(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer, Tensor, Te
     return model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), torch.randn(8, 3, 8, 8), torch.arange(8) % 5
 
 
-def attach(technique: Technique, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, **more: object):  # noqa: ANN201
+def attach(technique: Technique, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, **more: object):
     return Recipe((technique,)).attach(model, optimizer, total_steps=10, example=x[:2], data=[(x, y)], **more)  # type: ignore[arg-type]
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, running, x: Tensor, y: Tensor, *, steps: int) -> None:  # noqa: ANN001
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, running, x: Tensor, y: Tensor, *, steps: int) -> None:
     model.train()
     for _ in range(steps):
         running.loss(model(x), y).backward()
@@ -69,7 +69,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, running, x: Tensor
         running.step()
 
 
-def observed(technique: Technique, running, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:  # noqa: ANN001
+def observed(technique: Technique, running, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """What the technique acts on: the output, or the loss."""
     model.eval()
     with torch.no_grad():
@@ -80,7 +80,9 @@ def test_every_technique_is_under_contract() -> None:
     assert {technique.name for technique in VARIANTS.values()} == set(TECHNIQUES)
     for name, kind in TECHNIQUES.items():
         assert name == kind.name
-        assert kind.about and kind.paper and kind.seam in {"init", "model", "loss"}
+        assert kind.about
+        assert kind.paper
+        assert kind.seam in {"init", "model", "loss"}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -228,7 +230,7 @@ def test_no_recompilation_while_the_strength_changes(name: str) -> None:
     running = attach(VARIANTS[name], model, optimizer, x, y)
     graphs = []
 
-    def backend(graph, _inputs):  # noqa: ANN001, ANN202
+    def backend(graph, _inputs):
         graphs.append(graph)
         return graph.forward
 

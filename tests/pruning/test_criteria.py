@@ -160,15 +160,15 @@ def test_synflow_equals_the_sum_over_paths_divided_by_all_paths():
 
 @pytest.mark.parametrize("rounds", [1, 3, 100])
 def test_synflow_prunes_round_by_round_as_by_hand(rounds):
-    model = net(3, 4, 5, 2)
-    names, kept = ["0.weight", "2.weight", "4.weight"], 24  # of 42; with few left, weights in a row have equal scores
+    model = net(6, 12, 12, 6)
+    names, kept = ["0.weight", "2.weight", "4.weight"], 140  # of 288; with few left, weights in a row have equal scores
     weights = [model[i].weight.detach().numpy().copy() for i in (0, 2, 4)]
     for number in range(1, rounds + 1):
         scores = dict(zip(names, synflow_by_hand(weights), strict=True))
-        left = best_of(scores, round(42 * (kept / 42) ** (number / rounds)))
+        left = best_of(scores, round(288 * (kept / 288) ** (number / rounds)))
         weights = [w * left[name].numpy() for name, w in zip(names, weights, strict=True)]
     assert sum(int(t.sum()) for t in left.values()) == kept
-    assert anymask.prune(model, "synflow", sparsity=1 - kept / 42, example=torch.zeros(2, 3), rounds=rounds) == anymask.Mask(left)
+    assert anymask.prune(model, "synflow", sparsity=1 - kept / 288, example=torch.zeros(2, 6), rounds=rounds) == anymask.Mask(left)
 
 
 def test_synflow_takes_100_rounds_unless_told_otherwise():

@@ -1,12 +1,14 @@
 """Lottery tickets: the rounds by hand, rewinding, and going on where an earlier call was cut off."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
 from anymask.errors import FileFormatError, MaskError, SettingError
+from anymask.mask_io import load_mask
 from anymask.pruning import lottery_ticket, prune
 
 
@@ -91,6 +93,17 @@ def test_a_call_cut_off_in_round_3_goes_on_there_with_the_same_result_bit_for_bi
 
     third = Training(dies=1)  # everything is there: nothing is trained
     assert lottery_ticket(make(), sparsity=0.6, train=third, rewind_step=rewind_step, folder=tmp_path).mask == whole.mask
+
+
+def test_a_kept_weight_that_trains_to_0_is_no_pruned_weight_and_no_pruned_one_comes_back(tmp_path):
+    def to_zero(model, mask, first, last):
+        nn.init.zeros_(model[0].weight)
+        nn.init.zeros_(model[3].weight)
+
+    lottery_ticket(make(), sparsity=0.6, train=to_zero, folder=tmp_path)
+    masks = [load_mask(tmp_path / f"round-0{n}.mask") for n in range(1, 6)]
+    assert [mask.kept for mask in masks] == [80, 64, 51, 41, 40]
+    assert all(bool((before[n] | ~after[n]).all()) for before, after in pairwise(masks) for n in after)
 
 
 def test_sparsity_0_trains_nothing_and_keeps_everything():

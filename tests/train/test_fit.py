@@ -1,5 +1,6 @@
 """The reference trainer."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -75,10 +76,10 @@ class _Fixed:
     def __len__(self) -> int:
         return len(self.data)
 
-    def __iter__(self):  # noqa: ANN204
+    def __iter__(self):
         return iter(self.data)
 
-    def epoch(self, number: int, *, start: int = 0):  # noqa: ANN201, ARG002
+    def epoch(self, number: int, *, start: int = 0):
         return iter(self.data[start:])
 
 
@@ -125,7 +126,7 @@ def test_the_learning_rate_warms_up_and_never_rises_after(schedule: str) -> None
     rates = [protocol.lr_at(step, total=100, per_epoch=10) for step in range(100)]
     assert rates[0] == pytest.approx(0.03)
     assert rates[9] == pytest.approx(0.3)
-    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[9:]))
     assert max(rates) == pytest.approx(0.3)
 
 

@@ -38,13 +38,13 @@ def _command_line(error: CycloptsError) -> tuple[str, str, str]:
         return f"unknown option {name}", f"the options of `{command}`", _mean(name, options, see)
     if isinstance(error, UnknownCommandError):
         name = (error.unused_tokens or [""])[0]
-        return f"unknown command {name!r}", ", ".join(COMMANDS), _mean(name, COMMANDS, see)
+        return f"unknown command {name!r}", ", ".join(COMMANDS), _mean(name, [*COMMANDS, "--help", "--version"], see)
     cause = str(error).strip().rstrip(".")
     return cause, f"the options of `{command}`, each with values of its kind", see
 
 
-def _mean(name: str, names: object, see: str) -> str:
-    near = nearest(name, list(names), most=1)  # type: ignore[call-overload]
+def _mean(name: str, names: list[str], see: str) -> str:
+    near = nearest(name, names, most=1)
     return f"did you mean {near[0]}? {see}" if near else see
 
 

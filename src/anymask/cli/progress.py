@@ -21,7 +21,7 @@ class Lines(Watcher):
 
     def begin(self, *, total: int, done: int) -> None:
         self.total, self.done = total, done
-        self._say(f"{total} trainings, {done} finished already" if done else f"{total} trainings")
+        self._say(f"{total} training{'s' * (total != 1)}" + (f", {done} finished already" if done else ""))
 
     def cell(self, cell: Cell, *, epochs: int) -> None:
         self.running = cell

@@ -63,7 +63,7 @@ def check_whole_numbers(app: App, commands: tuple[str, ...], arguments: Argument
     for argument in arguments:
         for token in argument.tokens:
             if argument.hint is int and token.value and not _WHOLE.fullmatch(token.value):
-                raise SettingError(f"{argument.name} came as {token.value!r}", allowed="a whole number", fix="write it without a point")
+                raise SettingError(f"{argument.name} came as {token.value!r}", allowed="a whole number", fix="write 3, for example")
 
 
 def load_table(path: Path) -> dict[str, Any]:

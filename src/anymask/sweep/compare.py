@@ -17,7 +17,7 @@ from anymask.config import Bench, Experiment
 from anymask.errors import SettingError
 from anymask.mask import Mask
 from anymask.mask_io import load_mask
-from anymask.pruning import METHODS, prune
+from anymask.pruning import METHODS, lottery_ticket, prune
 from anymask.recipe import Recipe
 from anymask.registry import lookup
 from anymask.runlog import Ledger, settings_id
@@ -150,13 +150,11 @@ class Runner:
 
     def name(self, cell: Cell) -> str:
         """The id of the row of `cell`; equal for equal settings."""
-        return settings_id(self.settings(cell))
+        return settings_id({**self.settings(cell), "techniques": Recipe.preset(cell.recipe).settings()})
 
     def settings(self, cell: Cell) -> dict[str, Any]:
-        """All that decides the numbers of `cell`."""
-        recipe = Recipe.preset(cell.recipe)
-        cell_settings = {"mask": cell.mask, "sparsity": cell.sparsity, "recipe": cell.recipe, "seed": cell.seed}
-        return {**self.bench.settings(), **cell_settings, "techniques": recipe.settings()}
+        """What decides the numbers of `cell`, apart from what its recipe's name stands for."""
+        return {**self.bench.settings(), "mask": cell.mask, "sparsity": cell.sparsity, "recipe": cell.recipe, "seed": cell.seed}
 
     def run(self, cell: Cell, name: str, watcher: Watcher) -> dict[str, Any]:
         """Train `cell`, or go on with it, and put it into the ledger."""
@@ -188,9 +186,11 @@ class Runner:
         row = {
             "id": name,
             "settings": self.settings(cell),
+            "techniques": Recipe.preset(cell.recipe).settings(),
             "versions": versions(),
             "machine": machine(self.bench.device),
             "accuracy": result.accuracies(),
+            "parameters": sum(p.numel() for p in model.parameters()),
             "density": {"overall": 1.0, "layers": {}} if mask is None else {"overall": mask.density, "layers": mask.layer_density()},
             "curves": result.curves,
             "time": {"seconds": result.seconds, "mask_seconds": mask_seconds, "finished": _now()},
@@ -222,7 +222,10 @@ class Runner:
     def make_mask(self, cell: Cell, model: nn.Module) -> Mask:
         """The mask of `cell`, made anew."""
         train, _, _ = self.bench.batches(cell.seed)
-        return prune(model, cell.mask, sparsity=cell.sparsity, data=train, seed=cell.seed, train=self._trainer(cell.seed))
+        if "train" in METHODS[cell.mask].needs:  # rounds are kept, so that a stopped search goes on with the next one
+            rounds = self.mask_file(cell).with_suffix(".rounds")
+            return lottery_ticket(model, sparsity=cell.sparsity, train=self._trainer(cell.seed), seed=cell.seed, folder=rounds).mask
+        return prune(model, cell.mask, sparsity=cell.sparsity, data=train, seed=cell.seed)
 
     def _trainer(self, seed: int) -> Any:
         train, _, _ = self.bench.batches(seed)

@@ -47,6 +47,7 @@ def train_one(
     Raises:
         SettingError: when `folder` holds a training that is not to be resumed, or one of other settings.
     """
+    Grid(masks=() if cell.mask == DENSE else (cell.mask,), sparsity=(cell.sparsity,), recipes=(cell.recipe,))  # checks the names
     watcher, runner = watcher or Watcher(), _Single(Bench(experiment or Experiment(), protocol or Protocol()), folder)
     name = runner.name(cell)
     finished = {row["id"]: row for row in runner.ledger.rows()}

@@ -1,0 +1,74 @@
+"""What is written down is run: docstrings, the README's Python and commands, and the parts made from ledgers."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import anymask
+from anymask.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODULES = [m.name for m in pkgutil.walk_packages(anymask.__path__, "anymask.") if not m.name.endswith("__main__")]
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_of_the_docstrings_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    failed, _ = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert failed == 0
+
+
+def test_public_functions_and_classes_have_an_example_that_is_run() -> None:
+    finder = doctest.DocTestFinder(recurse=False)
+    for name in set(anymask.__all__) - {"__version__", "Hold"}:
+        assert finder.find(getattr(anymask, name), name)[0].examples, name
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=[f"block{i}" for i in range(len(PYTHON))])
+def test_the_python_of_the_readme_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_commands_of_the_readme_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ours = [command for command in COMMANDS if command.startswith("anymask ")]
+    assert ours
+    for command in ours:
+        assert main(shlex.split(command)[1:]) == 0, command
+
+
+def test_every_other_command_of_the_readme_is_a_target_of_the_makefile() -> None:
+    others = [command for command in COMMANDS if not command.startswith("anymask ")]
+    assert others == ["make demo", "make test"]
+    for command in others:
+        dry = subprocess.run([*shlex.split(command), "-n"], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert dry.stdout
+
+
+def test_the_demo_is_settled_and_readable(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--config", str(ROOT / "presets" / "demo.toml"), "--out", "nowhere", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    for mask in ("random-erk", "snip", "synflow", "dense"):
+        assert mask in shown
+
+
+def test_parts_made_from_ledgers_are_up_to_date() -> None:
+    made = subprocess.run([sys.executable, ROOT / "tools" / "make_docs.py", "--check"], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stdout + made.stderr
+
+
+def test_links_inside_the_repository_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

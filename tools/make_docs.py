@@ -1,0 +1,93 @@
+"""Fill the parts of README.md and docs/ that are made from committed ledgers.
+
+    python tools/make_docs.py            write them
+    python tools/make_docs.py --check    exit 1 where a file is not what this would write
+
+A part stands between `<!-- made by NAME -->` and `<!-- end -->`; NAME is a function of PARTS below.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+
+from anymask.report import grid, table
+from anymask.runlog import Ledger
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ("README.md", "docs/evidence.md")
+PART = re.compile(r"(<!-- made by ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def rows(name: str, *, keep: Callable[[dict], bool] = lambda settings: True) -> list[dict]:
+    """The rows of results/`name`/ledger.jsonl whose settings `keep` likes."""
+    return [row for row in Ledger(ROOT / "results" / name / "ledger.jsonl").rows() if keep(row["settings"])]
+
+
+def main_recipes(settings: dict) -> bool:
+    """Whether a row belongs to the comparison of whole recipes."""
+    return settings["recipe"] in {"default", "tost"}
+
+
+def in_the_grid(settings: dict) -> bool:
+    """Whether a row belongs to the grid of single techniques: two masks, three sparsities."""
+    return settings["mask"] in {"random-erk", "synflow"}
+
+
+def seconds(name: str) -> str:
+    """One sentence: how long the trainings of a ledger took, and where."""
+    found = rows(name)
+    time = sum(row["time"]["seconds"] + row["time"]["mask_seconds"] for row in found)
+    machine = found[-1]["machine"]
+    return f"{len(found)} trainings, {time / 60:.1f} minutes of computing ({machine['device']}, {machine['threads']} threads).\n"
+
+
+def fits() -> str:
+    """One sentence: that the dense network of the demo fits its training set."""
+    dense = [row for row in rows("demo") if row["settings"]["mask"] == "dense"]
+    loss = fmean(row["curves"]["train_loss"][-1] for row in dense)
+    weights = dense[0]["parameters"]
+    return f"The dense network has {weights:,} parameters and ends at a training loss of {loss:.3f} (mean of {len(dense)} seeds).\n"
+
+
+def times() -> str:
+    """How long the two commands take in a fresh clone."""
+    measured = json.loads((ROOT / "results" / "times.json").read_text())
+    lines = [f"- `{command}`: {value['minutes']:.1f} minutes" for command, value in measured["commands"].items()]
+    return "\n".join([*lines, f"\nMeasured in a fresh clone on {measured['machine']}, installation included.\n"])
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "demo-table": lambda: table(rows("demo")) + "\n" + seconds("demo") + fits(),
+    "times": times,
+    "masks-table": lambda: table(rows("evidence", keep=main_recipes)),
+    "techniques-grid": lambda: grid(rows("evidence", keep=in_the_grid)),
+    "evidence-time": lambda: seconds("evidence"),
+    "cifar100-table": lambda: table(rows("cifar100")) + "\n" + seconds("cifar100"),
+}
+
+
+def made(text: str) -> str:
+    """`text` with every marked part made anew."""
+    return PART.sub(lambda match: f"{match[1]}{PARTS[match[2]]()}{match[3]}", text)
+
+
+def main() -> int:
+    stale = []
+    for name in FILES:
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        if made(text) != text:
+            stale.append(name)
+            if "--check" not in sys.argv:
+                path.write_text(made(text), encoding="utf-8")
+    if "--check" in sys.argv and stale:
+        print(f"not what tools/make_docs.py writes: {', '.join(stale)}; run it")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
