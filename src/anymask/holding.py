@@ -70,6 +70,7 @@ def hold(mask: Mask, model: nn.Module, optimizer: Optimizer) -> Hold:
     At once the weights are masked; from then on each gradient is masked as soon as it is accumulated (so clipping and
     all-reduce see zeros), and after each step of the optimiser the weights and every slot of their shape (momentum,
     moments ...) are zeroed where masked. No parameter is renamed or replaced. A live weight that reaches 0 stays live.
+    LBFGS alone stores what it knows in another shape: hold the mask before its first step.
 
     Args:
         mask: which weights are kept; must fit `model`.
@@ -112,5 +113,5 @@ def held(optimizer: Optimizer) -> Hold | None:
 
 def _masked_rows(gradient: Tensor, pruned: Tensor) -> Tensor:
     gradient = gradient.coalesce()  # rows of an embedding with sparse=True, as SparseAdam wants them
-    values = gradient.values().masked_fill(pruned[gradient.indices()[0]], 0)
-    return torch.sparse_coo_tensor(gradient.indices(), values, gradient.shape, is_coalesced=True)
+    gradient.values().masked_fill_(pruned[gradient.indices()[0]], 0)
+    return gradient

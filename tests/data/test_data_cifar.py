@@ -1,13 +1,14 @@
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import cifar_rows, python2, write_cifar10
 
-from anymask.data import load
+from anymask.data import cifar, load
 from anymask.errors import DataError, FileFormatError
 
 
@@ -102,13 +103,21 @@ def test_nothing_else_can_be_named_in_a_pickle(five, call):
         load("cifar10", dir=five)
 
 
-@pytest.mark.parametrize(
-    "name", [b"cnumpy\ndtype\n", b"cnumpy\nndarray\n", b"c_codecs\nencode\n", b"cnumpy.core.multiarray\n_reconstruct\n"]
-)
-def test_a_pickle_cannot_set_attributes_of_what_it_may_name(five, name):
-    (five / "test_batch").write_bytes(b"\x80\x02" + name + b"}U\x06markedK\x01sb.")
+@pytest.mark.parametrize("state", [b"}X\x06\0\0\0markedK\x01s", b"N}X\x06\0\0\0markedK\x01s\x86"], ids=["in __dict__", "in __slots__"])
+@pytest.mark.parametrize("name", cifar._PERMITTED, ids=".".join)
+def test_a_pickle_cannot_set_attributes_of_what_it_may_name(five, name, state):
+    (five / "test_batch").write_bytes(b"\x80\x02c" + "\n".join(name).encode() + b"\n" + state + b"b.")
     with pytest.raises(FileFormatError, match="cannot be read as a CIFAR file"):
         load("cifar10", dir=five)
+    assert not any(hasattr(value, "marked") for value in cifar._PERMITTED.values())
+
+
+def test_the_numbers_in_old_dtypes_reach_numpy_as_booleans(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cifar, "np", SimpleNamespace(dtype=lambda *arguments: seen.extend(arguments)))
+    cifar._PERMITTED["numpy", "dtype"](b"u1", 0, 1)
+    assert seen == ["u1", False, True]
+    assert all(type(value) is bool for value in seen[1:])
 
 
 GOOD = {"data": cifar_rows(2), "labels": [0, 1]}

@@ -66,7 +66,8 @@ def test_rows_come_back_in_order_and_a_missing_file_has_none(tmp_path):
 
 
 def test_processes_that_append_at_once_lose_nothing(tmp_path):
-    code = "import sys; from anymask.runlog import Ledger\nfor n in range(40): Ledger(sys.argv[1]).append({'id': sys.argv[2] + str(n), 'x': 'y' * 9999})"
+    row = "{'id': sys.argv[2] + str(n), 'long': 'y' * 9999}"
+    code = f"import sys; from anymask.runlog import Ledger\nfor n in range(40): Ledger(sys.argv[1]).append({row})"
     path = tmp_path / "ledger.jsonl"
     workers = [subprocess.Popen([sys.executable, "-c", code, path, f"{worker}-"]) for worker in range(4)]
     assert [worker.wait(60) for worker in workers] == [0] * 4

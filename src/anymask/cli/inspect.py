@@ -6,6 +6,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from anymask.cli.outcome import ledger_of, show_table, write_outcome
 from anymask.cli.settings import RUN
@@ -42,28 +43,36 @@ def inspect(
 
 def show_mask(mask: Mask, *, title: str) -> None:
     """Print the density of each layer, the layers that collapsed, and where the mask comes from."""
-    shown = Table("parameter", "shape", title=title, title_justify="left")
-    for name in ("kept", "of", "density"):
-        shown.add_column(name, justify="right")
+    shown = _table(title, "shape", "kept", "of", "density")
     for name, density in mask.layer_density().items():
         kept = mask[name]
         shape = " x ".join(map(str, kept.shape))
-        shown.add_row(name, shape, f"{int(kept.sum()):,}", f"{kept.numel():,}", f"{density:.2%}", style="red" if not density else None)
+        shown.add_row(
+            Text(name), shape, f"{int(kept.sum()):,}", f"{kept.numel():,}", f"{density:.2%}", style="red" if not density else None
+        )
     shown.add_section()
     shown.add_row("all", "", f"{mask.kept:,}", f"{mask.total:,}", f"{mask.density:.2%}")
     console = Console(highlight=False)
     console.print(shown)
     if collapsed := mask.collapsed():
         console.print(f"No weight is left, so nothing passes, in: {', '.join(collapsed)}", markup=False)
-    if mask.info:
-        console.print("Made by: " + ", ".join(f"{key} {value}" for key, value in mask.info.items()), markup=False)
+    if made := [f"{key} {value}" for key, value in mask.info.items() if key != "collapsed"]:
+        console.print(f"Made by: {', '.join(made)}", markup=False)
 
 
 def _show_overlap(first: Mask, second: Mask, *, title: str) -> None:
     shared = overlap(first, second)
-    shown = Table("parameter", title=f"overlap of {title}", title_justify="left")
-    for name in ("kept by both", "by either", "IoU", "places alike (Hamming)"):
-        shown.add_column(name, justify="right")
+    shown = _table(f"overlap of {title}", "kept by both", "by either", "IoU", "places alike")
     for name, layer in {**shared, "all": sum(shared.values(), Overlap(0, 0, 0))}.items():
-        shown.add_row(name, f"{layer.both:,}", f"{layer.either:,}", f"{layer.iou:.3f}", f"{layer.hamming:.3f}")
-    Console(highlight=False).print(shown)
+        shown.add_row(Text(name), f"{layer.both:,}", f"{layer.either:,}", f"{layer.iou:.3f}", f"{layer.hamming:.3f}")
+    console = Console(highlight=False)
+    console.print(shown)
+    console.print("IoU: kept by both / kept by either. Places alike: 1 - Hamming distance / number of places.")
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=Text(title), title_justify="left")
+    table.add_column("parameter", overflow="fold")
+    for name in columns:
+        table.add_column(name, justify="right")
+    return table

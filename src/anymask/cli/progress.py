@@ -67,9 +67,9 @@ class Bars(Lines):
 
 
 @contextmanager
-def watching() -> Iterator[Watcher]:
+def watching(console: Console | None = None) -> Iterator[Watcher]:
     """A watcher that shows what happens on stderr, so that stdout holds results only."""
-    console = Console(stderr=True)
+    console = console or Console(stderr=True)
     if not console.is_terminal:
         yield Lines(console)
         return

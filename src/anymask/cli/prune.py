@@ -12,7 +12,7 @@ from anymask.cli.settings import EXPERIMENT, PROTOCOL, RUN, ConfigFile
 from anymask.config import Experiment
 from anymask.errors import SettingError
 from anymask.pruning import CollapseWarning
-from anymask.sweep import make_mask
+from anymask.sweep import prune_to
 from anymask.train import Protocol
 
 
@@ -33,8 +33,7 @@ def prune(
         raise SettingError(f"{out} is there already", allowed="a new file", fix="choose another --out, or add --force to replace it")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CollapseWarning)  # shown below
-        mask = make_mask(method, sparsity=sparsity, seed=seed, experiment=experiment, protocol=protocol)
-    mask.save(out)
+        mask = prune_to(out, method, sparsity=sparsity, seed=seed, experiment=experiment, protocol=protocol)
     show_mask(mask, title=str(out))
     print(f"Mask: {out}", file=sys.stderr)
     return 0

@@ -13,7 +13,7 @@ from anymask.errors import DataError, FileFormatError
 
 
 class _Dtype:
-    """`np.dtype` for old pickles, which write 0 and 1 for its two booleans; numpy 2.4 deprecates that.
+    """`np.dtype` for old pickles, which write 0 and 1 for its two booleans; numpy 2.4.0 and 2.4.1 warn of that.
 
     An instance without a `__dict__`, since a pickle may set attributes of whatever it can name.
     """

@@ -13,6 +13,8 @@ from anymask.config import Bench, Experiment
 from anymask.errors import SettingError
 from anymask.mask import Mask
 from anymask.mask_io import load_mask
+from anymask.pruning import METHODS
+from anymask.registry import lookup
 from anymask.runlog import atomic
 from anymask.sweep.compare import DENSE, Cell, Grid, Runner, Watcher
 from anymask.train import Protocol
@@ -21,6 +23,11 @@ from anymask.train import Protocol
 class _Single(Runner):
     def mask_file(self, cell: Cell) -> Path:
         return self.folder / "unfinished" / super().mask_file(cell).name
+
+
+class _ToFile(Runner):
+    def mask_file(self, cell: Cell) -> Path:
+        return self.folder  # which is no folder here, but the file that was asked for
 
 
 def train_one(
@@ -111,15 +118,28 @@ def _write_weights(model: nn.Module, path: Path) -> None:
         file.write(to_bytes(state, metadata={"format": "pt"}))
 
 
-def make_mask(
-    method: str, *, sparsity: float, seed: int = 0, experiment: Experiment | None = None, protocol: Protocol | None = None
+def prune_to(
+    out: str | Path,
+    method: str,
+    *,
+    sparsity: float,
+    seed: int = 0,
+    experiment: Experiment | None = None,
+    protocol: Protocol | None = None,
 ) -> Mask:
-    """The mask that `compare` makes for `seed`: by `method`, on the initialisation of that seed.
+    """Write the mask that `compare` makes for `seed` to `out`: by `method`, on the initialisation of that seed.
+
+    Until a lottery ticket is found its finished rounds are beside `out`, in a folder that ends in .rounds; a second call
+    goes on with the next round.
 
     Raises:
         UnknownName: for a method that is not in `METHODS`.
         SettingError: for a sparsity out of range.
     """
-    Grid(masks=(method,), sparsity=(sparsity,))  # says what is wrong before the data are read
-    bench = Bench(experiment or Experiment(), protocol or Protocol())
-    return Runner(bench, "").make_mask(Cell(method, sparsity, "default", seed), bench.model(seed))
+    lookup(METHODS, method, what="mask method")
+    Grid(sparsity=(sparsity,))  # checks the range before the data are read
+    runner = _ToFile(Bench(experiment or Experiment(), protocol or Protocol()), out)
+    mask = runner.make_mask(Cell(method, sparsity, "default", seed), runner.bench.model(seed))
+    mask.save(out)
+    shutil.rmtree(Path(out).with_suffix(".rounds"), ignore_errors=True)
+    return mask
