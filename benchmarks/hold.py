@@ -1,6 +1,6 @@
 """What `hold`, and a recipe whose ghosts are gone, cost of a training step: medians of alternating repeats, as ratios.
 
-    python benchmarks/hold.py            on a quiet machine; writes results/hold.json
+python benchmarks/hold.py            on a quiet machine; writes results/hold.json
 """
 
 import json

@@ -87,7 +87,7 @@ def test_no_command_shows_the_help(anymask):
     ("kind", "names"),
     [
         ("masks", ("random-erk", "synflow", "arXiv 2006.05467", "lottery")),
-        ("recipes", ("default", "tost", "all four techniques" if False else "ToST: LRsI")),
+        ("recipes", ("default", "tost", "ToST: LRsI")),
         ("techniques", ("lrsi", "ghost_skip", "arXiv 2206.12755")),
         ("models", ("demonet", "resnet18", "mobilenetv2", "6n + 2")),
         ("data", ("fashion-mnist-5k", "cifar100", "folder")),

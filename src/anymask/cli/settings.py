@@ -81,6 +81,8 @@ def load_table(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # damaged TOML and text that is not UTF-8 are ValueErrors
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileFormatError(f"{path} cannot be read ({why})", allowed="whole TOML or YAML, in UTF-8", fix="mend that line") from error
+    if table is None:  # YAML without a line that is not a comment
+        return {}
     if not isinstance(table, dict):
         raise FileFormatError(f"{path} holds a {type(table).__name__}", allowed="lines of name: value", fix="write epochs: 3, for example")
     return table

@@ -3,6 +3,6 @@
 from anymask.pruning.budget import CollapseWarning
 from anymask.pruning.lottery import Ticket, lottery_ticket
 from anymask.pruning.methods import METHODS, Method
-from anymask.pruning.prune import prune
+from anymask.pruning.search import prune
 
 __all__ = ["METHODS", "CollapseWarning", "Method", "Ticket", "lottery_ticket", "prune"]

@@ -62,6 +62,7 @@ def train_one(
     watcher.begin(total=1, done=len(finished))
     if name in finished:
         return finished[name]
+    runner.folder.mkdir(parents=True, exist_ok=True)  # fails now, not after the work
     watcher.cell(cell, epochs=runner.bench.protocol.epochs)
     done = runner.train(cell, name, watcher, log_dir=runner.folder / "tensorboard" if tensorboard else None)
     _write_weights(done.model, runner.folder / "model.safetensors")
@@ -138,6 +139,7 @@ def prune_to(
     """
     lookup(METHODS, method, what="mask method")
     Grid(sparsity=(sparsity,))  # checks the range before the data are read
+    Path(out).parent.mkdir(parents=True, exist_ok=True)  # fails now, not after the work
     runner = _ToFile(Bench(experiment or Experiment(), protocol or Protocol()), out)
     mask = runner.make_mask(Cell(method, sparsity, "default", seed), runner.bench.model(seed))
     mask.save(out)

@@ -1,0 +1,239 @@
+"""The commands do their work: files, tables, Ctrl-C, resuming."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from anymask import Mask, load_mask
+from anymask.cli.progress import watching
+from anymask.models import build
+from anymask.sweep import Cell
+
+GRID = ["--masks", "snip", "--sparsity", "0.9", "--seeds", "2", "--epochs", "2"]
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, small):
+    """The run folder of an undisturbed comparison, made in a process of its own, and what was said."""
+    folder = tmp_path_factory.mktemp("compare") / "run"
+    command = [sys.executable, "-m", "anymask", "compare", *GRID, *small, "--out", str(folder)]
+    return folder, subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_compare_writes_a_ledger_a_table_and_a_page_and_prints_the_table(finished):
+    folder, done = finished
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in folder.iterdir()} >= {"ledger.jsonl", "table.md", "report.html", "masks"}
+    assert [row["settings"]["recipe"] for row in rows(folder)] == ["default", "default", "tost"] * 2
+    assert done.stdout == (folder / "table.md").read_text()
+    assert "| 90% | snip |" in done.stdout
+    page = (folder / "report.html").read_text()
+    assert page.startswith("<!doctype html>") or page.startswith("<!DOCTYPE html>")
+    assert "snip" in page
+    assert not list((folder / "unfinished").glob("*"))
+
+
+def test_off_a_terminal_there_is_one_plain_line_for_each_finished_training(finished):
+    lines = finished[1].stderr.splitlines()
+    assert lines[0] == "6 trainings"
+    shapes = [re.fullmatch(r"\[(\d)/6\] .*: test \d+\.\d\d%, validation \d+\.\d\d%, \d+\.\d s", line) for line in lines[1:7]]
+    assert [shape and shape[1] for shape in shapes] == list("123456")
+    assert [line.split(":")[0] for line in lines[7:]] == ["Table", "Page"]
+    assert "\x1b" not in finished[1].stderr
+
+
+def test_compare_again_trains_nothing_and_says_the_same(finished, anymask, small, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    before = (folder / "ledger.jsonl").read_bytes()
+    said = anymask("compare", *GRID, *small, "--out", folder)
+    assert said.code == 0
+    assert said.out == finished[1].stdout
+    assert (folder / "ledger.jsonl").read_bytes() == before
+    assert said.err.splitlines()[0] == "6 trainings, 6 finished already"
+    assert anymask("compare", *GRID, *small, "--out", folder, "--dry-run").out == ""
+
+
+def test_ctrl_c_in_a_comparison_keeps_what_is_finished_and_the_same_command_completes_it(finished, anymask, small, tmp_path):
+    folder = tmp_path / "run"
+    command = ["compare", *GRID, *small, "--out", str(folder)]
+    process = subprocess.Popen([sys.executable, "-m", "anymask", *command], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    while not (line := process.stderr.readline()).startswith("[1/6]"):
+        assert line, "it ended before its first training"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert re.search(rf"Stopped\. \d finished trainings are kept in {folder}; the same command goes on from there", err)
+    assert 1 <= len(rows(folder)) < 6
+    assert out == (folder / "table.md").read_text()  # of what is finished
+    assert anymask(*command).code == 0
+    results = [{row["id"]: row["accuracy"] for row in rows(place)} for place in (folder, finished[0])]
+    assert results[0] == results[1]
+    assert len(results[0]) == 6
+
+
+def test_without_plotly_the_table_is_written_and_what_to_install_is_said(finished, anymask, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(finished[0] / "ledger.jsonl", folder)
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    said = anymask("inspect", folder, "--page")
+    assert said.code == 0
+    assert "pip install 'anymask[report]'" in said.err
+    assert [path.name for path in sorted(folder.iterdir())] == ["ledger.jsonl", "table.md"]
+
+
+def test_inspect_shows_the_table_of_a_run_folder_and_of_its_ledger(finished, anymask):
+    folder, done = finished
+    assert anymask("inspect", folder).out == anymask("inspect", folder / "ledger.jsonl").out == done.stdout
+
+
+def test_inspect_shows_density_and_overlap_layer_by_layer(anymask, tmp_path):
+    Mask({"a": torch.tensor([[1, 1], [0, 0]]), "b": torch.zeros(5)}, info={"method": "mine"}).save(tmp_path / "one.mask")
+    Mask({"a": torch.tensor([[1, 0], [1, 0]]), "b": torch.ones(5)}).save(tmp_path / "two.mask")
+    said = anymask("inspect", tmp_path / "one.mask", tmp_path / "two.mask")
+    cells = [[word.strip() for word in line.split("│")[1:-1]] for line in said.out.splitlines() if "│" in line]
+    assert cells == [
+        ["a", "2 x 2", "2", "4", "50.00%"],
+        ["b", "5", "0", "5", "0.00%"],
+        ["all", "", "2", "9", "22.22%"],
+        ["a", "2 x 2", "2", "4", "50.00%"],
+        ["b", "5", "5", "5", "100.00%"],
+        ["all", "", "7", "9", "77.78%"],
+        ["a", "1", "3", "0.333", "0.500"],
+        ["b", "0", "5", "0.000", "0.000"],
+        ["all", "1", "8", "0.125", "0.222"],
+    ]
+    assert "nothing passes, in: b" in said.out
+    assert "method mine" in said.out
+
+
+def test_inspect_refuses_to_compare_masks_of_different_networks(anymask, tmp_path):
+    Mask({"a": torch.ones(4)}).save(tmp_path / "one.mask")
+    Mask({"a": torch.ones(2, 2)}).save(tmp_path / "two.mask")
+    said = anymask("inspect", tmp_path / "one.mask", tmp_path / "two.mask")
+    assert said.code == 2
+    assert "not the same in both: a" in said.err
+
+
+def test_prune_saves_the_mask_that_compare_uses(finished, anymask, small, tmp_path):
+    out = tmp_path / "new" / "snip.mask"
+    said = anymask("prune", "snip", "--sparsity", "0.9", "--seed", "1", "--out", out, *small)
+    assert said.code == 0
+    assert "10.00%" in said.out
+    (compared,) = (finished[0] / "masks").glob("snip-0.9-seed1-*.mask")
+    assert load_mask(out) == load_mask(compared)
+
+
+def test_prune_says_which_layers_collapsed_and_warns_nowhere_else(anymask, small, tmp_path):
+    said = anymask("prune", "magnitude", "--sparsity", "0.9995", "--out", tmp_path / "m.mask", *small)
+    collapsed = load_mask(tmp_path / "m.mask").collapsed()
+    assert said.code == 0
+    assert collapsed
+    assert "nothing passes, in: " + ", ".join(collapsed) in said.out.replace("\n", " ")
+    assert said.err == f"Mask: {tmp_path / 'm.mask'}\n"
+
+
+def test_a_lottery_ticket_can_be_pruned_and_leaves_only_its_file(anymask, small, tmp_path):
+    said = anymask("prune", "lottery", "--sparsity", "0.3", "--epochs", "1", "--out", tmp_path / "l.mask", *small)
+    assert said.code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["l.mask"]
+
+
+def test_train_keeps_the_weights_that_it_reports(anymask, small, tmp_path):
+    out = tmp_path / "t"
+    said = anymask("train", "--mask", "snip", "--sparsity", "0.9", "--epochs", "2", "--out", out, *small)
+    assert said.code == 0, said.err
+    assert {path.name for path in out.iterdir()} == {"model.safetensors", "mask.mask", "ledger.jsonl"}
+    (row,) = rows(out)
+    assert f"{100 * row['accuracy']['test']:.2f}%" in said.out
+    weights, mask = load_file(out / "model.safetensors"), load_mask(out / "mask.mask")
+    assert all(tensor.is_contiguous() for tensor in weights.values())
+    model = build("demonet", classes=2, channels=1)
+    model.load_state_dict(weights)
+    assert all(not weights[name][~mask[name]].any() for name in mask)
+    assert row["density"]["overall"] == mask.density
+
+
+def test_train_takes_a_mask_file_and_its_sparsity(anymask, small, tmp_path):
+    anymask("prune", "random", "--sparsity", "0.75", "--out", tmp_path / "my.mask", *small)
+    said = anymask("train", "--mask", tmp_path / "my.mask", "--recipe", "default", "--epochs", "1", "--out", tmp_path / "t", *small)
+    assert said.code == 0, said.err
+    assert rows(tmp_path / "t")[0]["settings"]["sparsity"] == 0.75
+    assert load_mask(tmp_path / "t" / "mask.mask") == load_mask(tmp_path / "my.mask")
+
+
+def test_train_stopped_by_ctrl_c_and_resumed_ends_bit_equal_to_one_undisturbed(anymask, small, tmp_path):
+    common = ["train", "--mask", "snip", "--sparsity", "0.9", "--epochs", "12", *small]
+    assert anymask(*common, "--out", tmp_path / "whole").code == 0
+    out = tmp_path / "parts"
+
+    def stop_after_an_epoch():
+        while not list((out / "unfinished").glob("*.pt")):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=stop_after_an_epoch, daemon=True).start()
+    said = anymask(*common, "--out", out)
+    assert said.code == 130
+    assert "Stopped; its last epoch is kept. The same command with --resume goes on" in said.err
+    assert not (out / "ledger.jsonl").exists()
+
+    refused = anymask(*common, "--out", out)
+    assert refused.code == 2
+    assert "add --resume" in refused.err
+    assert anymask(*common, "--lr", "0.5", "--out", out, "--resume").code == 2  # other settings
+
+    assert anymask(*common, "--out", out, "--resume").code == 0
+    for name in ("model.safetensors", "mask.mask"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert rows(out)[0]["accuracy"] == rows(tmp_path / "whole")[0]["accuracy"]
+    assert not (out / "unfinished").exists()
+
+
+def test_a_folder_with_a_finished_training_is_refused_or_left_as_it_is(anymask, small, tmp_path):
+    common = ["train", "--mask", "dense", "--recipe", "default", "--out", tmp_path / "t", *small]
+    assert anymask(*common, "--epochs", "1").code == 0
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "t").iterdir()}
+    assert not (tmp_path / "t" / "mask.mask").exists()
+    said = anymask(*common, "--epochs", "1")
+    assert said.code == 2
+    assert "holds a finished training" in said.err
+    assert anymask(*common, "--epochs", "1", "--resume").code == 0
+    said = anymask(*common, "--epochs", "2", "--resume")
+    assert said.code == 2
+    assert "epochs 1 there, 2 here" in said.err
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "t").iterdir()} == files
+
+
+def test_on_a_terminal_bars_show_all_trainings_and_the_one_that_runs(capsys):
+    console = Console(stderr=True, force_terminal=True, width=120, color_system=None)
+    with watching(console) as watcher:
+        watcher.begin(total=4, done=1)
+        watcher.cell(Cell("snip", 0.9, "tost", 3), epochs=2)
+        watcher.epoch(1, {"epoch": 1, "train_loss": 0.5, "validation_accuracy": 0.75, "lr": 0.1})
+        watcher.progress.refresh()
+        shown = capsys.readouterr().err
+        watcher.finished({"accuracy": {"test": 0.5, "validation": None}, "time": {"seconds": 3.0}})
+    assert "1/4" in shown
+    assert "1/2" in shown
+    assert "snip 0.9, tost, seed 3" in shown
+    assert "loss 0.500, validation 75.0%" in shown
+    assert "[2/4] snip 0.9, tost, seed 3: test 50.00%, 3.0 s" in capsys.readouterr().err

@@ -1,0 +1,67 @@
+"""Where settings come from: the command line before the file, the file before the defaults."""
+
+import pytest
+
+GRID = "masks = ['snip']\nsparsity = [0.9]\nseeds = 1\nepochs = 5\n"
+
+
+@pytest.fixture
+def plan(anymask, tmp_path, small):
+    """The trainings of `compare` with a file of settings and more options, and the last line about them."""
+
+    def show(name, text, *more):
+        (tmp_path / name).write_text(text)
+        said = anymask("compare", "--config", tmp_path / name, *more, *small, "--dry-run", "--out", tmp_path / "run")
+        assert said.code == 0, said.err
+        return said.out.splitlines(), said.err.splitlines()[-1]
+
+    return show
+
+
+def test_a_toml_and_a_yaml_file_of_the_same_settings_are_equal(plan):
+    yaml = "# a comment\nmasks: [snip]\nsparsity: [0.9]\nseeds: 1\nepochs: 5\n"
+    assert plan("a.toml", GRID) == plan("a.yaml", yaml) == plan("a.yml", yaml)
+    assert plan("a.toml", GRID) == (
+        ["dense, default, seed 0", "snip 0.9, default, seed 0", "snip 0.9, tost, seed 0"],
+        "3 of 3 trainings would run, 5 epochs each.",
+    )
+
+
+def test_options_override_the_file_and_leave_the_rest_of_it(plan):
+    lines, last = plan("a.toml", GRID, "--masks", "synflow", "magnitude", "--no-dense", "--epochs", "2")
+    assert [line.split(",")[0] for line in lines] == ["synflow 0.9"] * 2 + ["magnitude 0.9"] * 2
+    assert last == "4 of 4 trainings would run, 2 epochs each."
+
+
+def test_a_file_may_hold_any_option_with_underscores_or_hyphens(plan, tmp_path):
+    for key in ("first_seed", "first-seed"):
+        lines, _ = plan("a.toml", GRID + f"{key} = 7\ndense = false\nrecipes = 'default'\nvalidation = 0.2\n")
+        assert lines == ["snip 0.9, default, seed 7"]
+
+
+def test_an_empty_file_leaves_the_defaults(plan):
+    assert plan("a.toml", "") == plan("a.yaml", "# nothing yet\n")
+    assert plan("a.toml", "")[1] == "21 of 21 trainings would run, 12 epochs each."
+
+
+def test_several_values_stand_one_after_the_other_or_between_commas_or_repeat_the_option(plan):
+    words = [
+        ("--masks", "snip", "magnitude", "--sparsity", "0.5", "0.9"),
+        ("--masks", "snip,magnitude", "--sparsity", "0.5,0.9"),
+        ("--masks", "snip", "--masks", "magnitude", "--sparsity=0.5", "--sparsity=0.9"),
+    ]
+    plans = [plan("a.toml", GRID, *more) for more in words]
+    assert plans[0] == plans[1] == plans[2]
+    assert len(plans[0][0]) == 1 + 2 * 2 * 2
+
+
+def test_a_comma_in_a_recipe_picks_techniques_of_it(plan):
+    lines, _ = plan("a.toml", GRID, "--recipes", "default", "tost:lrsi,ghost_skip", "--no-dense")
+    assert lines == ["snip 0.9, default, seed 0", "snip 0.9, tost:lrsi,ghost_skip, seed 0"]
+
+
+def test_train_and_prune_take_files_of_settings_too(anymask, tmp_path, small):
+    (tmp_path / "a.toml").write_text("sparsity = 0.75\nseed = 3\n")
+    said = anymask("prune", "random", "--config", tmp_path / "a.toml", "--out", tmp_path / "m.mask", *small)
+    assert said.code == 0
+    assert "sparsity 0.75, seed 3" in said.out
