@@ -77,7 +77,7 @@ def test_ctrl_c_in_a_comparison_keeps_what_is_finished_and_the_same_command_comp
     while not (line := process.stderr.readline()).startswith("[1/6]"):
         assert line, "it ended before its first training"
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=250)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert re.search(rf"Stopped\. \d finished trainings are kept in {folder}; the same command goes on from there", err)

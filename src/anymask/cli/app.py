@@ -43,8 +43,8 @@ Examples:
   # Which technique does it? One alone, and all but one, against the default
   anymask compare --masks snip --recipes default tost:lrsi tost:-lrsi tost
 
-  # Settings from a file, some of them changed
-  anymask compare --config presets/demo.toml --epochs 3 --out runs/short
+  # Settings from a file with lines such as `epochs = 20`, one of them changed
+  anymask compare --config my.toml --seeds 5 --out runs/mine
 """,
     ),
     "train": Command(

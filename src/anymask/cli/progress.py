@@ -53,7 +53,7 @@ class Bars(Lines):
     def cell(self, cell: Cell, *, epochs: int) -> None:
         super().cell(cell, epochs=epochs)
         self.epochs = epochs
-        self.progress.reset(self.one, total=epochs, description=str(cell), note="making the mask")
+        self.progress.reset(self.one, total=epochs, description=str(cell), note="mask and first epoch")
 
     def epoch(self, epoch: int, figures: dict[str, Any]) -> None:
         validation = figures.get("validation_accuracy")

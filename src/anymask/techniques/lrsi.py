@@ -24,8 +24,8 @@ class LRsI(Technique):
     Args:
         settings: iterations, look-ahead step, gradient-norm bound and the rest, by their names in `RescaleSettings`.
         batches: how many batches of `data` are used, >= 1; they are kept in memory.
-        at_most: a bound of the iterations in a short training, as a duration such as "5%" of its steps; the rescaler's
-            learning rate rises in proportion, so that the scales can move as far. An iteration costs 2 to 4 steps.
+        at_most: a bound of the iterations in a short training, as a duration such as "5%" of its steps; an iteration costs
+            2 to 7 steps.
 
     Raises:
         TechniqueError: on attach, when there is neither data nor an example, or the objective becomes non-finite.
@@ -59,9 +59,7 @@ class LRsI(Technique):
 
     def _bounded(self, total_steps: int) -> RescaleSettings:
         most = max(1, Duration.parse(self.at_most).steps(total=total_steps))
-        if most >= self.settings.iterations:
-            return self.settings
-        return replace(self.settings, iterations=most, lr=min(0.1, self.settings.lr * self.settings.iterations / most))
+        return replace(self.settings, iterations=min(most, self.settings.iterations))
 
     def _batches(self, context: Context) -> tuple[list[tuple[Tensor, Tensor]], str]:
         if context.data is not None:
