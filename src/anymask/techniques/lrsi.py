@@ -10,6 +10,7 @@ from torch import Tensor
 from anymask.durations import Duration
 from anymask.errors import SettingError
 from anymask.schedules import Schedule
+from anymask.surgery import evaluating
 from anymask.techniques.base import Attached, Context, Technique
 from anymask.techniques.rescale import RescaleSettings, rescale
 
@@ -65,7 +66,7 @@ class LRsI(Technique):
         if context.data is not None:
             return list(islice(context.data, self.batches)), "real labels"
         x = context.needs_example(self.name)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), evaluating(context.model):  # batch norm must not count it
             classes = context.model(x[:2]).shape[1]
         generator = torch.Generator().manual_seed(context.seed)
         return [(x, torch.randint(classes, (len(x),), generator=generator).to(x.device))], "labels drawn: no data was given"
