@@ -1,9 +1,8 @@
 """Recipes: techniques composed, attached to anybody's training, and gone at its end."""
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -16,15 +15,13 @@ from anymask.errors import FileFormatError, SettingError, TechniqueError
 from anymask.holding import held
 from anymask.mask import Mask
 from anymask.registry import lookup, unknown
-from anymask.surgery import Cost, fingerprint
-from anymask.techniques import TECHNIQUES, Attached, Context, Loss, Technique
+from anymask.running import MARK, RunningRecipe, settings_of
+from anymask.techniques import TECHNIQUES, Context, Loss, Technique
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-_MARK = "_anymask_recipe"
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,12 @@ class Recipe:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise FileFormatError(f"{path} is not TOML ({error})", allowed="a recipe in TOML", fix="mend the file") from error
-        return cls.from_settings(table.get("technique", []), name=path.stem)
+        techniques = table.get("technique", [])
+        if not isinstance(techniques, list) or not all(isinstance(t, dict) for t in techniques):
+            raise FileFormatError(
+                f"technique in {path} came as {techniques!r}", allowed="a list of tables", fix="write [[technique]] before each"
+            )
+        return cls.from_settings(techniques, name=path.stem)
 
     @classmethod
     def from_settings(cls, techniques: Iterable[Mapping[str, Any]], *, name: str = "custom") -> "Recipe":
@@ -103,7 +105,7 @@ class Recipe:
 
     def settings(self) -> list[dict[str, Any]]:
         """This recipe as plain values, for a ledger or a file."""
-        return [{"name": t.name, **asdict(t)} for t in self.techniques]
+        return settings_of(self.techniques)
 
     def only(self, *names: str) -> "Recipe":
         """This recipe with the named techniques alone."""
@@ -161,196 +163,18 @@ class Recipe:
                 allowed="0 <= start < total_steps",
                 fix="give total_steps=epochs * len(loader)",
             )
-        if _MARK in vars(model):
+        if MARK in vars(model):
             raise TechniqueError(
-                f"{type(model).__name__} carries the recipe {vars(model)[_MARK]!r} already",
+                f"{type(model).__name__} carries the recipe {vars(model)[MARK]!r} already",
                 allowed="one recipe at a time",
                 fix="call finish() on the first one, or compose both into one Recipe",
             )
         carried = held(optimizer)
         mask = mask if mask is not None else (carried.mask if carried is not None else None)
         context = Context(model, optimizer, loss, mask=mask, example=example, data=data, total_steps=total_steps, seed=seed)
-        return RunningRecipe(self, context, total_steps=total_steps, per_epoch=steps_per_epoch, start=start, state=state)
-
-
-class RunningRecipe:
-    """A recipe in a training: call `loss` and `step` in the loop, and `finish` after it. Made by `Recipe.attach`."""
-
-    def __init__(
-        self, recipe: Recipe, context: Context, *, total_steps: int, per_epoch: int | None, start: int, state: Mapping[str, Any] | None
-    ) -> None:
-        self.recipe, self.total_steps, self.per_epoch = recipe, total_steps, per_epoch
-        self.position = start if state is None else self._resumed(state)
-        self.found: dict[str, str] = {}
-        self.added = Cost()
-        self._context, self._before = context, fingerprint(context.model)
-        self._live: dict[str, tuple[Technique, Attached]] = {}
-        self._strengths = {t.name: self.strength(t, self.position) for t in recipe.techniques}
-        vars(context.model)[_MARK] = recipe.name
-        try:
-            for technique in recipe.techniques:
-                self._join(technique, fresh=state is None)
-        except BaseException:
-            self._leave_all()
-            raise
-
-    @property
-    def model(self) -> nn.Module:
-        """The model, with its ghosts while they live."""
-        return self._context.model
-
-    @property
-    def strengths(self) -> dict[str, float]:
-        """The strength of each technique at this step."""
-        return dict(self._strengths)
-
-    def strength(self, technique: Technique, step: int) -> float:
-        """The strength, in [0, 1], of `technique` at optimiser step `step`."""
-        return technique.schedule.strength(step, total=self.total_steps, per_epoch=self.per_epoch)
-
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """The loss to train with: the base loss as the techniques change it.
-
-        Args:
-            output: the model's output, (N, C, ...) logits for cross-entropy.
-            target: what the base loss takes.
-        """
-        value = self._context.loss(output, target)
-        for _, attached in self._live.values():
-            value = attached.loss(value, output, target)
-        return value
-
-    def step(self) -> None:
-        """Tell the recipe that the optimiser made a step.
-
-        Raises:
-            TechniqueError: when called more often than `total_steps`.
-        """
-        if self.position >= self.total_steps:
-            raise TechniqueError(
-                f"step() was called more than total_steps = {self.total_steps} times",
-                allowed="one call after each step of the optimiser",
-                fix="give the true total_steps to attach",
-            )
-        self.position += 1
-        for technique in self.recipe.techniques:
-            self._move(technique)
-
-    @contextmanager
-    def plain(self) -> Iterator[nn.Module]:
-        """Inside the block the model computes what the plain one would: for evaluation in the middle of training.
-
-        Example:
-            >>> import torch, anymask
-            >>> model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.ReLU())
-            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            >>> running = anymask.Recipe.preset("tost").only("ghost_activation").attach(model, optimizer, total_steps=9)
-            >>> with running.plain():
-            ...     bool((model(torch.randn(5, 1)) >= 0).all())
-            True
-        """
-        for _, attached in self._live.values():
-            attached.set_strength(0.0)
-        try:
-            yield self.model
-        finally:
-            for technique, attached in self._live.values():
-                attached.set_strength(self._strengths[technique.name])
-
-    def plain_state_dict(self) -> dict[str, Tensor]:
-        """The model's state dict without what ghosts add to it."""
-        ghosts = tuple(f"{name}." if name else "" for name in self._ghost_names())
-        return {key: value for key, value in self.model.state_dict().items() if not key.startswith(ghosts or ("\0",))}
-
-    def finish(self, *, early: bool = False) -> nn.Module:
-        """Take away what is left of the recipe and return the plain model.
-
-        Args:
-            early: allow it before the ghosts have faded (they are cut off at the strength they have).
-
-        Raises:
-            TechniqueError: when ghosts have not faded yet, when anything of the recipe is left behind, or when the
-                zeros of the model are not the mask's.
-        """
-        ghosts = [t.name for t, _ in self._live.values() if t.seam == "model" and self._strengths[t.name] > 0]
-        if ghosts and not early:
-            raise TechniqueError(
-                f"finish() at step {self.position} of {self.total_steps}, where {', '.join(ghosts)} still act",
-                allowed="finish() after the ghosts have faded",
-                fix="call step() after each optimiser step, give the true total_steps, or finish(early=True) to cut them off",
-            )
-        self._leave_all()
-        self._check_plain()
-        return self.model
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where this recipe stands, as plain values; see `state` of `Recipe.attach`."""
-        return {"position": self.position, "total_steps": self.total_steps, "techniques": self.recipe.settings()}
-
-    # -- inside ----------------------------------------------------------------------------------------------------
-    def _resumed(self, state: Mapping[str, Any]) -> int:
-        mine = {"total_steps": self.total_steps, "techniques": self.recipe.settings()}
-        other = [key for key, value in mine.items() if state.get(key) != value]
-        if other:
-            raise SettingError(
-                f"the state is of a recipe with other {' and '.join(other)}",
-                allowed="the recipe and total_steps that the state was saved with",
-                fix="attach the same recipe, or begin anew without `state`",
-            )
-        return int(state["position"])
-
-    def _join(self, technique: Technique, *, fresh: bool) -> None:
-        if technique.seam == "init" and not fresh:
-            return  # its work is in the weights that are loaded next
-        strength = self._strengths[technique.name]
-        if technique.seam != "init" and strength == 0:
-            return
-        attached = technique.attach(self._context)
-        self.found[technique.name] = attached.found
-        self.added = self.added + attached.added
-        if technique.seam != "init":
-            self._live[technique.name] = (technique, attached)
-            attached.set_strength(strength)
-
-    def _move(self, technique: Technique) -> None:
-        strength = self.strength(technique, self.position)
-        if strength == self._strengths[technique.name]:
-            return
-        self._strengths[technique.name] = strength
-        if technique.name in self._live:
-            _, attached = self._live[technique.name]
-            attached.set_strength(strength)
-            if strength == 0:
-                attached.detach()
-                del self._live[technique.name]
-
-    def _leave_all(self) -> None:
-        for _, attached in reversed(self._live.values()):
-            attached.detach()
-        self._live = {}
-        vars(self.model).pop(_MARK, None)
-
-    def _check_plain(self) -> None:
-        after = fingerprint(self.model)
-        changed = sorted(key for key in {*after, *self._before} if after.get(key) != self._before.get(key))
-        if changed:
-            raise TechniqueError(
-                f"the model is not what it was before attach: {', '.join(changed[:8])}",
-                allowed="the same modules, parameters, buffers and hooks",
-                fix="undo what was changed in between, or report this as a bug",
-            )
-        mask = self._context.mask
-        revived = [] if mask is None else [n for n, p in mask.check(self.model).items() if bool(p[~mask[n].to(p.device)].any())]
-        if revived:
-            raise TechniqueError(
-                f"pruned weights are not 0 in {', '.join(revived)}",
-                allowed="exact zeros wherever the mask says so",
-                fix="call anymask.hold(mask, model, optimizer) before the loop",
-            )
-
-    def _ghost_names(self) -> set[str]:
-        before = {key.removeprefix("module ") for key in self._before if key.startswith("module ")}
-        return {name for name, _ in self.model.named_modules(remove_duplicate=False)} - before
+        return RunningRecipe(
+            self.techniques, context, name=self.name, total_steps=total_steps, per_epoch=steps_per_epoch, start=start, state=state
+        )
 
 
 def presets() -> dict[str, Path]:

@@ -41,7 +41,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     for part, number in (("train", 30), ("test", 10)):
         for label in range(2):
             _write(root / part / f"class{label}", label, number, generator)
-    return ["--data", "folder", "--data-dir", str(root), "--batch-size", "18", "--lr", "0.02", "--device", "cpu"]
+    return ["--data", "folder", "--data-dir", str(root), "--model", "resnet8-0.25x", "--batch-size", "27", "--lr", "0.02"]
 
 
 def _write(folder: Path, label: int, number: int, generator: torch.Generator) -> None:
