@@ -109,9 +109,16 @@ def test_a_live_weight_that_reaches_zero_stays_trainable():
         assert model.weight.tolist() == [[expected, 0.0]]
 
 
-@pytest.mark.parametrize("move", [{"memory_format": torch.channels_last}, {"dtype": torch.float64}])
+MOVES = [{"memory_format": torch.channels_last}, {"dtype": torch.float64}, {"dtype": torch.bfloat16}, {"device": "cuda"}]
+
+
+@pytest.mark.parametrize("move", MOVES)
 def test_a_model_that_is_moved_after_hold_stays_held(move):
+    if "device" in move and not torch.cuda.is_available():
+        pytest.skip("no GPU")
     model, mask, optimizer, _, x = held_net(torch.optim.Adam)
+    with torch.no_grad():
+        model[0].weight[:, 0] = 0  # live ones too: what is pruned cannot be read from the weights
     model.to(**move)
     for _ in range(2):
         optimizer.zero_grad()
@@ -120,6 +127,29 @@ def test_a_model_that_is_moved_after_hold_stays_held(move):
         optimizer.step()
         assert_zero_where_masked(mask, model, optimizer)
     assert model[0].weight[mask["0.weight"]].all()
+
+
+def test_complex_weights_are_held():
+    for dtype in (torch.complex64, torch.complex128):
+        model = nn.Linear(2, 2, bias=False, dtype=dtype)
+        optimizer = torch.optim.AdamW(model.parameters())
+        mask = Mask({"weight": torch.eye(2)})
+        hold(mask, model, optimizer)
+        model(torch.ones(1, 2, dtype=dtype)).abs().sum().backward()
+        optimizer.step()
+        assert_zero_where_masked(mask, model, optimizer)
+        assert model.weight[mask["weight"]].all()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")  # torch advises against it, for its memory
+def test_a_gradient_that_is_differentiated_once_more_is_that_of_the_masked_one():
+    model = nn.Linear(2, 1, bias=False)
+    hold(Mask({"weight": torch.tensor([[1, 0]])}), model, torch.optim.SGD(model.parameters(), lr=0.1))
+    x, penalty = torch.tensor([[2.0, 3.0]]), []
+    model.weight.register_post_accumulate_grad_hook(lambda weight: penalty.append(weight.grad))
+    model(x).square().sum().backward(create_graph=True)
+    (second,) = torch.autograd.grad(penalty[0].sum(), model.weight)  # d/dw of 2 (w . x) x1, over the kept one alone
+    assert second.tolist() == [[8.0, 12.0]]
 
 
 def test_a_frozen_weight_is_held_when_it_is_thawed():

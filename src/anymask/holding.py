@@ -16,7 +16,7 @@ class Hold:
     def __init__(self, mask: Mask, model: nn.Module, optimizer: Optimizer) -> None:
         self.mask = mask
         self._parameters = mask.check(model)
-        self._pruned = {name: ~mask[name] for name in mask}
+        self._kept = {name: -mask[name].to(torch.int8) for name in mask}  # every bit set where kept: see _zero
         self._handles = [self._hold_gradient(name, parameter) for name, parameter in self._parameters.items()]
         self._handles += [optimizer.register_step_post_hook(self), optimizer.register_load_state_dict_post_hook(self)]
         self(optimizer)
@@ -29,11 +29,11 @@ class Hold:
         (Muon) or begin their slots with other values (Rprop, Adagrad) do not.
         """
         for name, parameter in self._parameters.items():
-            pruned = self._where(name, parameter)
-            parameter.masked_fill_(pruned, 0)
+            kept = self._where(name, parameter)
+            _zero(parameter, kept)
             for slot in optimizer.state.get(parameter, {}).values():
                 if isinstance(slot, Tensor) and slot.shape == parameter.shape:
-                    slot.masked_fill_(pruned, 0)
+                    _zero(slot, kept)
 
     def release(self) -> None:
         """Remove every hook; the weights stay as they are."""
@@ -43,12 +43,11 @@ class Hold:
 
     def _hold_gradient(self, name: str, parameter: Tensor) -> Any:
         # After accumulation and before clipping, scaling or all-reduce: nobody sees an unmasked gradient.
-        # Filled, not multiplied: an overflowed half-precision gradient is inf, and inf * 0 is NaN.
         def mask_gradient(parameter: Tensor) -> None:
             if parameter.grad is not None and parameter.grad.is_sparse:
                 parameter.grad = _masked_rows(parameter.grad, self._where(name, parameter))
             elif parameter.grad is not None:
-                parameter.grad.masked_fill_(self._where(name, parameter), 0)
+                _zero(parameter.grad, self._where(name, parameter))
 
         mask_gradient(parameter)
         trains = parameter.requires_grad
@@ -57,11 +56,11 @@ class Hold:
         return handle
 
     def _where(self, name: str, parameter: Tensor) -> Tensor:
-        """The pruned places, on the parameter's device and in its memory layout (a model may be moved after `hold`)."""
-        pruned = self._pruned[name]
-        if pruned.device != parameter.device or pruned.stride() != parameter.stride():
-            pruned = self._pruned[name] = torch.empty_like(parameter, dtype=torch.bool).copy_(pruned)
-        return pruned
+        """What is kept, on the parameter's device and in its memory layout (a model may be moved after `hold`)."""
+        kept = self._kept[name]
+        if kept.device != parameter.device or kept.stride() != parameter.stride():
+            kept = self._kept[name] = torch.empty_like(parameter, dtype=torch.int8).copy_(kept)
+        return kept
 
 
 def hold(mask: Mask, model: nn.Module, optimizer: Optimizer) -> Hold:
@@ -111,7 +110,20 @@ def held(optimizer: Optimizer) -> Hold | None:
     return next((hook for hook in hooks if isinstance(hook, Hold)), None)
 
 
-def _masked_rows(gradient: Tensor, pruned: Tensor) -> Tensor:
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
+
+
+def _zero(tensor: Tensor, kept: Tensor) -> None:
+    """Set `tensor` to 0 where `kept` is 0; where it is -1, every bit stays as it is."""
+    # Multiplied, an overflowed gradient would turn into inf * 0 = NaN; masked_fill_ takes 4 to 15 times as long on a CPU.
+    bits = _INTEGERS.get(tensor.itemsize)
+    if bits is None or tensor.grad_fn is not None:  # complex128; a gradient that is to be differentiated once more
+        tensor.masked_fill_(kept == 0, 0)
+    else:
+        tensor.view(bits).bitwise_and_(kept)
+
+
+def _masked_rows(gradient: Tensor, kept: Tensor) -> Tensor:
     gradient = gradient.coalesce()  # rows of an embedding with sparse=True, as SparseAdam wants them
-    gradient.values().masked_fill_(pruned[gradient.indices()[0]], 0)
+    _zero(gradient.values(), kept[gradient.indices()[0]])
     return gradient

@@ -80,7 +80,7 @@ def _digest(header: str, packed: Iterable[np.ndarray]) -> str:
 
 def _unpack(path: Path, bits: np.ndarray, shape: list[int]) -> torch.Tensor:
     count = int(np.prod(shape, dtype=np.int64))
-    if bits.dtype != np.uint8 or bits.ndim != 1 or any(s < 0 for s in shape) or len(bits) != -(-count // 8):
+    if bits.dtype != np.uint8 or bits.ndim != 1 or len(bits) != -(-count // 8):
         raise _bad(path, f"{bits.size} bytes of {bits.dtype} for shape {shape}")
     return torch.from_numpy(np.unpackbits(bits, count=count).astype(bool)).reshape(shape)
 

@@ -30,7 +30,7 @@ class RunningRecipe:
     ) -> None:
         self.techniques, self.total_steps, self.per_epoch = techniques, total_steps, per_epoch
         self.position = start if state is None else self._resumed(state)
-        self.found: dict[str, str] = {}
+        self.found: dict[str, str] = dict(state["found"]) if state else {}  # those that are gone already are not found again
         self.added = Cost()
         self._context, self._before = context, fingerprint(context.model)
         self._live: dict[str, tuple[Technique, Attached]] = {}
@@ -39,6 +39,7 @@ class RunningRecipe:
         try:
             for technique in techniques:
                 self._join(technique, fresh=state is None)
+            self.added = self.added if state is None else Cost(**state["added"])
         except BaseException:
             self._leave_all()
             raise
@@ -134,7 +135,8 @@ class RunningRecipe:
 
     def state_dict(self) -> dict[str, Any]:
         """Where this recipe stands, as plain values; see `state` of `Recipe.attach`."""
-        return {"position": self.position, "total_steps": self.total_steps, "techniques": settings_of(self.techniques)}
+        where = {"position": self.position, "total_steps": self.total_steps, "techniques": settings_of(self.techniques)}
+        return {**where, "found": dict(self.found), "added": asdict(self.added)}
 
     # -- inside ----------------------------------------------------------------------------------------------------
     def _resumed(self, state: Mapping[str, Any]) -> int:

@@ -4,7 +4,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_origin
 
 from cyclopts import App, Group, Parameter
 from cyclopts.argument import Argument, ArgumentCollection
@@ -50,11 +50,12 @@ def read_config(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
         for token in argument.tokens:
             path = Path(token.value)
             settings = load_table(path)
-            known = [name.lstrip("-").replace("-", "_") for a in arguments if (name := a.name) not in ("*", "--config")]
+            known = {a.name.lstrip("-").replace("-", "_"): a for a in arguments if a.name not in ("*", "--config")}
             for key, value in settings.items():
-                if str(key).replace("-", "_") not in known:
+                taker = known.get(str(key).replace("-", "_"))
+                if taker is None:
                     raise unknown(str(key), known, what=f"setting in {path}:")
-                _check_value(path, key, value)
+                _check_value(path, key, value, many=get_origin(taker.hint) is tuple)
             Dict(settings, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
 
 
@@ -106,14 +107,11 @@ def _yaml(text: str) -> Any:
 _PARSERS = {".toml": _toml, ".yaml": _yaml, ".yml": _yaml}
 
 
-def _check_value(path: Path, key: str, value: Any) -> None:
-    for entry in value if isinstance(value, list) else [value]:
-        if not isinstance(entry, (str, int, float)):
-            raise SettingError(
-                f"{key} in {path} came as {value!r}",
-                allowed="a text, a number, true or false, or a list of these",
-                fix="write one of these",
-            )
+def _check_value(path: Path, key: str, value: Any, *, many: bool) -> None:
+    entries = value if many and isinstance(value, list) else [value]
+    if not all(isinstance(entry, (str, int, float)) for entry in entries):
+        allowed = "a text, a number, true or false" + (", or a list of these" if many else "")
+        raise SettingError(f"{key} in {path} came as {value!r}", allowed=allowed, fix="write one of these")
 
 
 def _named(arguments: ArgumentCollection, names: Iterable[str]) -> list[Argument]:

@@ -1,0 +1,173 @@
+"""The paired comparison."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from anymask import load_mask, prune
+from anymask.config import Bench, Experiment
+from anymask.errors import SettingError, UnknownName
+from anymask.recipe import Recipe
+from anymask.sweep import Cell, Grid, Runner, Watcher, cells, compare
+from anymask.train import Protocol
+
+PROTOCOL = Protocol(epochs=2, batch_size=16, lr=0.05)
+GRID = Grid(masks=("random-erk", "snip"), sparsity=(0.9,), recipes=("default", "tost:ghost_activation,label_smoothing"), seeds=2)
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    folder, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for part, count in (("train", 20), ("test", 6)):
+        for label in range(2):
+            (folder / part / f"class{label}").mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(60 * label, 120 + 60 * label, (16, 16, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / part / f"class{label}" / f"{i}.png")
+    return Experiment(data="folder", data_dir=folder, validation=0.2, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def whole(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """The rows of an undisturbed run."""
+    return compare(GRID, tmp_path_factory.mktemp("whole"), experiment=experiment, protocol=PROTOCOL).rows()
+
+
+class Log(Watcher):
+    def __init__(self, *, stop_at: int | None = None) -> None:
+        self.epochs, self.rows, self.stop_at = 0, 0, stop_at
+
+    def epoch(self, epoch: int, figures: dict[str, Any]) -> None:
+        self.epochs += 1
+        if self.epochs == self.stop_at:
+            raise KeyboardInterrupt
+
+    def finished(self, row: dict[str, Any]) -> None:
+        self.rows += 1
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    rows = copy.deepcopy(rows)
+    for row in rows:
+        del row["time"]
+    return rows
+
+
+def test_every_cell_is_trained_once_and_a_second_call_trains_nothing(experiment: Experiment, tmp_path: Path) -> None:
+    ledger, first = compare(GRID, tmp_path, experiment=experiment, protocol=PROTOCOL), (tmp_path / "ledger.jsonl").read_bytes()
+    assert len(ledger.ids()) == len(ledger.rows()) == len(list(cells(GRID))) == 2 * (1 + 2 * 2)
+    watcher = Log()
+    compare(GRID, tmp_path, experiment=experiment, protocol=PROTOCOL, watcher=watcher)
+    assert watcher.epochs == watcher.rows == 0
+    assert (tmp_path / "ledger.jsonl").read_bytes() == first
+    assert not list((tmp_path / "unfinished").iterdir())
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 5, 12])
+def test_stopped_and_called_again_ends_with_the_ledger_of_an_undisturbed_run(
+    stop_at: int, whole: list[dict], experiment: Experiment, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        compare(GRID, tmp_path / "cut", experiment=experiment, protocol=PROTOCOL, watcher=Log(stop_at=stop_at))
+    again = Log()
+    cut = compare(GRID, tmp_path / "cut", experiment=experiment, protocol=PROTOCOL, watcher=again).rows()
+    assert again.epochs == 2 * len(whole) - stop_at  # what was trained was not trained again
+    assert without_times(cut) == without_times(whole)
+
+
+def test_recipes_of_one_seed_share_initialisation_mask_split_and_order(experiment: Experiment, tmp_path: Path) -> None:
+    bench = Bench(experiment, PROTOCOL)
+    runner = Runner(bench, tmp_path)
+    ours, theirs = (Cell("snip", 0.9, recipe, 3) for recipe in GRID.recipes)
+    assert runner.mask_file(ours) == runner.mask_file(theirs)
+    assert runner.mask(ours, bench.model(3)) == runner.mask(theirs, bench.model(3)) == load_mask(runner.mask_file(ours))
+    for a, b in zip(bench.model(3).state_dict().values(), bench.model(3).state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(bench.batches(3), bench.batches(3), strict=True):
+        for (x, y), (u, v) in zip(a.epoch(1), b.epoch(1), strict=True):
+            assert torch.equal(x, u)
+            assert torch.equal(y, v)
+
+
+def test_seeds_differ_in_all_of_them(experiment: Experiment, tmp_path: Path) -> None:
+    bench = Bench(experiment, PROTOCOL)
+    runner = Runner(bench, tmp_path)
+    first, second = (next(iter(bench.batches(seed)[0])) for seed in (0, 1))
+    assert not torch.equal(first[0], second[0])
+    models = [bench.model(seed) for seed in (0, 1)]
+    assert not torch.equal(models[0].state_dict()["stem.conv1.weight"], models[1].state_dict()["stem.conv1.weight"])
+    assert runner.mask(Cell("snip", 0.9, "default", 0), models[0]) != runner.mask(Cell("snip", 0.9, "default", 1), models[1])
+
+
+def test_a_row_says_what_was_done(experiment: Experiment, tmp_path: Path) -> None:
+    grid = Grid(masks=("random-erk",), sparsity=(0.9,), recipes=("tost:ghost_activation",), seeds=1, dense=False)
+    (row,) = compare(grid, tmp_path, experiment=experiment, protocol=PROTOCOL).rows()
+    assert row["settings"]["mask"] == "random-erk"
+    assert row["techniques"] == Recipe.preset("tost:ghost_activation").settings()
+    assert row["density"]["overall"] == pytest.approx(0.1, abs=1e-4)
+    assert row["curves"]["epoch"] == [1, 2]
+    assert len(row["curves"]["strength"]["ghost_activation"]) == 2
+    assert set(row["accuracy"]) == {"validation", "test", "best_epoch", "last_validation", "last_test"}
+    assert row["time"]["seconds"] > 0
+    assert set(row["versions"]) == {"anymask", "torch", "python", "commit"}
+
+
+def test_the_id_changes_with_every_setting_and_with_what_a_recipes_name_stands_for(experiment: Experiment, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('[[technique]]\nname = "label_smoothing"\neps = 0.1')
+    cell = Cell("snip", 0.9, str(recipe), 0)
+    first = Runner(Bench(experiment, PROTOCOL), tmp_path).name(cell)
+    assert Runner(Bench(experiment, PROTOCOL), tmp_path / "elsewhere").name(cell) == first
+    assert Runner(Bench(experiment, Protocol(epochs=3, batch_size=16, lr=0.05)), tmp_path).name(cell) != first
+    recipe.write_text('[[technique]]\nname = "label_smoothing"\neps = 0.2')
+    assert Runner(Bench(experiment, PROTOCOL), tmp_path).name(cell) != first
+
+
+def test_a_mask_file_of_the_users_is_compared_like_a_method(experiment: Experiment, tmp_path: Path) -> None:
+    mask = prune(Bench(experiment, PROTOCOL).model(0), "magnitude", sparsity=0.7, seed=0)
+    mask.save(tmp_path / "mine.mask")
+    grid = Grid(masks=(str(tmp_path / "mine.mask"),), recipes=("default",), seeds=1, dense=False)
+    (row,) = compare(grid, tmp_path / "run", experiment=experiment, protocol=PROTOCOL).rows()
+    assert row["density"]["overall"] == mask.density
+
+
+def test_the_lottery_goes_on_between_rounds(experiment: Experiment, tmp_path: Path) -> None:
+    bench = Bench(experiment, Protocol(epochs=1, batch_size=16, lr=0.05))
+    cell = Cell("lottery", 0.5, "default", 0)
+    whole = Runner(bench, tmp_path / "whole").mask(cell, bench.model(0))
+    runner = Runner(bench, tmp_path / "cut")
+    fits = 0
+
+    def stop_in_third(*arguments: Any) -> None:
+        nonlocal fits
+        fits += 1
+        if fits == 3:
+            raise KeyboardInterrupt
+        Runner._trainer(runner, 0)(*arguments)
+
+    runner._trainer = lambda seed: stop_in_third  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        runner.mask(cell, bench.model(0))
+    assert Runner(bench, tmp_path / "cut").mask(cell, bench.model(0)) == whole
+
+
+@pytest.mark.parametrize("wrong", [{"masks": ("snpi",)}, {"recipes": ("tots",)}])
+def test_unknown_names_are_refused_before_anything_is_read(wrong: dict) -> None:
+    with pytest.raises(UnknownName, match=r"snip|tost"):
+        Grid(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"sparsity": (1.0,)}, {"sparsity": (-0.1,)}, {"seeds": 0}])
+def test_numbers_out_of_range_are_refused(wrong: dict) -> None:
+    with pytest.raises(SettingError):
+        Grid(**wrong)
+
+
+def test_a_device_that_is_not_there_is_a_clear_error() -> None:
+    with pytest.raises(SettingError, match="device 'cuba'"):
+        Bench(Experiment(device="cuba"), PROTOCOL)
