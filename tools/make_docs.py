@@ -10,14 +10,16 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
 from anymask.report import grid, table
 from anymask.runlog import Ledger
+from anymask.techniques import TECHNIQUES
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("README.md", "docs/evidence.md")
+FILES = ("README.md", "docs/evidence.md", "docs/lab.md")
 PART = re.compile(r"(<!-- made by ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -52,6 +54,27 @@ def fits() -> str:
     return f"The dense network has {weights:,} parameters and ends at a training loss of {loss:.3f} (mean of {len(dense)} seeds).\n"
 
 
+def tuning() -> str:
+    """The tuning runs, each recipe named by what it holds."""
+    found = rows("tuning", keep=lambda settings: not settings["recipe"].startswith("tost"))
+    return grid([{**row, "settings": {**row["settings"], "recipe": contents(row)}} for row in found])
+
+
+def contents(row: dict) -> str:
+    """The techniques of a run with the settings that differ from their defaults."""
+    return " + ".join(_contents(dict(technique)) for technique in row["techniques"]) or "default"
+
+
+def _contents(technique: dict) -> str:
+    kind = TECHNIQUES[technique.pop("name")]
+    default = asdict(kind())
+    parts = [f"{key}={value}" for key, value in technique.items() if not isinstance(value, dict) and value != default[key]]
+    parts += [f"{key}={value}" for key, value in technique.get("settings", {}).items() if value != default["settings"][key]]
+    fade = technique["schedule"]
+    ends = [] if kind.seam != "model" else [f"{fade['shape']} to {fade['end']}"]
+    return f"{kind.name}({', '.join([*ends, *parts])})"
+
+
 def times() -> str:
     """How long the two commands take in a fresh clone."""
     measured = json.loads((ROOT / "results" / "times.json").read_text())
@@ -65,6 +88,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "masks-table": lambda: table(rows("evidence", keep=main_recipes)),
     "techniques-grid": lambda: grid(rows("evidence", keep=in_the_grid)),
     "evidence-time": lambda: seconds("evidence"),
+    "tuning-grid": tuning,
     "cifar100-table": lambda: table(rows("cifar100")) + "\n" + seconds("cifar100"),
 }
 
