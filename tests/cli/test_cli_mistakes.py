@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from anymask import Mask
+from anymask.cli.errors import explain, is_out_of_memory
 
 MISTAKES = [
     ("compar", "compare"),
@@ -148,6 +149,14 @@ def test_a_file_that_is_there_is_only_replaced_when_told_so(anymask, tmp_path, s
     assert out.read_text() == "mine"
     assert anymask(*command, "--force").code == 0
     assert "90.00%" not in out.read_text(errors="replace")
+
+
+def test_memory_that_runs_out_is_told_from_a_bug():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 50)
+    assert is_out_of_memory(caught.value)
+    assert "--batch-size" in explain(caught.value)
+    assert not is_out_of_memory(RuntimeError("a bug of ours"))
 
 
 def test_a_reader_that_has_left_is_no_error():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ from safetensors.torch import load_file
 from anymask import Mask, load_mask
 from anymask.cli import main
 from anymask.cli.progress import watching
-from anymask.models import build
+from anymask.config import Bench, Experiment
 from anymask.sweep import Cell
+from anymask.train import Protocol, accuracy
 
 GRID = ["--masks", "snip", "--sparsity", "0.9", "--seeds", "2", "--epochs", "1"]
 
@@ -170,8 +172,10 @@ def test_train_keeps_the_weights_that_it_reports(anymask, small, tmp_path):
     assert f"{100 * row['accuracy']['test']:.2f}%" in said.out
     weights, mask = load_file(out / "model.safetensors"), load_mask(out / "mask.mask")
     assert all(tensor.is_contiguous() for tensor in weights.values())
-    model = build("resnet8-0.25x", classes=2, channels=3)
+    bench = Bench(Experiment(data="folder", data_dir=Path(small[3]), model=small[5]), Protocol(batch_size=27))
+    model = bench.model(1)
     model.load_state_dict(weights)
+    assert accuracy(model, bench.batches(0)[2]) == row["accuracy"]["test"]
     assert all(not weights[name][~mask[name]].any() for name in mask)
     assert row["density"]["overall"] == mask.density
 
@@ -210,6 +214,13 @@ def test_train_stopped_by_ctrl_c_and_resumed_ends_bit_equal_to_one_undisturbed(a
     assert load_mask(out / "mask.mask") == load_mask(tmp_path / "whole" / "mask.mask")
     assert rows(out)[0]["accuracy"] == rows(tmp_path / "whole")[0]["accuracy"]
     assert not (out / "unfinished").exists()
+
+
+def test_train_logs_for_tensorboard_when_told_to(anymask, small, tmp_path):
+    pytest.importorskip("tensorboard")
+    said = anymask("train", "--mask", "random", "--recipe", "default", "--epochs", "1", "--out", tmp_path / "t", "--tensorboard", *small)
+    assert said.code == 0, said.err
+    assert list((tmp_path / "t" / "tensorboard").glob("events*"))
 
 
 def test_a_folder_with_a_finished_training_is_refused_or_left_as_it_is(anymask, small, tmp_path):

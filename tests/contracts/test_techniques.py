@@ -100,13 +100,13 @@ def test_at_strength_zero_output_and_gradients_are_the_plain_ones_bit_for_bit(na
     twin, technique = copy.deepcopy(model), VARIANTS[name]
     running = attach(technique, model, optimizer, x, y)
     with running.plain():
+        values = []
         for net, loss in ((model, running.loss), (twin, F.cross_entropy)):
-            net.train()
-            loss(net(x), y).backward()
-    for (key, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=False):
-        if key in dict(twin.named_parameters()):
-            theirs = dict(twin.named_parameters())[key]
-            assert torch.equal(ours.grad, theirs.grad), key
+            values.append(loss(net.train()(x), y))
+            values[-1].backward()
+        assert torch.equal(*values)
+    for key, theirs in twin.named_parameters():
+        assert torch.equal(model.get_parameter(key).grad, theirs.grad), key
     with running.plain():
         assert torch.equal(model.eval()(x), twin.eval()(x))
 
@@ -204,6 +204,15 @@ def test_stopped_and_resumed_is_bit_equal_to_undisturbed(name: str, stop: int) -
     running.finish()
     for key, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[key]), key
+
+
+def test_an_init_technique_is_not_run_again_on_resume() -> None:
+    model, optimizer, x, y = setting()
+    state = attach(VARIANTS["lrsi"], model, optimizer, x, y).state_dict()
+    again, optimizer, x, y = setting()
+    attach(VARIANTS["lrsi"], again, optimizer, x, y, state=state)
+    for key, value in setting()[0].state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
 
 
 @pytest.mark.parametrize("name", MODEL)

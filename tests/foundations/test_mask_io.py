@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,13 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
     old = (tmp_path / "m").read_bytes()
     with pytest.raises(TypeError):
         Mask({"w": torch.ones(2)}, info={"not": {"json"}}).save(tmp_path / "m")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # as if the disk were full
+    try:
+        with pytest.raises(OSError, match="large"):
+            Mask({"w": torch.ones(10**6)}).save(tmp_path / "m")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "m").read_bytes() == old
     assert [f.name for f in tmp_path.iterdir()] == ["m"]
 

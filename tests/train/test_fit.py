@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from anymask import Recipe, fit, prunable
+from anymask.data import Batches, Split
 from anymask.errors import SettingError, TechniqueError
 from anymask.recipe import presets
+from anymask.schedules import Schedule
 from anymask.surgery import fingerprint
+from anymask.techniques import GhostActivation
 from anymask.train import Protocol, accuracy
-from tests.train.trainings import Net, batches, mask_of, train_once
+from tests.train.trainings import Net, batches, images, mask_of, train_once
 
 
 @pytest.mark.parametrize("preset", presets())
@@ -36,6 +39,23 @@ def test_the_checkpoint_with_the_best_validation_accuracy_is_chosen_the_later_on
     scores = result.curves["validation_accuracy"]
     assert result.validation == max(scores)
     assert result.best_epoch == max(i for i, s in enumerate(scores, 1) if s == max(scores))
+
+
+def test_what_is_evaluated_is_the_plain_network_even_while_ghosts_act() -> None:
+    model, (train, validation, test) = Net(), batches()
+    recipe = Recipe((GhostActivation(Schedule("step", full="100%", end="100%"), soft="mish", beta=0.1),))
+    result = fit(model, train, recipe=recipe, protocol=Protocol(epochs=4, lr=0.05), validation=validation, test=test, last_step=14)
+    assert result.curves["strength"]["ghost_activation"] == [1.0, 1.0]
+    assert accuracy(model, validation) == result.validation
+
+
+def test_the_chosen_weights_are_those_of_the_best_epoch_where_it_is_not_the_last() -> None:
+    train, _, _ = batches()
+    wrong = Batches(Split(images(40, seed=2).images, (images(40, seed=2).labels + 1) % 4), batch_size=20)
+    model = Net()
+    result = fit(model, train, recipe="default", protocol=Protocol(epochs=5, lr=0.05), validation=wrong)  # learning makes it worse
+    assert result.best_epoch < 5
+    assert accuracy(model, wrong) == result.validation > result.last_validation
 
 
 def test_it_learns() -> None:
