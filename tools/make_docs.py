@@ -79,7 +79,9 @@ def times() -> str:
     """How long the two commands take in a fresh clone."""
     measured = json.loads((ROOT / "results" / "times.json").read_text())
     lines = [f"- `{command}`: {value['minutes']:.1f} minutes" for command, value in measured["commands"].items()]
-    return "\n".join([*lines, f"\nMeasured one after the other in a fresh clone on {measured['machine']}; the first one installs what both need.\n"])
+    return "\n".join(
+        [*lines, f"\nMeasured one after the other in a fresh clone on {measured['machine']}; the first one installs what both need.\n"]
+    )
 
 
 PARTS: dict[str, Callable[[], str]] = {

@@ -41,6 +41,7 @@ class Bench:
 
     def __init__(self, experiment: Experiment, protocol: Protocol) -> None:
         self.experiment, self.protocol = experiment, protocol
+        models.find(experiment.model)  # a name that is not there is told before the data are read
         self.device = pick_device(experiment.device)
         self.dataset: Dataset = data.load(experiment.data, dir=experiment.data_dir, download=experiment.download)
         self.mean, self.std = data.statistics(self.dataset.train)

@@ -23,7 +23,8 @@ def save(mask: Mask, path: str | os.PathLike[str]) -> None:
     """Write `mask` to `path`: safetensors, one bit a weight, with shapes and `mask.info` in the header."""
     packed = {name: np.packbits(mask[name].numpy().reshape(-1)) for name in mask}
     header = json.dumps({"shapes": {name: list(mask[name].shape) for name in mask}, "info": mask.info})
-    blob = to_bytes(packed, metadata={"format": FORMAT, "header": header, "sha256": _digest(header, packed.values())})
+    # one key: safetensors writes several in an order of its own, and equal masks would be different files
+    blob = to_bytes(packed, metadata={FORMAT: json.dumps({"header": header, "sha256": _digest(header, packed.values())})})
     with atomic(path) as file:
         file.write(blob)
 
@@ -57,9 +58,10 @@ def load_mask(path: str | os.PathLike[str]) -> Mask:
 
 def _read(path: Path) -> Mask:
     with safe_open(path, framework="numpy") as file:
-        metadata: dict[str, Any] = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
-            raise _bad(path, f"format {metadata.get('format')!r}")
+        written = (file.metadata() or {}).get(FORMAT)
+        if written is None:
+            raise _bad(path, "no header of ours")
+        metadata: dict[str, Any] = json.loads(written)
         header = json.loads(metadata["header"])
         if set(header["shapes"]) != set(file.keys()):
             raise _bad(path, "names of the header and of the tensors differ")

@@ -124,7 +124,10 @@ def header_file(shapes, *, info=(), header="", **metadata):
     """A file of ours in every way but what is given, with a right checksum."""
     header = header or json.dumps({"shapes": shapes, "info": info})
     digest = hashlib.sha256(header.encode() + b"\xff").hexdigest()
-    return to_bytes({"w": np.array([255], dtype=np.uint8)}, metadata={"format": FORMAT, "header": header, "sha256": digest, **metadata})
+    return to_bytes(
+        {"w": np.array([255], dtype=np.uint8)},
+        metadata={metadata.pop("format", FORMAT): json.dumps({"header": header, "sha256": digest, **metadata})},
+    )
 
 
 def test_the_form_that_the_next_tests_bend_is_a_mask(file):
@@ -166,6 +169,15 @@ def test_a_header_that_is_not_ours_is_refused(file, bent):
 
 def test_other_safetensors_are_refused(file):
     file.write_bytes(torch_bytes({"w": torch.ones(3)}))
-    with pytest.raises(FileFormatError, match=rf"{file} is not a mask .* \(format None\).* a whole file of format {FORMAT}"):
+    with pytest.raises(FileFormatError, match=rf"{file} is not a mask .* \(no header of ours\).* a whole file of format {FORMAT}"):
         load_mask(file)
     assert read(file, torch_bytes({"w": torch.ones(3)}, metadata={"format": FORMAT})) is None
+
+
+def test_equal_masks_are_equal_files(tmp_path):
+    mask = Mask({"a": torch.eye(3), "b": torch.ones(2)}, info={"method": "x", "seed": 1})
+    contents = set()
+    for i in range(8):
+        mask.save(tmp_path / f"{i}.mask")
+        contents.add((tmp_path / f"{i}.mask").read_bytes())
+    assert len(contents) == 1

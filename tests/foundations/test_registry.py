@@ -28,7 +28,7 @@ def test_a_name_like_no_other_gets_no_suggestion():
 
 
 def test_case_does_not_count_and_the_tables_spelling_is_given():
-    assert nearest("grasp", TABLE) == ["GraSP"]
+    assert nearest("grasp", TABLE) == nearest("GRASP", TABLE) == ["GraSP"]
 
 
 def test_at_most_as_many_as_asked_best_first():

@@ -171,3 +171,20 @@ def test_numbers_out_of_range_are_refused(wrong: dict) -> None:
 def test_a_device_that_is_not_there_is_a_clear_error() -> None:
     with pytest.raises(SettingError, match="device 'cuba'"):
         Bench(Experiment(device="cuba"), PROTOCOL)
+
+
+def test_a_mask_file_is_trained_once_at_its_own_sparsity_and_again_when_it_changes(experiment: Experiment, tmp_path: Path) -> None:
+    model, file = Bench(experiment, PROTOCOL).model(0), tmp_path / "mine.mask"
+    names = []
+    for sparsity in (0.7, 0.6):
+        prune(model, "magnitude", sparsity=sparsity, seed=0).save(file)
+        (cell,) = cells(Grid(masks=(str(file),), sparsity=(0.9, 0.98), recipes=("default",), seeds=1, dense=False))
+        assert cell.sparsity == pytest.approx(sparsity, abs=1e-4)
+        names.append(Runner(Bench(experiment, PROTOCOL), tmp_path).name(cell))
+    assert names[0] != names[1]
+
+
+def test_a_file_called_like_a_method_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "snip").write_text("not a mask")
+    assert next(cells(Grid(masks=("snip",), dense=False))).sparsity == 0.98

@@ -39,9 +39,10 @@ def compare(
         kept = f"{len(ledger.rows())} finished trainings are kept in {out}"
         print(f"\nStopped. {kept}; the same command goes on from there.", file=sys.stderr)
         code = 130
-    if ledger.rows():
-        show_table(ledger, baseline=grid.recipes[0])
-        write_outcome(ledger, baseline=grid.recipes[0])
+    finally:  # a training that failed takes nothing from those that are finished
+        if ledger.rows():
+            show_table(ledger, baseline=grid.recipes[0])
+            write_outcome(ledger, baseline=grid.recipes[0])
     return code
 
 

@@ -47,7 +47,7 @@ def build(name: str, *, classes: int, channels: int = 3, seed: int | None = None
         >>> build("resnet20-0.5x", classes=10, channels=1, seed=0)(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 10])
     """
-    model, width = _parse(name)
+    model, width = find(name)
     for what, value in (("classes", classes), ("channels", channels)):
         if value < 1:
             raise SettingError(f"{what} came as {value}", allowed="a whole number from 1", fix=f"give the {what} of the data set")
@@ -59,7 +59,12 @@ def build(name: str, *, classes: int, channels: int = 3, seed: int | None = None
     return network
 
 
-def _parse(name: str) -> tuple[Model, float]:
+def find(name: str) -> tuple[Model, float]:
+    """What `name` stands for: a record of the table and the factor on its widths.
+
+    Raises:
+        UnknownName, SettingError: as `build` does.
+    """
     match = _NAME.fullmatch(name)
     base, width = (match["base"], float(match["width"] or 1)) if match else (name, 1.0)
     if width == 0:

@@ -1,5 +1,6 @@
 """The paired comparison: each mask trained with each recipe, the same seed giving the same start to all of them."""
 
+import hashlib
 import platform
 import subprocess
 import time
@@ -45,7 +46,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         for mask in self.masks:
-            if not Path(mask).is_file():
+            if not is_mask_file(mask):
                 lookup(METHODS, mask, what="mask method")
         for recipe in self.recipes:
             Recipe.preset(recipe)
@@ -126,10 +127,21 @@ def cells(grid: Grid) -> Iterator[Cell]:
     for seed in range(grid.first_seed, grid.first_seed + grid.seeds):
         if grid.dense:
             yield Cell(DENSE, 0.0, grid.recipes[0], seed)
-        for sparsity in grid.sparsity:
-            for mask in grid.masks:
-                for recipe in grid.recipes:
-                    yield Cell(mask, sparsity, recipe, seed)
+        for mask, sparsity in _targets(grid):
+            for recipe in grid.recipes:
+                yield Cell(mask, sparsity, recipe, seed)
+
+
+def _targets(grid: Grid) -> Iterator[tuple[str, float]]:
+    """Each method at each sparsity, and each mask file at the sparsity that it has."""
+    files = [mask for mask in grid.masks if is_mask_file(mask)]
+    yield from ((mask, sparsity) for sparsity in grid.sparsity for mask in grid.masks if mask not in files)
+    yield from ((file, round(load_mask(file).sparsity, 6)) for file in files)
+
+
+def is_mask_file(mask: str) -> bool:
+    """Whether `mask` is a file of the user's; a file that happens to be called "snip" does not hide the method."""
+    return mask not in METHODS and Path(mask).is_file()
 
 
 @dataclass(frozen=True)
@@ -154,7 +166,9 @@ class Runner:
 
     def settings(self, cell: Cell) -> dict[str, Any]:
         """What decides the numbers of `cell`, apart from what its recipe's name stands for."""
-        return {**self.bench.settings(), "mask": cell.mask, "sparsity": cell.sparsity, "recipe": cell.recipe, "seed": cell.seed}
+        file = {"mask_hash": hashlib.sha256(Path(cell.mask).read_bytes()).hexdigest()[:12]} if is_mask_file(cell.mask) else {}
+        here = {"mask": cell.mask, "sparsity": cell.sparsity, "recipe": cell.recipe, "seed": cell.seed}
+        return {**self.bench.settings(), **here, **file}
 
     def run(self, cell: Cell, name: str, watcher: Watcher) -> dict[str, Any]:
         """Train `cell`, or go on with it, and put it into the ledger."""
@@ -210,7 +224,7 @@ class Runner:
 
     def mask(self, cell: Cell, model: nn.Module) -> Mask:
         """The mask of `cell`, the same for all its recipes: made once on the initialisation of its seed, then read."""
-        if Path(cell.mask).is_file():
+        if is_mask_file(cell.mask):
             return load_mask(cell.mask)
         path = self.mask_file(cell)
         if path.exists():

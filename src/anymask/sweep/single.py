@@ -16,7 +16,7 @@ from anymask.mask_io import load_mask
 from anymask.pruning import METHODS
 from anymask.registry import lookup
 from anymask.runlog import atomic
-from anymask.sweep.compare import DENSE, Cell, Grid, Runner, Watcher
+from anymask.sweep.compare import DENSE, Cell, Grid, Runner, Watcher, is_mask_file
 from anymask.train import Protocol
 
 
@@ -80,7 +80,7 @@ def cell_of(mask: str, *, sparsity: float | None, recipe: str, seed: int) -> Cel
     Raises:
         SettingError: when a sparsity is given for a mask file or a dense network.
     """
-    fixed = 0.0 if mask == DENSE else round(load_mask(mask).sparsity, 6) if Path(mask).is_file() else None
+    fixed = 0.0 if mask == DENSE else round(load_mask(mask).sparsity, 6) if is_mask_file(mask) else None
     if fixed is None:
         return Cell(mask, 0.98 if sparsity is None else sparsity, recipe, seed)
     if sparsity is not None:
