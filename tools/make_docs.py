@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
-from anymask.report import grid, table
+from anymask.report import grid, paired, table
 from anymask.runlog import Ledger
 from anymask.techniques import TECHNIQUES
 
@@ -54,6 +54,16 @@ def fits() -> str:
     return f"The dense network has {weights:,} parameters and ends at a training loss of {loss:.3f} (mean of {len(dense)} seeds).\n"
 
 
+def verdicts() -> str:
+    """One sentence: how many of all the intervals of the evidence lie to one side of 0."""
+    found = [comparison.verdict for comparison in paired(rows("evidence"))]
+    won, lost = found.count("won"), found.count("lost")
+    return (
+        f"Of {len(found)} comparisons (a recipe, a mask and a sparsity each), the 95% interval lies above 0 in {won}, below 0 in {lost} and "
+        f"holds 0 in {len(found) - won - lost}. By luck alone about {0.05 * len(found):.0f} would not hold it.\n"
+    )
+
+
 def tuning() -> str:
     """The tuning runs, each recipe named by what it holds."""
     found = rows("tuning", keep=lambda settings: not settings["recipe"].startswith("tost"))
@@ -87,6 +97,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "times": times,
     "masks-table": lambda: table(rows("evidence", keep=main_recipes)),
     "techniques-grid": lambda: grid(rows("evidence", keep=in_the_grid)),
+    "verdicts": verdicts,
     "evidence-time": lambda: seconds("evidence"),
     "tuning-grid": tuning,
     "cifar100-table": lambda: table(rows("cifar100")) + "\n" + seconds("cifar100"),

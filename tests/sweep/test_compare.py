@@ -162,6 +162,11 @@ def test_unknown_names_are_refused_before_anything_is_read(wrong: dict) -> None:
         Grid(**wrong)
 
 
+def test_a_mask_file_that_is_not_there_is_not_taken_for_a_method() -> None:
+    with pytest.raises(SettingError, match="no mask file at gone/mine.mask"):
+        Grid(masks=("gone/mine.mask",))
+
+
 @pytest.mark.parametrize("wrong", [{"sparsity": (1.0,)}, {"sparsity": (-0.1,)}, {"seeds": 0}])
 def test_numbers_out_of_range_are_refused(wrong: dict) -> None:
     with pytest.raises(SettingError):

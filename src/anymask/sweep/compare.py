@@ -46,6 +46,8 @@ class Grid:
 
     def __post_init__(self) -> None:
         for mask in self.masks:
+            if Path(mask).suffix and not Path(mask).exists():
+                raise SettingError(f"no mask file at {mask}", allowed="a file of mask.save(path), or a mask method", fix="check the path")
             if not is_mask_file(mask):
                 lookup(METHODS, mask, what="mask method")
         for recipe in self.recipes:
