@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, idx, write_fashion
 
 from anymask.data import DATASETS, load
 from anymask.data.idx import EMBEDDED, read_embedded
 from anymask.errors import DataError, FileFormatError
+from conftest import REPOSITORY, idx, write_fashion
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
