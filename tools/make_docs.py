@@ -59,7 +59,7 @@ def verdicts() -> str:
     found = [comparison.verdict for comparison in paired(rows("evidence"))]
     won, lost = found.count("won"), found.count("lost")
     return (
-        f"Of {len(found)} comparisons (a recipe, a mask and a sparsity each), the 95% interval lies above 0 in {won}, below 0 in {lost} and "
+        f"Of {len(found)} comparisons (a recipe, a mask, a sparsity each), the 95% interval lies above 0 in {won}, below 0 in {lost} and "
         f"holds 0 in {len(found) - won - lost}. By luck alone about {0.05 * len(found):.0f} would not hold it.\n"
     )
 

@@ -163,7 +163,7 @@ def test_unknown_names_are_refused_before_anything_is_read(wrong: dict) -> None:
 
 
 def test_a_mask_file_that_is_not_there_is_not_taken_for_a_method() -> None:
-    with pytest.raises(SettingError, match="no mask file at gone/mine.mask"):
+    with pytest.raises(SettingError, match=r"no mask file at gone/mine.mask"):
         Grid(masks=("gone/mine.mask",))
 
 
