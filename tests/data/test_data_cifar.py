@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import cifar_rows, python2, write_cifar10
 
 from anymask.data import cifar, load
 from anymask.errors import DataError, FileFormatError
+from tests.data.conftest import cifar_rows, python2, write_cifar10
 
 
 def write_cifar100(folder: Path, dump) -> None:

@@ -11,11 +11,11 @@ from threading import Thread
 
 import numpy as np
 import pytest
-from conftest import write_cifar10, write_fashion
 
 from anymask.data import DATASETS, load
 from anymask.data.download import DOWNLOADS, Remote, fetch
 from anymask.errors import DataError, FileFormatError
+from tests.data.conftest import write_cifar10, write_fashion
 
 
 class Quiet(SimpleHTTPRequestHandler):

@@ -10,7 +10,7 @@ import torch
 from anymask.data import DATASETS, load
 from anymask.data.idx import EMBEDDED, read_embedded
 from anymask.errors import DataError, FileFormatError
-from conftest import REPOSITORY, idx, write_fashion
+from tests.data.conftest import REPOSITORY, idx, write_fashion
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 

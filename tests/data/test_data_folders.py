@@ -1,10 +1,10 @@
 import builtins
 
 import pytest
-from conftest import write_image
 
 from anymask.data import load
 from anymask.errors import DataError
+from tests.data.conftest import write_image
 
 
 def write_classes(root, *, classes=("ant", "bee"), each=2):

@@ -7,12 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from made_rows import made_row, made_rows
 
 from anymask.errors import AnymaskError
 from anymask.report import write_page
 from anymask.report.cells import groups
 from anymask.report.figures import figures
+from tests.report.made_rows import made_row, made_rows
 
 HOSTILE = "</script><script>document.documentElement.dataset.error='ran'</script><img src=x onerror=\"trouble('ran')\">"
 CHROMIUM = shutil.which("chromium")

@@ -6,11 +6,11 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_rows import made_row, made_rows
 from scipy.stats import ttest_rel
 
 from anymask.errors import FileFormatError
 from anymask.report import missing, overall, paired
+from tests.report.made_rows import made_row, made_rows
 
 SHARES = st.floats(0, 1, allow_nan=False)
 PAIRS = st.lists(st.tuples(SHARES, SHARES), min_size=1, max_size=6)

@@ -2,9 +2,8 @@
 
 import re
 
-from made_rows import made_row, made_rows
-
 from anymask.report import grid, paired, table
+from tests.report.made_rows import made_row, made_rows
 
 GOLDEN = """\
 ### fashion-mnist-5k, demonet, 12 epochs, 2 seeds
