@@ -92,12 +92,22 @@ def times() -> str:
     return "\n".join([*lines, f"\nMeasured in fresh clones on {measured['machine']}, installation included.\n"])
 
 
+def hold_cost() -> str:
+    """What benchmarks/hold.py measured."""
+    measured = json.loads((ROOT / "results" / "hold.json").read_text())["results"]
+    kinds = list(measured[0]["ratios"])
+    lines = [f"| network, batch | {' | '.join(kinds)} |", "|" + "---|" * (len(kinds) + 1)]
+    lines += [f"| {m['model']}, {m['batch']} | {' | '.join(format(m['ratios'][kind], '.3f') for kind in kinds)} |" for m in measured]
+    return "\n".join(lines) + "\n"
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "demo-table": lambda: table(rows("demo")) + "\n" + seconds("demo") + fits(),
     "times": times,
     "masks-table": lambda: table(rows("evidence", keep=main_recipes)),
     "techniques-grid": lambda: grid(rows("evidence", keep=in_the_grid)),
     "verdicts": verdicts,
+    "hold-cost": hold_cost,
     "evidence-time": lambda: seconds("evidence"),
     "tuning-grid": tuning,
     "cifar100-table": lambda: table(rows("cifar100")) + "\n" + seconds("cifar100"),
