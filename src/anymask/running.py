@@ -34,7 +34,7 @@ class RunningRecipe:
         self.added = Cost()
         self._context, self._before = context, fingerprint(context.model)
         self._live: dict[str, tuple[Technique, Attached]] = {}
-        self._strengths = {t.name: self.strength(t, self.position) for t in techniques}
+        self._strengths = {t.name: self.strength(t, self.position) for t in techniques if t.seam != "init"}
         vars(context.model)[MARK] = name
         try:
             for technique in techniques:
@@ -51,7 +51,7 @@ class RunningRecipe:
 
     @property
     def strengths(self) -> dict[str, float]:
-        """The strength of each technique at this step."""
+        """The strength of each technique that fades, at this step."""
         return dict(self._strengths)
 
     def strength(self, technique: Technique, step: int) -> float:
@@ -153,19 +153,19 @@ class RunningRecipe:
     def _join(self, technique: Technique, *, fresh: bool) -> None:
         if technique.seam == "init" and not fresh:
             return  # its work is in the weights that are loaded next
-        strength = self._strengths[technique.name]
-        if technique.seam != "init" and strength == 0:
+        strength = self._strengths.get(technique.name)
+        if strength == 0:
             return
         attached = technique.attach(self._context)
         self.found[technique.name] = attached.found
         self.added = self.added + attached.added
-        if technique.seam != "init":
+        if strength is not None:
             self._live[technique.name] = (technique, attached)
             attached.set_strength(strength)
 
     def _move(self, technique: Technique) -> None:
         strength = self.strength(technique, self.position)
-        if strength == self._strengths[technique.name]:
+        if strength == self._strengths.get(technique.name, strength):
             return
         self._strengths[technique.name] = strength
         if technique.name in self._live:

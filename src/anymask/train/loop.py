@@ -168,6 +168,7 @@ class _Run:
         )
         if saved is not None:
             self._restore(saved)
+        self.strengths = self.recipe.strengths
         self.began = time.monotonic() - self.progress["seconds"]
 
     @property
@@ -193,13 +194,14 @@ class _Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+        self.strengths = self.recipe.strengths  # of the step that was just made
         self.recipe.step()
         self.progress["step"] += 1
         self.first_batch = self.step % self.per_epoch * self.protocol.accumulate
 
     def end_epoch(self, epoch: int, *, validation: Batches | None) -> None:
         """Evaluate the plain network, remember the best one, and save."""
-        curves, strengths = self.progress["curves"], self.recipe.strengths
+        curves = self.progress["curves"]
         loss = float(self.loss) / self.batches
         if not math.isfinite(loss):
             raise TechniqueError(
@@ -218,7 +220,7 @@ class _Run:
             self.progress["best"] = {"validation": score, "epoch": epoch + 1, "model": state}
         for name, value in {"epoch": epoch + 1, "train_loss": loss, "validation_accuracy": score, "lr": self._lr()}.items():
             curves[name].append(value)
-        for name, value in strengths.items():
+        for name, value in self.strengths.items():
             curves["strength"].setdefault(name, []).append(value)
         self.save()
 
