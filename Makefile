@@ -12,7 +12,7 @@ RUN    ?= runs/demo
 	touch $@
 
 demo: .venv/done
-	$(BIN)/anymask compare --config presets/demo.toml --out $(RUN)
+	$(BIN)/anymask compare --config configs/demo.toml --out $(RUN)
 
 lint: .venv/done
 	$(BIN)/ruff check .

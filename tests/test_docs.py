@@ -57,7 +57,7 @@ def test_every_other_command_of_the_readme_is_a_target_of_the_makefile() -> None
 
 
 def test_the_demo_is_settled_and_readable(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", "--config", str(ROOT / "presets" / "demo.toml"), "--out", "nowhere", "--dry-run"]) == 0
+    assert main(["compare", "--config", str(ROOT / "configs" / "demo.toml"), "--out", "nowhere", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     for mask in ("random-erk", "snip", "synflow", "dense"):
         assert mask in shown

@@ -106,7 +106,7 @@ def test_python_m_anymask_is_the_same_program():
 
 
 def test_the_demo_preset_is_three_masks_three_seeds_and_a_dense_reference(capsys):
-    assert main(["compare", "--config", str(ROOT / "presets" / "demo.toml"), "--out", "nowhere", "--dry-run"]) == 0
+    assert main(["compare", "--config", str(ROOT / "configs" / "demo.toml"), "--out", "nowhere", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) >= 3 * (1 + 3 * 2)
     assert {line.split(",")[0] for line in lines} == {"dense", "random-erk 0.98", "snip 0.98", "synflow 0.98"}
