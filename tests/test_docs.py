@@ -13,6 +13,7 @@ import pytest
 
 import anymask
 from anymask.cli import main
+from anymask.techniques import TECHNIQUES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,8 +31,9 @@ def test_the_examples_of_the_docstrings_run(name: str, tmp_path: Path, monkeypat
 
 def test_public_functions_and_classes_have_an_example_that_is_run() -> None:
     finder = doctest.DocTestFinder(recurse=False)
-    for name in set(anymask.__all__) - {"__version__", "Hold"}:
-        assert finder.find(getattr(anymask, name), name)[0].examples, name
+    public = {name: getattr(anymask, name) for name in set(anymask.__all__) - {"__version__", "Hold"}}
+    for name, thing in {**public, **TECHNIQUES}.items():
+        assert finder.find(thing, name)[0].examples, name
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=[f"block{i}" for i in range(len(PYTHON))])

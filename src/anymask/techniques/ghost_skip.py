@@ -42,6 +42,15 @@ class GhostSkip(Technique):
     Raises:
         TechniqueError: on attach, when there is no such unit, no example, or (learned) no optimiser.
 
+    Example:
+        >>> import torch
+        >>> from anymask.techniques import Context
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Conv2d(4, 4, 3), torch.nn.BatchNorm2d(4))
+        >>> x = torch.randn(2, 1, 8, 8)
+        >>> ghost = GhostSkip().attach(Context(net, None, torch.nn.functional.cross_entropy, example=x))
+        >>> ghost.found
+        '1 conv + norm units'
+
     Reference: ToST (arXiv 2206.12755). Differs from the authors' code: there the branch is never removed, never counted,
     and starts at full strength because its batch norm undoes the 1e-4 of its weights; here the factor comes after the
     norm and ends at exactly 0.

@@ -28,6 +28,16 @@ class LabelSmoothing(Technique):
     Raises:
         TechniqueError: on attach, when the loss is not cross-entropy.
 
+    Example:
+        >>> import torch
+        >>> from anymask.techniques import Context
+        >>> model, cross_entropy = torch.nn.Linear(1, 2), torch.nn.functional.cross_entropy
+        >>> smooth = LabelSmoothing(eps=0.1).attach(Context(model, None, cross_entropy))
+        >>> output, target = torch.tensor([[2.0, 0.0]]), torch.tensor([0])
+        >>> value = cross_entropy(output, target)
+        >>> [round(float(v), 3) for v in (value, smooth.loss(value, output, target))]
+        [0.127, 0.327]
+
     Reference: ToST (arXiv 2206.12755), eps = 0.1. Differs from `torch.nn.CrossEntropyLoss(label_smoothing=eps)`, which
     puts eps/C on every class, the true one included: this form with eps is that one with eps * C / (C - 1).
     """

@@ -31,6 +31,14 @@ class LRsI(Technique):
     Raises:
         TechniqueError: on attach, when there is neither data nor an example, or the objective becomes non-finite.
 
+    Example:
+        >>> import torch
+        >>> from anymask.techniques import Context
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> data = [(torch.randn(8, 4), torch.arange(8) % 2)]
+        >>> LRsI().attach(Context(model, None, torch.nn.functional.cross_entropy, data=data, total_steps=100)).found
+        '4 parameters, 5 iterations on 1 batches, real labels'
+
     Reference: ToST (arXiv 2206.12755); the objective is GradInit's (arXiv 2102.08098). Differs from the authors' code:
     there the scales are learned on the dense network before masking.
     """
