@@ -66,8 +66,19 @@ def verdicts() -> str:
 
 def tuning() -> str:
     """The tuning runs, each recipe named by what it holds."""
-    found = rows("tuning", keep=lambda settings: not settings["recipe"].startswith("tost"))
-    return grid([{**row, "settings": {**row["settings"], "recipe": contents(row)}} for row in found])
+    return grid(named(rows("tuning", keep=lambda settings: not settings["recipe"].startswith("tost"))))
+
+
+def tuning_early() -> str:
+    """The first tuning runs: the learning rates of the default recipe, then what recipes did."""
+    found = named(rows("tuning-early"))
+    defaults = [row for row in found if row["settings"]["recipe"] == "default" and row["settings"]["model"] == "demonet"]
+    return table(defaults) + "\n" + grid(found)
+
+
+def named(found: list[dict]) -> list[dict]:
+    """The rows, each recipe named by what it holds."""
+    return [{**row, "settings": {**row["settings"], "recipe": contents(row)}} for row in found]
 
 
 def contents(row: dict) -> str:
@@ -110,6 +121,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "hold-cost": hold_cost,
     "evidence-time": lambda: seconds("evidence"),
     "tuning-grid": tuning,
+    "tuning-early": tuning_early,
     "cifar100-table": lambda: table(rows("cifar100")) + "\n" + seconds("cifar100"),
 }
 
