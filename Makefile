@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 RUN    ?= runs/demo
 
-.PHONY: demo test lint evidence clean
+.PHONY: demo test lint clean
 
 .venv/done: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit('anymask needs Python 3.10 or newer, this is ' + sys.version.split()[0]) if sys.version_info < (3, 10) else None"

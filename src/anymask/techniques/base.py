@@ -93,10 +93,10 @@ class Ghost(nn.Module):
 
     strength: Tensor
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
         # A 0-D tensor, so that a compiled graph does not change when the strength does.
-        self.register_buffer("strength", torch.ones((), dtype=torch.float32, device=like.device), persistent=False)
+        self.register_buffer("strength", torch.ones((), dtype=torch.float32, device=device), persistent=False)
 
 
 class AttachedGhosts(Attached):
@@ -123,6 +123,6 @@ class AttachedGhosts(Attached):
         self._ghosts = []
 
 
-def device_of(model: nn.Module) -> Tensor:
-    """A tensor on the model's device."""
-    return next(model.parameters(), torch.empty(0))
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are."""
+    return next(model.parameters(), torch.empty(0)).device

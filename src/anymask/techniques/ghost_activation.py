@@ -81,7 +81,7 @@ class GhostActivation(Technique):
             raise self.nothing("nn.ReLU or nn.ReLU6 modules", context.model, fix="write ReLUs as modules")
         ghosts = AttachedGhosts(child=_CHILD, found=f"{len(relus)} ReLU modules")
         for relu in relus:
-            ghost = _SoftReLU(self, like=device_of(context.model), cap=6.0 if isinstance(relu, nn.ReLU6) else None)
+            ghost = _SoftReLU(self, device=device_of(context.model), cap=6.0 if isinstance(relu, nn.ReLU6) else None)
             # A hook on the output needs the input as it was, which an in-place ReLU would overwrite.
             handles: list[Any] = [_OutOfPlace(relu), relu.register_forward_hook(ghost.soften)]
             ghosts.add(relu, ghost, handles)
@@ -100,8 +100,8 @@ class _OutOfPlace:
 
 
 class _SoftReLU(Ghost):
-    def __init__(self, settings: GhostActivation, *, like: Tensor, cap: float | None) -> None:
-        super().__init__(like)
+    def __init__(self, settings: GhostActivation, *, device: torch.device, cap: float | None) -> None:
+        super().__init__(device)
         self.soft, self.beta, self.fade, self.cap = SOFT[settings.soft], settings.beta, settings.fade, cap
         self.silu = settings.soft == "swish" and settings.beta == 1.0 and settings.fade == "blend"
 

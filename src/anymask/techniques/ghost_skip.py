@@ -99,17 +99,17 @@ def _make(chosen: list[Unit], settings: GhostSkip, context: Context) -> list[tup
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.seed)
-        return [(unit, _Skip(settings, unit, like=device_of(context.model))) for unit in chosen]
+        return [(unit, _Skip(settings, unit, device=device_of(context.model))) for unit in chosen]
 
 
 class _Skip(Ghost):
-    def __init__(self, settings: GhostSkip, unit: Unit, *, like: Tensor) -> None:
-        super().__init__(like)
+    def __init__(self, settings: GhostSkip, unit: Unit, *, device: torch.device) -> None:
+        super().__init__(device)
         self.scale, self.size, self.channels = settings.scale, unit.output_shape[2:], unit.output_shape[1]
         self.entered: Tensor | None = None
         self.branch: nn.Module | None = None
         if settings.kind == "learned":
-            self.branch = _learned(unit.input_shape[1], self.channels, dims=len(self.size)).to(like.device)
+            self.branch = _learned(unit.input_shape[1], self.channels, dims=len(self.size)).to(device)
 
     def enter(self, _conv: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.entered = args[0]

@@ -61,7 +61,7 @@ class LabelSmoothing(Technique):
                 allowed="torch.nn.functional.cross_entropy",
                 fix="leave `loss` out of Recipe.attach, or leave label_smoothing out of the recipe",
             )
-        return _Smoothing(self.eps, torch.ones((), device=device_of(context.model).device))
+        return _Smoothing(self.eps, torch.ones((), device=device_of(context.model)))
 
 
 class _Smoothing(Attached):
