@@ -16,6 +16,7 @@ OPTIONAL = {  # package: the one module that may import it
     "plotly": "report/page.py",
     "PIL": "data/images.py",
     "pooch": "data/download.py",
+    "msgpack": "formats/packed.py",
     "torch.utils.tensorboard": "train/loop.py",
     "tensorboard": None,
     "lightning": None,

@@ -7,11 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from anymask.formats import load_mask
     from anymask.holding import Hold, hold
     from anymask.mask import Mask
-    from anymask.mask_io import load_mask
     from anymask.prunables import prunable
     from anymask.pruning import prune
+    from anymask.pruning.rewiring import Rewiring, rewire
     from anymask.recipe import Recipe
     from anymask.train import fit
 
@@ -21,13 +22,15 @@ _HOME = {
     "Hold": "holding",
     "Mask": "mask",
     "Recipe": "recipe",
+    "Rewiring": "pruning.rewiring",
     "fit": "train",
     "hold": "holding",
-    "load_mask": "mask_io",
+    "load_mask": "formats",
     "prunable": "prunables",
     "prune": "pruning",
+    "rewire": "pruning.rewiring",
 }
-__all__ = ["Hold", "Mask", "Recipe", "__version__", "fit", "hold", "load_mask", "prunable", "prune"]
+__all__ = ["Hold", "Mask", "Recipe", "Rewiring", "__version__", "fit", "hold", "load_mask", "prunable", "prune", "rewire"]
 
 
 def __getattr__(name: str) -> Any:

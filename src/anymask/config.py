@@ -1,6 +1,7 @@
 """Where names become objects: data, model, mask and recipe of one training, from plain settings."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,11 @@ class Bench:
         model = models.build(self.experiment.model, classes=len(self.dataset.classes), channels=channels, seed=seed)
         # oneDNN and cuDNN convolve channels_last without converting it at each layer
         return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def total_steps(self, seed: int) -> int:
+        """Optimiser steps of a whole training."""
+        train, _, _ = self.batches(seed)
+        return self.protocol.epochs * math.ceil(len(train) / self.protocol.accumulate)
 
     def settings(self) -> dict[str, Any]:
         """What decides the numbers of a training here, as plain values."""

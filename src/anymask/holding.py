@@ -14,10 +14,10 @@ class Hold:
     """A mask that is kept on a model and its optimiser. Made by `anymask.hold`; undone by `release`."""
 
     def __init__(self, mask: Mask, model: nn.Module, optimizer: Optimizer) -> None:
-        self.mask = mask
-        self._parameters = mask.check(model)
+        self.mask, self.optimizer = mask, optimizer
+        self.parameters = mask.check(model)
         self._kept = {name: -mask[name].to(torch.int8) for name in mask}  # every bit set where kept: see _zero
-        self._handles = [self._hold_gradient(name, parameter) for name, parameter in self._parameters.items()]
+        self._handles = [self._hold_gradient(name, parameter) for name, parameter in self.parameters.items()]
         self._handles += [optimizer.register_step_post_hook(self), optimizer.register_load_state_dict_post_hook(self)]
         self(optimizer)
 
@@ -28,32 +28,65 @@ class Hold:
         Most optimisers keep zeros by themselves once the gradients are masked. Those that mix the entries of a tensor
         (Muon) or begin their slots with other values (Rprop, Adagrad) do not.
         """
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             kept = self._where(name, parameter)
             _zero(parameter, kept)
             for slot in optimizer.state.get(parameter, {}).values():
                 if isinstance(slot, Tensor) and slot.shape == parameter.shape:
                     _zero(slot, kept)
 
+    @torch.no_grad()
+    def move(self, mask: Mask) -> None:
+        """Hold `mask` from now on, of the same names and shapes as the one before: `self.mask` is then this one.
+
+        What is newly pruned becomes 0 at once, in weights, gradients and optimiser slots. What is newly kept begins at 0 in all of
+        them, since it was held there. The tensors that hooks, compiled graphs and CUDA graphs know are written in place.
+
+        Raises:
+            MaskError: for another set of names or shapes, or when the hold was released.
+        """
+        if not self._handles:
+            raise MaskError("a hold was moved after release()", allowed="moves while it holds", fix="hold the new mask instead")
+        shapes, wanted = ({name: tuple(m[name].shape) for name in m} for m in (mask, self.mask))
+        if shapes != wanted:
+            other = sorted(name for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name))
+            raise MaskError(
+                f"the new mask differs in name or shape: {', '.join(other)}",
+                allowed="the names and shapes of the mask that is held",
+                fix="release this hold and hold the new mask",
+            )
+        for name, parameter in self.parameters.items():
+            self._where(name, parameter).copy_(-mask[name].to(torch.int8))
+            self._mask_gradient(name, parameter)
+        self.mask = mask
+        self(self.optimizer)
+
+    def release_with(self, handle: Any) -> None:
+        """Call `handle.remove()` on `release`: for what works on this hold and means nothing without it."""
+        self._handles.append(handle)
+
     def release(self) -> None:
         """Remove every hook; the weights stay as they are."""
-        for handle in self._handles:
+        handles, self._handles = self._handles, []
+        for handle in handles:
             handle.remove()
-        self._handles = []
 
     def _hold_gradient(self, name: str, parameter: Tensor) -> Any:
         # After accumulation and before clipping, scaling or all-reduce: nobody sees an unmasked gradient.
         def mask_gradient(parameter: Tensor) -> None:
-            if parameter.grad is not None and parameter.grad.is_sparse:
-                parameter.grad = _masked_rows(parameter.grad, self._where(name, parameter))
-            elif parameter.grad is not None:
-                _zero(parameter.grad, self._where(name, parameter))
+            self._mask_gradient(name, parameter)
 
         mask_gradient(parameter)
         trains = parameter.requires_grad
         handle = parameter.requires_grad_(True).register_post_accumulate_grad_hook(mask_gradient)  # refused on a frozen one
         parameter.requires_grad_(trains)  # which may be thawed later
         return handle
+
+    def _mask_gradient(self, name: str, parameter: Tensor) -> None:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = _masked_rows(parameter.grad, self._where(name, parameter))
+        elif parameter.grad is not None:
+            _zero(parameter.grad, self._where(name, parameter))
 
     def _where(self, name: str, parameter: Tensor) -> Tensor:
         """What is kept, on the parameter's device and in its memory layout (a model may be moved after `hold`)."""

@@ -3,10 +3,13 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from anymask.errors import MaskError
+from anymask.prunables import prunable
+from anymask.ranks import from_rank, together
 from anymask.registry import nearest
 
 
@@ -86,32 +89,40 @@ class Mask(Mapping[str, Tensor]):
 
     # -- on a model ------------------------------------------------------------------------------------------------
     def check(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters of `model` that this mask covers, by name.
+        """The parameters of `model` that this mask covers, by name; it may leave any out.
 
         Raises:
-            MaskError: naming every entry that is missing from the model or of another shape.
+            MaskError: naming every entry that the model does not have or has in another shape, each with the nearest
+                parameters; and then also the prunable weights that the mask leaves out.
         """
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        missing = [name for name in self._kept if name not in parameters]
-        misshapen = [
-            f"{name} is {tuple(t.shape)} in the mask and {tuple(parameters[name].shape)} in the model"
-            for name, t in self._kept.items()
-            if name in parameters and t.shape != parameters[name].shape
-        ]
-        if missing or misshapen:
-            raise self._misfit(missing, misshapen, parameters, model)
+        odd = [name for name, t in self._kept.items() if name not in parameters or t.shape != parameters[name].shape]
+        if odd:
+            raise self._misfit(odd, parameters, model)
         return {name: parameters[name] for name in self._kept}
 
-    def _misfit(self, missing: list[str], misshapen: list[str], parameters: Mapping[str, Any], model: nn.Module) -> MaskError:
-        free = [name for name in parameters if name not in self._kept]
-        parts = [f"{name} (nearest: {', '.join(nearest(name, free)) or 'none'})" for name in missing]
-        came = f"the mask does not fit {type(model).__name__}"
-        if parts:
-            came += f"; not in the model: {'; '.join(parts)}"
-        if misshapen:
-            came += f"; another shape: {'; '.join(misshapen)}"
+    def _misfit(self, odd: list[str], parameters: Mapping[str, nn.Parameter], model: nn.Module) -> MaskError:
+        ours = {name: tuple(self._kept[name].shape) for name in odd}
+        theirs = {name: tuple(p.shape) for name, p in parameters.items() if name not in self._kept or name in ours}
+        unexpected = {name: shape for name, shape in ours.items() if name not in theirs}
+        said = {
+            "not in the model": [f"{name} {shape} (nearest: {_nearest(name, shape, theirs)})" for name, shape in unexpected.items()],
+            "another shape": [
+                f"{name} is {shape} in the mask and {theirs[name]} in the model (of that shape: {_alike(name, shape, theirs)})"
+                for name, shape in ours.items()
+                if name in theirs
+            ],
+            "prunable and not in the mask": [
+                f"{name} {theirs[name]} (nearest: {_nearest(name, theirs[name], unexpected)})"
+                for name in _prunable(model)
+                if name not in self._kept
+            ],
+        }
+        parts = "; ".join(f"{what}: {'; '.join(entries)}" for what, entries in said.items() if entries)
         return MaskError(
-            came, allowed="every name and shape of the mask as in the model", fix="make the mask for this very model, or rename its entries"
+            f"the mask does not fit {type(model).__name__}; {parts}",
+            allowed="every name and shape of the mask as in the model",
+            fix="make the mask for this very model, or rename its entries",
         )
 
     @torch.no_grad()
@@ -124,11 +135,49 @@ class Mask(Mapping[str, Tensor]):
         for name, parameter in self.check(model).items():
             parameter.masked_fill_(~self._kept[name].to(parameter.device), 0)
 
-    def save(self, path: Any) -> None:
-        """Write the mask to `path` (safetensors, one bit a weight). See `anymask.load_mask`."""
-        from anymask import mask_io  # below: mask_io needs Mask
+    def broadcast(self, source: int = 0) -> "Mask":
+        """The mask of rank `source`, on every rank of torch.distributed; this very mask where a process trains alone.
 
-        mask_io.save(self, path)
+        The same seed gives the same mask up to the rounding of a device's arithmetic; ranks that train one network need the very
+        same one: make it on each rank, then hold `mask.broadcast()`. Every rank has to call this.
+
+        Example:
+            >>> mask = Mask({"weight": torch.eye(2)})
+            >>> mask.broadcast() is mask  # no process group here
+            True
+        """
+        if not together():
+            return self
+        bits = {name: (t.shape, np.packbits(t.numpy().reshape(-1))) for name, t in self._kept.items()}
+        sent, info = from_rank((bits, self.info), source)
+        flat = {name: np.unpackbits(packed, count=shape.numel()) for name, (shape, packed) in sent.items()}
+        return Mask({name: torch.from_numpy(flat[name]).reshape(sent[name][0]) for name in sent}, info=info)
+
+    def save(self, path: Any, *, format: str = "anymask", weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write the mask to `path`: safetensors, one bit a weight, or as `anymask.formats.save` says. See `anymask.load_mask`."""
+        from anymask import formats  # below: formats needs Mask
+
+        formats.save(self, path, format=format, weights=weights)
+
+
+def _prunable(model: nn.Module) -> list[str]:
+    try:
+        return list(prunable(model))
+    except MaskError:  # it has none
+        return []
+
+
+def _nearest(name: str, shape: tuple[int, ...], names: Mapping[str, tuple[int, ...]]) -> str:
+    """The names most like `name`, those of its shape first; of names that are not like it those of its shape."""
+    like = sorted(nearest(name, names), key=lambda other: names[other] != shape)
+    return ", ".join(like) or _alike(name, shape, names)
+
+
+def _alike(name: str, shape: tuple[int, ...], names: Mapping[str, tuple[int, ...]]) -> str:
+    """The names of that shape, at most three, the likest first."""
+    shaped = [other for other, of in names.items() if of == shape]
+    like = nearest(name, shaped)
+    return ", ".join([*like, *(other for other in shaped if other not in like)][:3]) or "none"
 
 
 def _as_bool(name: str, tensor: Tensor) -> Tensor:

@@ -48,6 +48,19 @@ def prunable(model: nn.Module, *, kinds: Iterable[str] = ("conv", "linear"), exc
     return kept
 
 
+def transposed_groups(model: nn.Module) -> dict[str, int]:
+    """The weights of transposed convolutions by name, with their groups: laid out `(in, out / groups, *kernel)`, unlike all others.
+
+    Example:
+        >>> from torch import nn
+        >>> transposed_groups(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ConvTranspose2d(4, 2, 3, groups=2)))
+        {'1.weight': 2}
+    """
+    types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    groups = {id(m.weight): m.groups for m in model.modules() if isinstance(m, types)}
+    return {name: groups[id(p)] for name, p in model.named_parameters() if id(p) in groups}
+
+
 def _types(kind: str) -> tuple[type[nn.Module], ...]:
     if kind not in KINDS:
         raise SettingError(f"kinds holds {kind!r}", allowed=", ".join(KINDS), fix="choose among these")

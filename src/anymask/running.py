@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from anymask.errors import SettingError, TechniqueError
+from anymask.holding import held
+from anymask.mask import Mask
 from anymask.surgery import Cost, fingerprint
 from anymask.techniques import Attached, Context, Technique
 
@@ -33,6 +35,7 @@ class RunningRecipe:
         self.found: dict[str, str] = dict(state["found"]) if state else {}  # those that are gone already are not found again
         self.added = Cost()
         self._context, self._before = context, fingerprint(context.model)
+        self._hold = held(context.optimizer) if context.optimizer is not None else None
         self._live: dict[str, tuple[Technique, Attached]] = {}
         self._strengths = {t.name: self.strength(t, self.position) for t in techniques if t.seam != "init"}
         vars(context.model)[MARK] = name
@@ -190,7 +193,7 @@ class RunningRecipe:
                 allowed="the same modules, parameters, buffers and hooks",
                 fix="undo what was changed in between, or report this as a bug",
             )
-        mask = self._context.mask
+        mask = self._mask_now()
         revived = [] if mask is None else [n for n, p in mask.check(self.model).items() if bool(p[~mask[n].to(p.device)].any())]
         if revived:
             raise TechniqueError(
@@ -198,6 +201,12 @@ class RunningRecipe:
                 allowed="exact zeros wherever the mask says so",
                 fix="call anymask.hold(mask, model, optimizer) before the loop",
             )
+
+    def _mask_now(self) -> Mask | None:
+        """The mask that is held, which may have moved since `attach`, and may have been released; else the one that was given."""
+        optimizer = self._context.optimizer
+        carried = (held(optimizer) if optimizer is not None else None) or self._hold
+        return self._context.mask if carried is None else carried.mask
 
     def _ghost_names(self) -> set[str]:
         before = {key.removeprefix("module ") for key in self._before if key.startswith("module ")}

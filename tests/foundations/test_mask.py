@@ -124,9 +124,25 @@ def test_a_misfit_names_every_missing_and_misshapen_entry_with_the_nearest_names
     with pytest.raises(MaskError) as caught:
         mask.check(net())
     assert caught.value.came == (
-        "the mask does not fit Sequential; not in the model: 0.wieght (nearest: 0.weight, 1.weight); zzz (nearest: none); "
-        "another shape: 2.weight is (4, 3) in the mask and (3, 4) in the model; 0.bias is (3,) in the mask and (2,) in the model"
+        "the mask does not fit Sequential; not in the model: 0.wieght (1,) (nearest: 0.weight, 2.weight, 1.weight); zzz (1,) (nearest: none); "
+        "another shape: 2.weight is (4, 3) in the mask and (3, 4) in the model (of that shape: none); "
+        "0.bias is (3,) in the mask and (2,) in the model (of that shape: 2.bias); "
+        "prunable and not in the mask: 0.weight (2, 1, 3, 3) (nearest: 0.wieght)"
     )
+
+
+def test_the_nearest_names_are_those_of_the_shape_when_there_are_any():
+    with pytest.raises(MaskError) as caught:
+        Mask({"2.weigh": torch.ones(2, 1, 3, 3), "features": torch.ones(3, 4)}).check(net())
+    assert "2.weigh (2, 1, 3, 3) (nearest: 0.weight, 2.weight, 1.weight); features (3, 4) (nearest: 2.weight)" in caught.value.came
+    assert "prunable and not in the mask: 0.weight (2, 1, 3, 3) (nearest: 2.weigh); 2.weight (3, 4) (nearest: 2.weigh)" in caught.value.came
+
+
+def test_a_mask_may_leave_layers_out():
+    model = net()
+    assert list(Mask({"2.weight": torch.ones(3, 4)}).check(model)) == ["2.weight"]
+    with pytest.raises(MaskError, match=r"not in the model: weigh \(1,\) \(nearest: weight\)\. Allowed"):  # this one has no prunable weight
+        Mask({"weigh": torch.ones(1)}).check(nn.BatchNorm2d(2))
 
 
 @settings(max_examples=50, deadline=None)

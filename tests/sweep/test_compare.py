@@ -11,9 +11,10 @@ from PIL import Image
 
 from anymask import load_mask, prune
 from anymask.config import Bench, Experiment
-from anymask.errors import SettingError, UnknownName
+from anymask.errors import MaskError, SettingError, UnknownName
 from anymask.recipe import Recipe
 from anymask.sweep import Cell, Grid, Runner, Watcher, cells, compare
+from anymask.sweep.masks import Masks, dynamic_named
 from anymask.train import Protocol
 
 PROTOCOL = Protocol(epochs=2, batch_size=16, lr=0.05)
@@ -84,8 +85,8 @@ def test_recipes_of_one_seed_share_initialisation_mask_split_and_order(experimen
     bench = Bench(experiment, PROTOCOL)
     runner = Runner(bench, tmp_path)
     ours, theirs = (Cell("snip", 0.9, recipe, 3) for recipe in GRID.recipes)
-    assert runner.mask_file(ours) == runner.mask_file(theirs)
-    assert runner.mask(ours, bench.model(3)) == runner.mask(theirs, bench.model(3)) == load_mask(runner.mask_file(ours))
+    masks = [runner.start(cell, bench.model(3)).mask for cell in (ours, theirs)]
+    assert masks[0] == masks[1] == load_mask(runner.mask_file("snip", 0.9, 3))
     for a, b in zip(bench.model(3).state_dict().values(), bench.model(3).state_dict().values(), strict=True):
         assert torch.equal(a, b)
     for a, b in zip(bench.batches(3), bench.batches(3), strict=True):
@@ -101,7 +102,8 @@ def test_seeds_differ_in_all_of_them(experiment: Experiment, tmp_path: Path) -> 
     assert not torch.equal(first[0], second[0])
     models = [bench.model(seed) for seed in (0, 1)]
     assert not torch.equal(models[0].state_dict()["stem.conv1.weight"], models[1].state_dict()["stem.conv1.weight"])
-    assert runner.mask(Cell("snip", 0.9, "default", 0), models[0]) != runner.mask(Cell("snip", 0.9, "default", 1), models[1])
+    masks = [runner.start(Cell("snip", 0.9, "default", seed), models[seed]).mask for seed in (0, 1)]
+    assert masks[0] != masks[1]
 
 
 def test_a_row_says_what_was_done(experiment: Experiment, tmp_path: Path) -> None:
@@ -139,7 +141,7 @@ def test_a_mask_file_of_the_users_is_compared_like_a_method(experiment: Experime
 def test_the_lottery_goes_on_between_rounds(experiment: Experiment, tmp_path: Path) -> None:
     bench = Bench(experiment, Protocol(epochs=1, batch_size=16, lr=0.05))
     cell = Cell("lottery", 0.5, "default", 0)
-    whole = Runner(bench, tmp_path / "whole").mask(cell, bench.model(0))
+    whole = Runner(bench, tmp_path / "whole").start(cell, bench.model(0)).mask
     runner = Runner(bench, tmp_path / "cut")
     fits = 0
 
@@ -148,12 +150,12 @@ def test_the_lottery_goes_on_between_rounds(experiment: Experiment, tmp_path: Pa
         fits += 1
         if fits == 3:
             raise KeyboardInterrupt
-        Runner._trainer(runner, 0)(*arguments)
+        Masks.trainer(runner.masks, 0)(*arguments)
 
-    runner._trainer = lambda seed: stop_in_third  # type: ignore[method-assign]
+    runner.masks.trainer = lambda seed: stop_in_third  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        runner.mask(cell, bench.model(0))
-    assert Runner(bench, tmp_path / "cut").mask(cell, bench.model(0)) == whole
+        runner.start(cell, bench.model(0))
+    assert Runner(bench, tmp_path / "cut").start(cell, bench.model(0)).mask == whole
 
 
 @pytest.mark.parametrize("wrong", [{"masks": ("snpi",)}, {"recipes": ("tots",)}])
@@ -193,3 +195,51 @@ def test_a_file_called_like_a_method_does_not_hide_it(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "snip").write_text("not a mask")
     assert next(cells(Grid(masks=("snip",), dense=False))).sparsity == 0.98
+
+
+def test_a_rewound_ticket_is_trained_from_its_weights_and_step_with_every_recipe(experiment: Experiment, tmp_path: Path) -> None:
+    bench = Bench(experiment, Protocol(epochs=10, batch_size=16, lr=0.05))  # 20 steps, of which 5% are 1
+    runner, model = Runner(bench, tmp_path), bench.model(0)
+    initial = copy.deepcopy(model.state_dict())
+    first = runner.start(Cell("lottery-rewind", 0.3, "default", 0), model)
+    assert (first.step, first.mask.info["rewind_step"], first.mask.info["method"]) == (1, 1, "lottery-rewind")
+    weights = model.state_dict()
+    assert any(not torch.equal(weights[name], initial[name]) for name in first.mask)
+    again = bench.model(0)
+    second = runner.start(Cell("lottery-rewind", 0.3, "tost", 0), again)
+    assert (second.mask, second.step) == (first.mask, 1)
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("mask", ["set+1it", "rigl+1it", "gmp+1it+global"])
+def test_a_mask_that_moves_is_compared_like_one_that_stays(mask: str, experiment: Experiment, tmp_path: Path) -> None:
+    recipes = ("default", "tost:ghost_activation,ghost_skip")
+    grid = Grid(masks=(mask, "random-erk"), sparsity=(0.8,), recipes=recipes, seeds=1, dense=False)
+    rows = compare(grid, tmp_path, experiment=experiment, protocol=Protocol(epochs=3, batch_size=16, lr=0.05)).rows()
+    assert [row["settings"]["mask"] for row in rows] == [mask, mask, "random-erk", "random-erk"]
+    for row in rows:
+        assert row["density"]["overall"] == pytest.approx(0.2, abs=1e-4)
+    assert rows[0]["density"]["layers"].keys() == rows[2]["density"]["layers"].keys()
+
+
+def test_what_comes_after_the_plus_of_a_moving_mask_is_its_time_or_scope() -> None:
+    assert (dynamic_named("set+2%+balanced").every, dynamic_named("set+2%+balanced").start) == ("2%", "random-balanced")
+    assert (dynamic_named("gmp+1ep+erk").every, dynamic_named("gmp+1ep+erk").scope) == ("1ep", "erk")
+    for wrong in ("rigl+25", "gmp+erkk", "set+global", "rigl+2:4"):
+        with pytest.raises(SettingError):
+            Grid(masks=(wrong,))
+
+
+def test_a_sparsity_that_a_pattern_cannot_have_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(SettingError, match=r"sparsity came as 0\.98 with pattern 2:4.*Allowed: 0\.5"):
+        Grid(masks=("magnitude+2:4",), sparsity=(0.5, 0.98))
+
+
+def test_a_method_with_another_scope_and_pattern_is_compared_under_that_name(experiment: Experiment, tmp_path: Path) -> None:
+    grid = Grid(masks=("magnitude+1:2", "snip+balanced+fan-in"), sparsity=(0.5,), recipes=("default",), seeds=1, dense=False)
+    with pytest.raises(MaskError, match=r"does not fit stem\.conv1\.weight \(3 inputs\)"):
+        compare(grid, tmp_path, experiment=experiment, protocol=PROTOCOL)
+    grid = Grid(masks=("snip+balanced+fan-in",), sparsity=(0.5,), recipes=("default",), seeds=1, dense=False)
+    (row,) = compare(grid, tmp_path, experiment=experiment, protocol=PROTOCOL).rows()
+    assert row["settings"]["mask"] == "snip+balanced+fan-in"
+    assert load_mask(next((tmp_path / "masks").glob("snip*"))).info["network"] == {"model": "demonet", "classes": 2, "input": [3, 16, 16]}

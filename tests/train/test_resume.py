@@ -11,24 +11,24 @@ import torch
 
 from anymask.errors import FileFormatError, SettingError
 from anymask.train import checkpoint
-from tests.train.trainings import RECIPE, Net, train_and_save, train_once
+from tests.train.trainings import MOVING, RECIPE, Net, train_and_save, train_once
 
 KILLS = 10
 
 
-def test_killed_at_ten_random_moments_is_bit_equal_to_undisturbed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moving", ["static", "rigl"])
+def test_killed_at_ten_random_moments_is_bit_equal_to_undisturbed(tmp_path: Path, moving: str) -> None:
     context = multiprocessing.get_context("forkserver")  # imports torch once, and forks from a process of one thread
     context.set_forkserver_preload(["torch._dynamo", "anymask.train", "anymask.pruning"])
-    reference = _run(context, tmp_path / "undisturbed", kill_after=None)
+    reference = _run(context, tmp_path / "undisturbed", moving, kill_after=None)
     assert reference is not None
 
     chance, kills, resumed, runs = random.Random(0), 0, 0, 0
     while kills < KILLS or runs == 0:
         folder = tmp_path / f"run{runs}"
         resumed += (folder / "checkpoint.pt").exists()
-        done = _run(
-            context, folder, kill_after=chance.uniform(0, 0.3) if kills < KILLS else None, awaited=("started", "checkpoint.pt")[kills % 2]
-        )
+        kill_after = chance.uniform(0, 0.3) if kills < KILLS else None
+        done = _run(context, folder, moving, kill_after=kill_after, awaited=("started", "checkpoint.pt")[kills % 2])
         kills += done is None
         if done is not None:
             _same(done, reference)
@@ -36,10 +36,10 @@ def test_killed_at_ten_random_moments_is_bit_equal_to_undisturbed(tmp_path: Path
     assert resumed > 0
 
 
-def _run(context: Any, folder: Path, *, kill_after: float | None, awaited: str = "started") -> dict[str, Any] | None:
+def _run(context: Any, folder: Path, moving: str, *, kill_after: float | None, awaited: str = "started") -> dict[str, Any] | None:
     """What a training in a process of its own leaves behind; None when it was killed, `kill_after` seconds from `awaited`."""
     folder.mkdir(exist_ok=True)
-    process = context.Process(target=train_and_save, args=(folder,))
+    process = context.Process(target=train_and_save, args=(folder, moving))
     process.start()
     while kill_after is not None and process.is_alive() and not (folder / awaited).exists():
         time.sleep(0.01)
@@ -53,14 +53,18 @@ def _run(context: Any, folder: Path, *, kill_after: float | None, awaited: str =
 def _same(ours: dict, theirs: dict) -> None:
     assert ours["curves"] == theirs["curves"]
     assert ours["accuracy"] == theirs["accuracy"]
-    for key, value in theirs["model"].items():
-        assert torch.equal(ours["model"][key], value), key
+    for part in ("model", "mask"):
+        for key, value in theirs[part].items():
+            assert torch.equal(ours[part][key], value), key
 
 
+@pytest.mark.parametrize("moving", MOVING)
 @pytest.mark.parametrize("steps", [1, 3, 4, 7, 11, 17])
-def test_stopped_after_any_step_is_bit_equal_in_every_phase(tmp_path: Path, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_after_any_step_is_bit_equal_in_every_phase(
+    tmp_path: Path, steps: int, moving: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = Net()
-    expected = train_once(whole)
+    expected = train_once(whole, moving=moving)
     kept = checkpoint.save
     saves = 0
 
@@ -74,10 +78,11 @@ def test_stopped_after_any_step_is_bit_equal_in_every_phase(tmp_path: Path, step
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", stop_after)
         with pytest.raises(KeyboardInterrupt):
-            train_once(Net(), file=tmp_path / "c.pt", every=1)
+            train_once(Net(), file=tmp_path / "c.pt", every=1, moving=moving)
     model = Net(seed=99)  # its weights must come from the checkpoint
-    result = train_once(model, file=tmp_path / "c.pt", every=1)
+    result = train_once(model, file=tmp_path / "c.pt", every=1, moving=moving)
     assert result.curves == expected.curves
+    assert result.mask == expected.mask
     for key, value in whole.state_dict().items():
         assert torch.equal(model.state_dict()[key], value), key
 
@@ -109,3 +114,11 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
     train_once(Net(), file=tmp_path / "c.pt")
     with pytest.raises(SettingError, match="other techniques"):
         train_once(Net(), recipe=RECIPE.without("label_smoothing"), file=tmp_path / "c.pt")
+
+
+def test_a_checkpoint_of_a_mask_that_moves_otherwise_is_refused(tmp_path: Path) -> None:
+    train_once(Net(), file=tmp_path / "c.pt", moving="rigl")
+    with pytest.raises(SettingError, match="other about and grow and name"):
+        train_once(Net(), file=tmp_path / "c.pt", moving="set")
+    with pytest.raises(SettingError, match="with rewire"):
+        train_once(Net(), file=tmp_path / "c.pt")

@@ -1,5 +1,6 @@
 """Small trainings that the tests of the trainer share; also what the killed process runs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from anymask import Mask, Recipe, fit, prune
 from anymask.data import Augment, Batches, Split
+from anymask.pruning.dynamic import DYNAMIC, Dynamic
 from anymask.schedules import Schedule
 from anymask.techniques import GhostActivation, GhostSkip, LabelSmoothing, LRsI, RescaleSettings
 from anymask.train import Protocol, Result
@@ -20,6 +22,8 @@ RECIPE = Recipe(
     ),
     name="all-seams",
 )
+EVERY = {"every": "2it", "end": "75%"}  # the mask moves in each of the first four epochs
+MOVING: dict[str, Dynamic | None] = {"static": None, **{name: replace(row, **EVERY) for name, row in DYNAMIC.items()}}
 PROTOCOL = Protocol(epochs=5, batch_size=16, accumulate=2, clip=1.0, warmup="1ep", lr=0.05)
 
 
@@ -58,12 +62,21 @@ def mask_of(model: nn.Module) -> Mask:
     return prune(model, "random-erk", sparsity=0.6, seed=0)
 
 
-def train_once(model: nn.Module, *, recipe: Recipe | str = RECIPE, file: Path | None = None, every: int | None = None) -> Result:
+def train_once(
+    model: nn.Module,
+    *,
+    recipe: Recipe | str = RECIPE,
+    file: Path | None = None,
+    every: int | None = None,
+    moving: str = "static",
+) -> Result:
     train, validation, test = batches()
     return fit(
         model,
         train,
-        mask=mask_of(Net()),
+        mask=None if moving == "gmp" else mask_of(Net()),
+        rewire=MOVING[moving],
+        sparsity=0.6 if moving == "gmp" else None,
         recipe=recipe,
         protocol=PROTOCOL,
         validation=validation,
@@ -73,11 +86,13 @@ def train_once(model: nn.Module, *, recipe: Recipe | str = RECIPE, file: Path | 
     )
 
 
-def train_and_save(folder: Path) -> None:
-    """Train with a checkpoint every other step, and leave the weights and curves in `folder`/done.pt."""
+def train_and_save(folder: Path, moving: str) -> None:
+    """Train with a checkpoint every other step, and leave the weights, the mask and curves in `folder`/done.pt."""
     torch.set_num_threads(1)
     (folder / "started").touch()
     model = Net()
-    result = train_once(model, file=folder / "checkpoint.pt", every=2)
-    torch.save({"model": model.state_dict(), "curves": result.curves, "accuracy": result.accuracies()}, folder / "part.pt")
+    result = train_once(model, file=folder / "checkpoint.pt", every=2, moving=moving)
+    assert result.mask is not None
+    done = {"model": model.state_dict(), "mask": dict(result.mask.items()), "curves": result.curves, "accuracy": result.accuracies()}
+    torch.save(done, folder / "part.pt")
     (folder / "part.pt").rename(folder / "done.pt")

@@ -32,8 +32,9 @@ Examples:
   # Embedded images, three masks, three seeds: table and page in runs/compare
   anymask compare
 
-  # Fewer masks at two sparsities; --dry-run only shows what it would train
-  anymask compare --masks snip synflow --sparsity 0.95 0.98 --seeds 5 --dry-run
+  # A mask that stays and one that moves every 25 steps, at two sparsities;
+  # --dry-run only shows what it would train
+  anymask compare --masks snip rigl+25it --sparsity 0.95 0.98 --dry-run
 
   # With GraSP and the lottery ticket, whose rounds take longer: each prunes 20%
   # of what is left, so that a ticket costs about log(1 - sparsity) / log(0.8)
@@ -82,6 +83,10 @@ Examples:
   anymask prune snip --sparsity 0.9 --data cifar10 --data-dir data \\
     --model resnet20 --seed 1 --out snip.mask
 
+  # Another scope, and whole channels, in each layer at least ten weights
+  anymask prune magnitude --scope erk --pattern channel --sparsity 0.9 \\
+    --floor 10 --out channels.mask
+
   # Which methods there are
   anymask list masks
 """,
@@ -100,6 +105,26 @@ Examples:
 
   # The table of what is finished; --page writes table.md and report.html again
   anymask inspect runs/compare --page
+""",
+    ),
+    "convert": Command(
+        "anymask.cli.convert:convert",
+        "Read a mask of another library, and write it for this one or another.",
+        """\
+What a file is, is told by what is in it; docs/formats.md lists the libraries.
+A name for OUT that ends in .safetensors gives safetensors, any other a file of
+torch.save; our own format is safetensors under any name.
+
+Examples:
+
+  # The masks in a checkpoint, or its zeros, as a mask file of ours
+  anymask convert pruned.pth my.mask
+
+  # For torch.nn.utils.prune: the mask with the weights of a checkpoint
+  anymask convert synflow.mask pruned.pt --to torch-prune --weights dense.pt
+
+  # A checkpoint with the pruned weights at 0
+  anymask convert synflow.mask sparse.safetensors --to zeros --weights dense.pt
 """,
     ),
     "list": Command(

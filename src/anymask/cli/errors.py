@@ -49,7 +49,7 @@ def _mean(name: str, names: list[str], see: str) -> str:
 
 
 def _file(error: OSError) -> tuple[str, str, str]:
-    if error.filename is None:  # some of ours: mask_io names the file in its text
+    if error.filename is None:  # some of ours: formats names the file in its text
         came, _, rest = str(error).partition(". Allowed: ")
         allowed, _, fix = rest.partition(". To do: ")
         return came, allowed or "files that can be read and written", fix.rstrip(".") or "check the path and the disk"

@@ -11,7 +11,7 @@ from rich.text import Text
 from anymask.cli.settings import RUN, load_table
 from anymask.data import DATASETS
 from anymask.models import FORMS, MODELS
-from anymask.pruning import METHODS
+from anymask.pruning import DYNAMIC, METHODS
 from anymask.recipe import presets
 from anymask.registry import lookup
 from anymask.techniques import TECHNIQUES
@@ -20,7 +20,8 @@ Row = tuple[str, str, str]  # name, one line about it, paper
 
 
 def _masks() -> list[Row]:
-    return [(name, row.about, f"arXiv {row.paper}") for name, row in METHODS.items()]
+    static = [(name, row.about, f"arXiv {row.paper}") for name, row in METHODS.items()]
+    return static + [(name, f"moves while it trains: {row.about}", f"arXiv {row.paper}") for name, row in DYNAMIC.items()]
 
 
 def _recipes() -> list[Row]:
@@ -40,7 +41,7 @@ def _data() -> list[Row]:
 
 
 KINDS: dict[str, tuple[Callable[[], Iterable[Row]], str]] = {
-    "masks": (_masks, "compare --masks, train --mask, prune; or a mask file of your own"),
+    "masks": (_masks, "compare --masks, train --mask, prune; snip+erk+2:4 for another scope and pattern; or a file of your own"),
     "recipes": (_recipes, "compare --recipes, train --recipe; or a TOML file of your own; tost:lrsi is a part of one"),
     "techniques": (_techniques, "what recipes are made of"),
     "models": (_models, "--model"),

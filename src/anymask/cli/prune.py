@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from anymask.cli.inspect import show_mask
-from anymask.cli.settings import EXPERIMENT, PROTOCOL, RUN, ConfigFile
+from anymask.cli.settings import EXPERIMENT, METHOD, PROTOCOL, RUN, ConfigFile
 from anymask.config import Experiment
 from anymask.errors import SettingError
 from anymask.pruning import CollapseWarning
@@ -20,9 +20,16 @@ def prune(
     method: Annotated[str, Parameter(group=RUN, help="The mask method; `anymask list masks` shows them.")],
     /,
     *,
-    sparsity: Annotated[float, Parameter(group=RUN, help="Share of zeros, in [0, 1).")],
     out: Annotated[Path, Parameter(group=RUN, help="The mask file to write.")],
+    sparsity: Annotated[float | None, Parameter(group=RUN, help="Share of zeros, in [0, 1); an N:M pattern has its own.")] = None,
     seed: Annotated[int, Parameter(group=RUN, help="Gives the initialisation, and the images that are looked at.")] = 0,
+    scope: Annotated[str | None, Parameter(group=METHOD, help="Where scores compete: global, uniform, er, erk or balanced.")] = None,
+    pattern: Annotated[
+        str | None, Parameter(group=METHOD, help="How kept weights lie: unstructured, 2:4, 4x1, channel, fan-in, and their like.")
+    ] = None,
+    rounds: Annotated[int | None, Parameter(group=METHOD, help="Score and prune this often.")] = None,
+    floor: Annotated[int, Parameter(group=METHOD, help="The least number of weights that each layer keeps.")] = 0,
+    exclude: Annotated[tuple[str, ...], Parameter(group=METHOD, help="Modules or parameters to leave dense and out of the count.")] = (),
     experiment: Annotated[Experiment | None, Parameter(name="*", group=EXPERIMENT)] = None,
     protocol: Annotated[Protocol | None, Parameter(name="*", group=PROTOCOL)] = None,
     force: Annotated[bool, Parameter(group=RUN, negative=(), help="Replace OUT if it is there.")] = False,
@@ -33,7 +40,9 @@ def prune(
         raise SettingError(f"{out} is there already", allowed="a new file", fix="choose another --out, or add --force to replace it")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CollapseWarning)  # shown below
-        mask = prune_to(out, method, sparsity=sparsity, seed=seed, experiment=experiment, protocol=protocol)
+        how = {"scope": scope, "pattern": pattern, "rounds": rounds, "floor": floor, "exclude": exclude}
+        given = {name: value for name, value in how.items() if value}
+        mask = prune_to(out, method, sparsity=sparsity, seed=seed, experiment=experiment, protocol=protocol, **given)
     show_mask(mask, title=str(out))
     print(f"Mask: {out}", file=sys.stderr)
     return 0

@@ -20,14 +20,15 @@ else:
 
 RUN = Group("Run", sort_key=0)
 GRID = Group("Grid", sort_key=1)
-EXPERIMENT = Group("Data and network", sort_key=2)
-PROTOCOL = Group("Protocol", sort_key=3)
+METHOD = Group("Method", sort_key=2)
+EXPERIMENT = Group("Data and network", sort_key=3)
+PROTOCOL = Group("Protocol", sort_key=4)
 
 ConfigFile = Annotated[
     Path | None,
     Parameter(group=RUN, help="File.toml or file.yaml with settings, named as the options are; options given here override it."),
 ]
-_LISTS = ("--masks", "--sparsity")  # --recipes is none of them: in tost:lrsi,ghost_skip the comma has a meaning
+_LISTS = ("--masks", "--sparsity", "--exclude")  # --recipes is none of them: in tost:lrsi,ghost_skip the comma has a meaning
 _WHOLE = re.compile(r"[+-]?\d+")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from anymask.errors import MaskError, SettingError
 from anymask.mask import Mask
 from anymask.pruning.distribution import Shapes
+from anymask.pruning.patterns import Pattern
 from anymask.registry import unknown
 
 ON_COLLAPSE = ("warn", "raise", "avoid")
@@ -16,25 +17,45 @@ class CollapseWarning(UserWarning):
     """A layer keeps no weight at all: nothing passes through it."""
 
 
-def keep_count(shapes: Shapes, sparsity: float, *, on_collapse: str) -> int:
+def keep_count(shapes: Shapes, sparsity: float | None, *, pattern: Pattern) -> int:
     """round((1 - sparsity) * total): how many weights of all `shapes` are kept.
 
     Raises:
-        SettingError: for a sparsity outside [0, 1) and an `on_collapse` that is not there.
-        MaskError: when every layer shall keep a weight and there are fewer weights than layers.
+        SettingError: as `density_of`.
     """
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
+    return round(density_of(sparsity, pattern=pattern) * sum(math.prod(shape) for shape in shapes.values()))
+
+
+def density_of(sparsity: float | None, *, pattern: Pattern) -> float:
+    """1 - sparsity, the share kept, in (0, 1].
+
+    Raises:
+        SettingError: for a sparsity outside [0, 1), none where the pattern does not decide it, or another one than it decides.
+    """
+    if pattern.density is not None and sparsity is None:
+        return pattern.density
+    if sparsity is None or isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
         raise SettingError(f"sparsity came as {sparsity!r}", allowed="a number in [0, 1)", fix="give 0.98 for 98% zeros")
+    if pattern.density is not None and abs(1 - sparsity - pattern.density) > 1e-9:
+        decided = 1 - pattern.density
+        raise SettingError(
+            f"sparsity came as {sparsity} with pattern {pattern.name}",
+            allowed=f"{decided:g}, which is what this pattern means",
+            fix=f"give {decided:g}, or another pattern",
+        )
+    return 1 - sparsity if pattern.density is None else pattern.density
+
+
+def least_kept(floor: int, *, on_collapse: str) -> int:
+    """How many weights each layer keeps in any case.
+
+    Raises:
+        UnknownName: for an `on_collapse` that is not there.
+        SettingError: for a floor that is no whole number >= 0.
+    """
     if on_collapse not in ON_COLLAPSE:
         raise unknown(on_collapse, ON_COLLAPSE, what="on_collapse")
-    count = round((1 - sparsity) * sum(math.prod(shape) for shape in shapes.values()))
-    if on_collapse == "avoid" and count < len(shapes):
-        raise MaskError(
-            f"sparsity {sparsity} keeps {count} weights in {len(shapes)} layers",
-            allowed="at least one weight a layer with on_collapse='avoid'",
-            fix="lower the sparsity, or exclude layers",
-        )
-    return count
+    return max(at_least("floor", floor, 0), int(on_collapse == "avoid"))
 
 
 def at_least(name: str, value: Any, least: int) -> int:

@@ -7,11 +7,12 @@ caller's model. Scores are compared with each other only, so factors that all of
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from anymask.errors import MaskError
 from anymask.pruning.batches import Batches, device_of
@@ -38,15 +39,70 @@ def snip(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Tens
 
     L is the mean of the batches' losses, in train mode (batch norm uses the batch), as in the authors' code.
 
-    Differs from the paper: not divided by the sum of all scores, which changes no ranking.
+    Iterative SNIP and FORCE (de Jorge et al. 2021, arXiv 2006.09081) are this score in rounds: g is the gradient of the network as
+    masked so far; in FORCE w is the dense weight, so that a pruned one may return.
+
+    Differs from the paper: not divided by the sum of all scores, which changes no ranking. In rounds: the same batches each time,
+    where the authors' code draws new ones.
     """
-    model.train()
-    wanted = _wanted(model, weights)
-    total = {name: torch.zeros(weight.shape, dtype=torch.float64) for name, weight in weights.items()}
-    for x, y in batches.pairs:
-        for name, g in zip(wanted, _gradients(batches.loss(model(x), y), wanted), strict=True):
+    total = _zeros(weights)
+    for gradients in _batch_gradients(model, weights, batches):
+        for name, g in gradients.items():
             total[name] += wide(g)
-    return {name: (wide(weight) * total[name]).abs() for name, weight in weights.items()}
+    return {name: wide(weight).mul_(total[name]).abs_() for name, weight in weights.items()}
+
+
+def taylor(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Tensor]:
+    """score = sum over batches b of (w * g_b)^2, g_b = dL_b/dw: the squared change of each batch's loss to first order.
+
+    Molchanov et al. 2019, arXiv 1906.10771, eq. 8. SNIP is |w * mean of g_b|: with one batch the two rank alike; with more, a
+    weight whose gradient changes sign from batch to batch counts here and cancels there. In train mode, as snip.
+
+    Differs from the paper: of a unit (pattern "channel" or a block) the scores are averaged, where the paper squares the sum of
+    w * g over the unit; not averaged over the epochs of a training.
+    """
+    total = _zeros(weights)
+    for gradients in _batch_gradients(model, weights, batches):
+        for name, g in gradients.items():
+            total[name] += wide(g).mul_(wide(weights[name])).square_()
+    return total
+
+
+def wanda(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Tensor]:
+    """score = |w_ij| * ||x_j||_2, x_j the j-th input over all samples (and tokens) (Sun et al. 2023, arXiv 2306.11695).
+
+    A convolution is taken as the linear layer on patches that it is: x_j are the values that meet the weight. ||x_j||^2 is the
+    gradient of sum(f(x^2)) to the weight of the layer f, whatever its stride, padding or groups. Eval mode.
+
+    Differs from the paper: all layers see the activations of the network as masked so far (in one round: the dense one), where the
+    paper prunes block after block and passes on the activations of the pruned ones.
+
+    Raises:
+        MaskError: for a weight whose module is never called, such as a projection that an attention uses by itself.
+    """
+    model.eval()
+    wanted = _wanted(model, weights)
+    name_of = {id(parameter): name for name, parameter in wanted.items()}
+    squares, seen = _zeros(weights), set()
+    calls: list[tuple[str, nn.Module, Tensor]] = []
+    for module in model.modules():
+        if (name := name_of.get(id(getattr(module, "weight", None)))) is not None:
+            module.register_forward_pre_hook(lambda m, args, name=name: calls.append((name, m, args[0].detach())))
+    for x, _ in batches.pairs:
+        with torch.no_grad():
+            model(x)
+        inputs = list(calls)
+        for name, module, value in inputs:
+            squares[name] += _squared_inputs(module, value)
+            seen.add(name)
+        calls.clear()  # those of _squared_inputs, too
+    if unseen := [name for name in weights if name not in seen]:
+        raise MaskError(
+            f"wanda saw no input of {', '.join(unseen)}",
+            allowed="weights of modules that the model calls",
+            fix=f"leave them dense: exclude={unseen}",
+        )
+    return {name: wide(weight).abs_().mul_(squares[name].sqrt_()) for name, weight in weights.items()}
 
 
 def grasp(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Tensor]:
@@ -70,7 +126,7 @@ def grasp(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Ten
     stopped = [torch.zeros_like(weight) for weight in wanted.values()]
     for x, y in batches.pairs:
         stopped = [s + g for s, g in zip(stopped, gradients(x, y, graph=False), strict=True)]
-    product = {name: torch.zeros(weight.shape, dtype=torch.float64) for name, weight in weights.items()}
+    product = _zeros(weights)
     for x, y in batches.pairs:
         flow = sum(((s * g).sum() for s, g in zip(stopped, gradients(x, y, graph=True), strict=True)), start=torch.zeros(()))
         for name, hg in zip(wanted, _gradients(flow, wanted), strict=True):
@@ -103,7 +159,7 @@ def synflow(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, T
                 tensor.abs_()
     flow = model(torch.ones(1, *(batches.shape or ()), dtype=torch.float64, device=device_of(model))).sum()
     if flow.item() == 0:  # every path is cut: no weight matters
-        return {name: torch.zeros(weight.shape, dtype=torch.float64) for name, weight in weights.items()}
+        return _zeros(weights)
     if not math.isfinite(flow.item()):
         raise MaskError(
             f"the flow of synflow came as {flow.item()}",
@@ -112,6 +168,26 @@ def synflow(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, T
         )
     grads = _gradients(flow / flow.detach(), wanted)
     return {name: wide(weights[name]).abs() * wide(g) for name, g in zip(wanted, grads, strict=True)}
+
+
+def _squared_inputs(module: nn.Module, value: Tensor) -> Tensor:
+    """For each weight of `module` the sum of the squares of all that it is multiplied with, in the weight's shape."""
+    dtype = torch.promote_types(value.dtype, torch.float32)  # squares leave the range of float16 at 256
+    parameters = {name: p.detach().to(dtype).requires_grad_() for name, p in module.named_parameters(recurse=False)}
+    flow = functional_call(module, parameters, (value.to(dtype).square(),)).sum()
+    return wide(torch.autograd.grad(flow, parameters["weight"])[0])
+
+
+def _zeros(weights: Weights) -> dict[str, Tensor]:
+    return {name: torch.zeros(weight.shape, dtype=torch.float64) for name, weight in weights.items()}
+
+
+def _batch_gradients(model: nn.Module, weights: Weights, batches: Batches) -> Iterator[dict[str, Tensor]]:
+    """For each batch the gradients of its loss in train mode."""
+    model.train()
+    wanted = _wanted(model, weights)
+    for x, y in batches.pairs:
+        yield dict(zip(wanted, _gradients(batches.loss(model(x), y), wanted), strict=True))
 
 
 def _wanted(model: nn.Module, weights: Weights) -> dict[str, Tensor]:

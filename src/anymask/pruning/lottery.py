@@ -1,10 +1,10 @@
 """Lottery tickets: train, prune the smallest weights, rewind, again."""
 
 import hashlib
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
+from typing import Any
 
 import torch
 from safetensors.torch import save as to_bytes
@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from anymask.errors import MaskError, SettingError
 from anymask.mask import Mask
 from anymask.prunables import prunable
-from anymask.pruning.budget import at_least, keep_count, report_collapse
+from anymask.pruning.budget import at_least, keep_count, least_kept, report_collapse
 from anymask.pruning.isolation import isolated_random, masked_copy
 from anymask.pruning.lottery_folder import LotteryFolder
-from anymask.pruning.select import check_finite, keep_best
+from anymask.pruning.patterns import pattern as pattern_of
+from anymask.pruning.provenance import made_with
+from anymask.pruning.select import check_finite
+from anymask.pruning.selector import Selector, selector
 
 Train = Callable[[nn.Module, Mask | None, int, int | None], None]
 
@@ -27,22 +30,29 @@ class Ticket:
 
     Args:
         mask: which weights are kept.
-        weights: the whole state dict at the rewinding step, on the CPU, not yet masked.
+        weights: the whole state dict to start from, on the CPU, not yet masked: that of the rewinding step, or the last trained one.
+        step: the optimiser step to go on from.
     """
 
     mask: Mask
     weights: dict[str, Tensor]
+    step: int = 0
 
 
 def lottery_ticket(
     model: nn.Module,
     *,
-    sparsity: float,
+    sparsity: float | None,
     train: Train,
     rewind_step: int = 0,
+    rewinds: bool = True,
     rate: float = 0.2,
+    rounds: int | None = None,
+    scope: str = "global",
+    pattern: str = "unstructured",
     folder: str | PathLike[str] | None = None,
     seed: int = 0,
+    floor: int = 0,
     kinds: Iterable[str] = ("conv", "linear"),
     exclude: Iterable[str] = (),
     on_collapse: str = "warn",
@@ -53,29 +63,34 @@ def lottery_ticket(
     weights left, those of smallest |w|, over all layers together. The last round prunes less, so that exactly
     round((1 - sparsity) * total) are kept: n = ceil(log(1 - sparsity) / log(1 - rate)) trainings, and one of k steps.
 
+    With `rewinds=False` (learning-rate rewinding) each round goes on from the weights that the last one trained, and only the
+    schedule starts at step k again. `rounds=1` prunes once, after one training.
+
     `model` is only read: copies are trained. Before each call of `train` the global random state is set by `seed`, and
     put back after it.
 
     Args:
         model: as initialised.
-        sparsity: share of zeros among the prunable weights, in [0, 1).
+        sparsity: share of zeros among the prunable weights, in [0, 1); None where an N:M pattern decides it.
         train: `train(model, mask, first_step, last_step)` trains `model` in place, holding its pruned weights at 0 (mask
             None: dense), from optimiser step `first_step` up to, not including, `last_step`; None = to the end.
         rewind_step: k >= 0; 0 rewinds to the initial weights.
+        rewinds: whether weights are rewound, or the schedule alone.
         rate: share of the weights left that a round prunes, in (0, 1).
+        rounds: instead of `rate`: prune in this many rounds, each the same share of what is left.
+        scope, pattern, floor: as in `prune`.
         folder: each finished round is kept there (`rewind.safetensors`, `round-01.mask`, ...), and a second call with the
             same settings and model goes on with the next round. A round cut off is trained again from its start.
         seed: of ties and of the global random state in `train`.
-        kinds: as in `prune`.
-        exclude: as in `prune`.
-        on_collapse: as in `prune`.
+        kinds, exclude, on_collapse: as in `prune`.
 
     Raises:
         SettingError: for a number out of range, and for a folder made with other settings or another model.
         MaskError: when `train` did not hold the mask, or left weights that are not finite; see also `prune`.
         FileFormatError: for a damaged file in the folder.
 
-    Reference: Frankle and Carbin 2019, arXiv 1803.03635; rewinding: Frankle et al. 2019, arXiv 1903.01611.
+    Reference: Frankle and Carbin 2019, arXiv 1803.03635; rewinding: Frankle et al. 2019, arXiv 1903.01611; learning-rate
+    rewinding: Renda et al. 2020, arXiv 2003.02389.
 
     Example:
         >>> import torch
@@ -87,27 +102,53 @@ def lottery_ticket(
         >>> ticket.mask, sorted(ticket.weights)
         (Mask(1 parameters, 50 of 100 kept, sparsity 0.5000, lottery), ['bias', 'weight'])
     """
-    kinds, exclude = tuple(kinds), tuple(exclude)
+    kinds, exclude, form = tuple(kinds), tuple(exclude), pattern_of(pattern)
     shapes = {name: tuple(weight.shape) for name, weight in prunable(model, kinds=kinds, exclude=exclude).items()}
-    count = keep_count(shapes, sparsity, on_collapse=on_collapse)
-    plan = _plan(sum(math.prod(shape) for shape in shapes.values()), count, _check_rate(rate))
+    count, least = keep_count(shapes, sparsity, pattern=form), least_kept(floor, on_collapse=on_collapse)
+    how: dict[str, Any] = {"scope": scope, "pattern": form, "floor": least}
+    choose = selector(model, shapes, generator=torch.Generator(), **how)
+    choose.check(count)
+    plan = _plan(choose.total, count, _rate(rate, rounds, count / choose.total))
     start = _state(model)
-    info = {"method": "lottery", "sparsity": sparsity, "seed": seed, "scope": "global", "rounds": len(plan), "rate": rate}
-    info |= {"rewind_step": at_least("rewind_step", rewind_step, 0), "kinds": list(kinds), "exclude": list(exclude)}
-    settings = info | {"on_collapse": on_collapse, "model": hashlib.sha256(to_bytes(start)).hexdigest()}
-    place = LotteryFolder(folder, settings)
+    info: dict[str, Any] = {
+        "method": _name(rewind_step, rewinds, rounds),
+        "sparsity": sparsity,
+        "seed": seed,
+        "scope": scope,
+        "pattern": pattern,
+    }
+    info |= {"rounds": len(plan), "rate": rate, "rewind_step": at_least("rewind_step", rewind_step, 0), "rewinds": rewinds}
+    info |= {"floor": least, "kinds": list(kinds), "exclude": list(exclude)}
+    place = LotteryFolder(folder, info | {"on_collapse": on_collapse, "model": hashlib.sha256(to_bytes(start)).hexdigest()})
+    info |= made_with(model)
 
     weights = place.weights()
     if weights is None:
         weights = _train(model, None, weights=start, train=train, steps=(0, rewind_step), seed=seed) if rewind_step else start
         place.write_weights(weights)
-    mask, done = place.last_round(plan) or (Mask({name: torch.ones(shape) for name, shape in shapes.items()}), 0)
+    mask, done = place.last_round(plan if form.unstructured else None) or (Mask({n: torch.ones(shape) for n, shape in shapes.items()}), 0)
+    weights = weights if rewinds or not done else place.trained(done)
     for number, left in list(enumerate(plan, 1))[done:]:
-        held = mask if number > 1 else None
-        trained = _train(model, held, weights=weights, train=train, steps=(rewind_step, None), seed=seed)
-        mask = Mask(_smallest_out(mask, trained, left, seed=seed, floor=int(on_collapse == "avoid")), info=info)
-        place.write_round(number, mask)
-    return Ticket(report_collapse(Mask(mask, info=info), on_collapse=on_collapse), weights)
+        trained = _train(model, mask if number > 1 else None, weights=weights, train=train, steps=(rewind_step, None), seed=seed)
+        choose = selector(model, shapes, generator=torch.Generator().manual_seed(seed), **how)
+        mask = Mask(_smallest_out(choose, mask, trained, left), info=info)
+        weights = weights if rewinds else trained
+        place.write_round(number, mask, trained=None if rewinds else trained)
+    return Ticket(report_collapse(Mask(mask, info=info), on_collapse=on_collapse), weights, step=rewind_step)
+
+
+def _name(rewind_step: int, rewinds: bool, rounds: int | None) -> str:
+    """The row of METHODS that this is."""
+    if not rewinds:
+        return "lottery-lr"
+    return "lottery-rewind" if rewind_step else "lottery-oneshot" if rounds == 1 else "lottery"
+
+
+def _rate(rate: float, rounds: int | None, density: float) -> float:
+    """The share that each round prunes; with `rounds` such that the last one ends at `density`."""
+    if rounds is None:
+        return _check_rate(rate)
+    return 1 - max(density, 1e-12) ** (1 / at_least("rounds", rounds, 1))
 
 
 def _plan(total: int, count: int, rate: float) -> list[int]:
@@ -142,11 +183,10 @@ def _train(
     return state
 
 
-def _smallest_out(mask: Mask, trained: dict[str, Tensor], left: int, *, seed: int, floor: int) -> dict[str, Tensor]:
+def _smallest_out(choose: Selector, mask: Mask, trained: Mapping[str, Tensor], left: int) -> dict[str, Tensor]:
     scores = {name: trained[name].abs().double() for name in mask}
     check_finite(scores, "lottery")
-    alive = {name: score.masked_fill(~mask[name], -torch.inf) for name, score in scores.items()}
-    return keep_best(alive, left, generator=torch.Generator().manual_seed(seed), floor=floor)
+    return choose.keep(scores, left, alive=mask)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

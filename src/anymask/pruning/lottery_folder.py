@@ -12,8 +12,8 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from anymask.errors import FileFormatError, SettingError
+from anymask.formats import load_mask
 from anymask.mask import Mask
-from anymask.mask_io import load_mask
 from anymask.runlog import atomic
 
 
@@ -54,35 +54,56 @@ class LotteryFolder:
 
     def weights(self) -> dict[str, Tensor] | None:
         """The weights at the rewinding step, if they are there."""
-        if self.path is None or not (file := self.path / "rewind.safetensors").exists():
+        return self._read("rewind.safetensors")
+
+    def write_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Keep the weights at the rewinding step."""
+        if self.path is not None:
+            self._write("rewind.safetensors", weights)
+
+    def trained(self, number: int) -> dict[str, Tensor]:
+        """The weights that round `number` left, where they are not rewound.
+
+        Raises:
+            FileFormatError: when they are not there.
+        """
+        file = f"round-{number:02d}.safetensors"
+        if (weights := self._read(file)) is None:
+            raise FileFormatError(f"{self.path} has no {file}", allowed="the weights beside the mask of a round", fix="use another folder")
+        return weights
+
+    def last_round(self, plan: Sequence[int] | None) -> tuple[Mask, int] | None:
+        """The mask and the number of the last finished round; `plan` holds how many weights each round keeps, where that is exact."""
+        done = max((int(file.stem[6:]) for file in self.path.glob("round-*.mask")), default=0) if self.path else 0
+        if not done:
+            return None
+        mask = load_mask(self._round(done))
+        if plan is not None and mask.kept != plan[done - 1]:
+            raise FileFormatError(
+                f"{self._round(done)} keeps {mask.kept} weights", allowed=f"{plan[done - 1]} after this round", fix="use another folder"
+            )
+        return mask, done
+
+    def write_round(self, number: int, mask: Mask, *, trained: Mapping[str, Tensor] | None) -> None:
+        """Keep the mask of a finished round, last, and the weights it trained, where the next one needs them."""
+        if self.path is None:
+            return
+        if trained is not None:
+            self._write(f"round-{number:02d}.safetensors", trained)
+        mask.save(self._round(number))
+        (self.path / f"round-{number - 1:02d}.safetensors").unlink(missing_ok=True)
+
+    def _read(self, name: str) -> dict[str, Tensor] | None:
+        if self.path is None or not (file := self.path / name).exists():
             return None
         try:
             return load_file(file)
         except SafetensorError as error:
             raise FileFormatError(f"{file} cannot be read ({error})", allowed="a safetensors file", fix="use another folder") from error
 
-    def write_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Keep the weights at the rewinding step."""
-        if self.path is not None:
-            with atomic(self.path / "rewind.safetensors") as file:
-                file.write(to_bytes(dict(weights)))
-
-    def last_round(self, plan: Sequence[int]) -> tuple[Mask, int] | None:
-        """The mask and the number of the last finished round; `plan` holds how many weights each round keeps."""
-        done = next((number for number in range(len(plan), 0, -1) if self.path and self._round(number).exists()), 0)
-        if not done:
-            return None
-        mask = load_mask(self._round(done))
-        if mask.kept != plan[done - 1]:
-            raise FileFormatError(
-                f"{self._round(done)} keeps {mask.kept} weights", allowed=f"{plan[done - 1]} after this round", fix="use another folder"
-            )
-        return mask, done
-
-    def write_round(self, number: int, mask: Mask) -> None:
-        """Keep the mask of a finished round."""
-        if self.path is not None:
-            mask.save(self._round(number))
+    def _write(self, name: str, weights: Mapping[str, Tensor]) -> None:
+        with atomic((self.path or Path()) / name) as file:
+            file.write(to_bytes(dict(weights)))
 
     def _round(self, number: int) -> Path:
         return (self.path or Path()) / f"round-{number:02d}.mask"

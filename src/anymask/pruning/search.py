@@ -11,19 +11,20 @@ from anymask.errors import SettingError
 from anymask.mask import Mask
 from anymask.prunables import prunable
 from anymask.pruning.batches import Batches, Loss, device_of, input_shape, take
-from anymask.pruning.budget import at_least, keep_count, report_collapse
-from anymask.pruning.distribution import DISTRIBUTIONS, Shapes, layer_counts
+from anymask.pruning.budget import at_least, keep_count, least_kept, report_collapse
 from anymask.pruning.isolation import isolated_random, masked_copy
 from anymask.pruning.lottery import Train, lottery_ticket
-from anymask.pruning.methods import METHODS, Method
-from anymask.pruning.select import check_finite, keep_best
-from anymask.registry import lookup, unknown
+from anymask.pruning.methods import Method, method_of
+from anymask.pruning.patterns import pattern as pattern_of
+from anymask.pruning.provenance import made_with
+from anymask.pruning.select import check_finite
+from anymask.pruning.selector import Selector, selector
 
-SCOPES = ("global", *DISTRIBUTIONS)
 HOW_TO_GIVE = {
     "data": ("data", "data=loader of (x, y) batches"),
     "example": ("the shape of an input", "example=x[:1], or data=loader"),
     "train": ("train", "train=f, where f(model, mask, first_step, last_step) trains in place; see lottery_ticket"),
+    "rewind_step": ("rewind_step", "rewind_step=k, the optimiser step to rewind to"),
 }
 
 
@@ -31,50 +32,61 @@ def prune(
     model: nn.Module,
     method: str,
     *,
-    sparsity: float,
+    sparsity: float | None = None,
     data: Iterable[Any] | None = None,
     example: Tensor | None = None,
     loss: Loss = F.cross_entropy,
     train: Train | None = None,
+    rewind_step: int | None = None,
     seed: int = 0,
     scope: str | None = None,
+    pattern: str | None = None,
     rounds: int | None = None,
     batches: int | None = None,
+    floor: int = 0,
     kinds: Iterable[str] = ("conv", "linear"),
     exclude: Iterable[str] = (),
     on_collapse: str = "warn",
 ) -> Mask:
     """Make a mask for `model` that keeps round((1 - sparsity) * total) of its prunable weights, exactly.
 
-    After round r of n rounds round(total * (1 - sparsity) ** (r / n)) weights are left; what is pruned stays pruned. Equal
-    scores are decided by lot, by `seed`. Scores are ranked on the CPU in float64: 8 bytes a weight.
+    After round r of n rounds round(total * (1 - sparsity) ** (r / n)) weights are left; what is pruned stays pruned (in "force" it
+    may come back). Equal scores are decided by lot, by `seed`. Scores are ranked on the CPU in float64: 8 bytes a weight, several
+    times. Patterns other than "unstructured" keep whole units, hence at most that many weights and less than one unit fewer.
 
-    `model` is only read: a copy is scored (in train mode for snip and grasp, in eval mode for synflow), and the global
-    random state is put back. A loader with a generator of its own is advanced by the batches read. The same seed gives
-    the same mask; random masks are the same on every device, the others up to rounding of the device's arithmetic.
+    `model` is only read: a copy is scored (in train mode for snip, grasp and taylor, in eval mode for synflow and wanda), and the
+    global random state is put back. A loader with a generator of its own is advanced by the batches read. The same seed gives the
+    same mask; random masks are the same on every device, the others up to rounding of the device's arithmetic. Processes that see
+    different data make different masks: share one by `mask.broadcast()`.
 
     Args:
         model: any module, on any device, in any mode (synflow computes in float64 there, which Apple's MPS has not).
-        method: a name in `METHODS`: random, random-uniform, random-er, random-erk, magnitude, snip, grasp, synflow, lottery.
-        sparsity: share of zeros among the prunable weights, in [0, 1).
-        data: batches (x, y), x `(N, ...)`; snip and grasp score on the first few; synflow looks at the first one's shape.
+        method: a name in `METHODS`, with another scope or pattern after a plus if wanted: "snip", "magnitude+erk", "wanda+2:4".
+        sparsity: share of zeros among the prunable weights, in [0, 1). May be left out where an N:M pattern decides it.
+        data: batches (x, y), x `(N, ...)`; snip, grasp, taylor and wanda score on the first few; synflow looks at the first one's shape.
         example: an input `(N, ...)`, of which synflow uses the shape; instead of `data`.
-        loss: `loss(model(x), y)`, a scalar, for snip and grasp.
-        train: trains a model, for lottery; see `lottery_ticket`, which also rewinds and resumes.
+        loss: `loss(model(x), y)`, a scalar, for snip, grasp and taylor.
+        train: trains a model, for lottery; see `lottery_ticket`, which also gives the weights to start from, and resumes.
+        rewind_step: for lottery-rewind, the optimiser step to whose weights each round returns.
         seed: of random scores, ties, and the random numbers that loaders and dropout draw meanwhile.
-        scope: instead of the method's own: "global", or layer by layer with densities "uniform", "er" or "erk".
-        rounds: instead of the method's own; not for lottery.
-        batches: how many batches are looked at, instead of the method's own (snip 1, grasp 8).
+        scope: instead of the method's own: "global", or layer by layer with densities "uniform", "er", "erk" or "balanced".
+        pattern: instead of the method's own: "unstructured"; "2:4" and the like (N of every M consecutive inputs); "4x1" and the like
+            (blocks of outputs x inputs); "channel" (whole outputs); "fan-in" (equally many for each output of a layer). Units are
+            ranked by their mean score.
+        rounds: instead of the method's own.
+        batches: how many batches are looked at, instead of the method's own (grasp and taylor 8, others 1).
+        floor: the least number of weights that each layer keeps, within the same count.
         kinds: "conv", "linear": which modules' weights the mask covers.
         exclude: names of modules or parameters to leave dense and out of the count.
         on_collapse: what to do when a layer would keep no weight: "warn" (CollapseWarning; also in
-            `mask.info["collapsed"]`), "raise", or "avoid" (each layer keeps its best weight, within the same count).
+            `mask.info["collapsed"]`), "raise", or "avoid" (as floor=1).
 
     Raises:
-        UnknownName: for a method, scope or on_collapse that is not there.
+        UnknownName: for a method, scope, pattern or on_collapse that is not there.
         SettingError: for a number out of range, or when what the method needs is missing.
         DataError: for data without a batch or without labels.
-        MaskError: for scores that are not finite, a collapse that was to be refused, or nothing to prune.
+        MaskError: for scores that are not finite, a collapse that was to be refused, a pattern that does not fit a layer, a budget
+            smaller than the floors, or nothing to prune.
 
     Example:
         >>> import anymask, torch
@@ -85,31 +97,35 @@ def prune(
         >>> loader = [(torch.randn(8, 16), torch.arange(8) % 4)]
         >>> anymask.prune(net, "snip", sparsity=0.9, data=loader, scope="erk").layer_density()
         {'0.weight': 0.072265625, '2.weight': 0.2109375}
+        >>> anymask.prune(net, "magnitude+2:4")
+        Mask(2 parameters, 320 of 640 kept, sparsity 0.5000, magnitude)
     """
-    row = lookup(METHODS, method, what="mask method")
-    _check_needs(row, data=data, example=example, train=train)
-    if train is not None and "train" in row.needs:
-        _check_lottery(scope=scope, rounds=rounds)
+    row = method_of(method)
+    _check_needs(row, data=data, example=example, train=train, rewind_step=rewind_step)
+    scope, pattern, kinds, exclude = scope or row.scope, pattern or row.pattern, tuple(kinds), tuple(exclude)
+    if "train" in row.needs and train is not None:
         how: dict[str, Any] = {"sparsity": sparsity, "seed": seed, "kinds": kinds, "exclude": exclude, "on_collapse": on_collapse}
-        return lottery_ticket(model, train=train, **how).mask
-    scope = _check_scope(scope or row.scope)
+        how |= {"scope": scope, "pattern": pattern, "rounds": rounds or row.rounds, "floor": floor, "rewind_step": rewind_step or 0}
+        return lottery_ticket(model, train=train, rewinds=row.rewinds, **how).mask
     rounds = at_least("rounds", row.rounds if rounds is None else rounds, 1)
     batches = at_least("batches", row.batches if batches is None else batches, 1)
-    kinds, exclude = tuple(kinds), tuple(exclude)
     weights = {name: weight.detach() for name, weight in prunable(model, kinds=kinds, exclude=exclude).items()}
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    count = keep_count(shapes, sparsity, on_collapse=on_collapse)
-    floor = int(on_collapse == "avoid")
+    form, least = pattern_of(pattern), least_kept(floor, on_collapse=on_collapse)
+    count, generator = keep_count(shapes, sparsity, pattern=form), torch.Generator().manual_seed(seed)
+    choose = selector(model, shapes, scope=scope, pattern=form, floor=least, generator=generator)
+    choose.check(count)
     with isolated_random(seed), torch.enable_grad(), torch.autocast(device_of(model).type, enabled=False):
         seen = Batches(
-            torch.Generator().manual_seed(seed),
+            generator,
             pairs=take(data, batches, device=device_of(model)) if data is not None and "data" in row.needs else (),
             loss=loss,
             shape=input_shape(data, example) if "example" in row.needs else None,
         )
-        kept = _search(model, row, weights, seen, groups=_groups(shapes, count, scope=scope, floor=floor), rounds=rounds, floor=floor)
-    info = {"method": row.name, "sparsity": sparsity, "seed": seed, "scope": scope, "rounds": rounds}
-    info |= {"batches": len(seen.pairs), "kinds": list(kinds), "exclude": list(exclude)}
+        kept = _search(model, row, weights, seen, choose=choose, count=count, rounds=rounds)
+    asked = 1 - count / choose.total if sparsity is None else sparsity
+    info = {"method": row.name, "sparsity": asked, "seed": seed, "scope": scope, "pattern": pattern, "rounds": rounds}
+    info |= {"batches": len(seen.pairs), "floor": least, "kinds": list(kinds), "exclude": list(exclude)} | made_with(model)
     return report_collapse(Mask(kept, info=info), on_collapse=on_collapse)
 
 
@@ -119,48 +135,24 @@ def _search(
     weights: Mapping[str, Tensor],
     seen: Batches,
     *,
-    groups: Mapping[tuple[str, ...], int],
+    choose: Selector,
+    count: int,
     rounds: int,
-    floor: int,
 ) -> dict[str, Tensor]:
-    """Score, prune, score again: after round r of n, each group keeps size * (count / size) ** (r / n)."""
+    """Score, prune, score again: after round r of n, total * (count / total) ** (r / n) weights are left."""
     kept = {name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in weights.items()}
     for number in range(1, rounds + 1):
         scores = row.criterion(masked_copy(model, kept), weights, seen)
         check_finite(scores, row.name)
-        alive = {name: score.masked_fill(~kept[name], -torch.inf) for name, score in scores.items()}
-        for names, count in groups.items():
-            size = sum(kept[name].numel() for name in names)
-            now = round(size * (count / size) ** (number / rounds))
-            kept |= keep_best({name: alive[name] for name in names}, now, generator=seen.generator, floor=floor)
+        now = round(choose.total * (count / choose.total) ** (number / rounds))
+        kept = choose.keep(scores, now, alive=None if row.regrow else kept)
     return kept
 
 
-def _groups(shapes: Shapes, count: int, *, scope: str, floor: int) -> dict[tuple[str, ...], int]:
-    """The sets of parameters whose scores compete, and how many each set keeps in the end."""
-    if scope == "global":
-        return {tuple(shapes): count}
-    return {(name,): kept for name, kept in layer_counts(shapes, count, distribution=scope, floor=floor).items()}
-
-
-def _check_scope(scope: str) -> str:
-    if scope not in SCOPES:
-        raise unknown(scope, SCOPES, what="scope")
-    return scope
-
-
-def _check_needs(row: Method, *, data: object, example: object, train: object) -> None:
-    given = {"data": data is not None, "example": data is not None or example is not None, "train": train is not None}
+def _check_needs(row: Method, *, data: object, example: object, train: object, rewind_step: object) -> None:
+    given = {"data": data is not None, "example": data is not None or example is not None}
+    given |= {"train": train is not None, "rewind_step": rewind_step is not None}
     for need in sorted(row.needs):
         if not given[need]:
             what, how = HOW_TO_GIVE[need]
             raise SettingError(f"{row.name} came without {what}", allowed=f"{row.name} with {what}", fix=f"give {how}")
-
-
-def _check_lottery(*, scope: str | None, rounds: int | None) -> None:
-    if scope not in (None, "global") or rounds is not None:
-        raise SettingError(
-            f"lottery came with scope={scope!r}, rounds={rounds!r}",
-            allowed="scope 'global' and no rounds: it takes as many as its rate needs",
-            fix="leave them out, or call lottery_ticket with another rate",
-        )

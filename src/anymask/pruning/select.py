@@ -36,6 +36,45 @@ def keep_best(scores: Mapping[str, Tensor], count: int, *, generator: torch.Gene
     return {name: part.reshape(scores[name].shape).clone() for name, part in zip(flat, parts, strict=True)}
 
 
+def keep_units(scores: Tensor, sizes: Tensor, count: int, *, generator: torch.Generator) -> Tensor:
+    """Which units are kept, `(units,)` bool: the best in order, as long as their sizes stay within `count` weights.
+
+    A unit that no longer fits is passed over for the next one that does, so less than the smallest unit left out stays unused.
+
+    Args:
+        scores: `(units,)`; -inf = never, +inf = first. Equal scores by lot.
+        sizes: `(units,)`, weights of each, >= 1.
+        count: the most weights to keep, >= 0.
+
+    Example:
+        >>> kept = keep_units(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([4, 4, 2]), 6, generator=torch.Generator())
+        >>> kept.tolist()
+        [True, False, True]
+    """
+    lots = torch.randperm(len(scores), generator=generator)
+    order = lots[scores[lots].argsort(descending=True, stable=True)]
+    order = order[scores[order] > -torch.inf]
+    kept = torch.zeros(len(scores), dtype=torch.bool)
+    while len(order := order[sizes[order] <= count]):  # at most one turn for each distinct size
+        taken = order[sizes[order].cumsum(0) <= count]
+        kept[taken] = True
+        count -= int(sizes[taken].sum())
+        order = order[len(taken) :]
+    return kept
+
+
+def keep_in_windows(scores: Tensor, each: int, *, generator: torch.Generator) -> Tensor:
+    """The best `each` of every line of `scores` `(windows, width)`, equal ones by lot; bool, of that shape.
+
+    Example:
+        >>> keep_in_windows(torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, 6.0]]), 1, generator=torch.Generator()).int().tolist()
+        [[1, 0, 0], [0, 0, 1]]
+    """
+    lots = torch.rand(scores.shape, generator=generator).argsort(1)
+    ranked = lots.gather(1, scores.gather(1, lots).argsort(dim=1, descending=True, stable=True))
+    return torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, ranked[:, :each], True)
+
+
 def wide(tensor: Tensor) -> Tensor:
     """`tensor` on the CPU in float64. The CPU first: some devices have no float64."""
     return tensor.detach().cpu().double()

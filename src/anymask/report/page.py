@@ -4,7 +4,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from typing import Any
@@ -33,29 +34,56 @@ def write_page(rows: Iterable[Row], path: str | os.PathLike[str], *, title: str,
         AnymaskError: when plotly is not installed.
         FileFormatError: when a row lacks what the statistics need.
     """
-    page = _fill(_parts(latest(rows), title, baseline))
-    with atomic(path, "w") as file:
-        file.write(page)
-
-
-def _parts(rows: Sequence[Row], title: str, baseline: str) -> dict[str, str]:
+    rows = latest(rows)
     members = groups(rows)
     drawn = figures(members, baseline=baseline)
-    return {
-        "title": escape(title),
-        "summary": _summary(members, baseline),
-        "figures": "".join(_figure(number, figure) for number, figure in enumerate(drawn)),
-        "tables": _section("Results", tables(rows, baseline=baseline)),
-        "grids": _section("Recipe by recipe", [grid for grid in grids(rows, baseline=baseline) if len(grid.lines) > 1]),
-        "facts": _facts(rows),
-        "plots": _json([[plot for _, plot in figure.options] for figure in drawn]),
+    several = [grid for grid in grids(rows, baseline=baseline) if len(grid.lines) > 1]
+    sections = {"Results": tables(rows, baseline=baseline), "Recipe by recipe": several}
+    save(path, Page(title, _summary(members, baseline), drawn, sections, {"Run facts": _facts(rows)}))
+
+
+@dataclass(frozen=True)
+class Page:
+    """What stands on a page, from top to bottom.
+
+    Args:
+        title: its heading.
+        summary: HTML, names escaped.
+        figures: each with its menu and caption.
+        tables: by the heading of their section; a section without tables is left out.
+        facts: names and values, by the heading of their section.
+    """
+
+    title: str
+    summary: str
+    figures: Sequence[Figure]
+    tables: Mapping[str, Sequence[Table]]
+    facts: Mapping[str, Mapping[str, str]]
+
+
+def save(path: str | os.PathLike[str], page: Page) -> None:
+    """Write `page` as one HTML file; an older one is replaced.
+
+    Raises:
+        AnymaskError: when plotly is not installed.
+    """
+    parts = {
+        "title": escape(page.title),
+        "summary": page.summary,
+        "figures": "".join(_figure(number, figure) for number, figure in enumerate(page.figures)),
+        "tables": "\n".join(_section(title, members) for title, members in page.tables.items()),
+        "facts": "\n".join(f"<section><h2>{escape(title)}</h2>{_pairs(facts)}</section>" for title, facts in page.facts.items()),
+        "plots": _json([[plot for _, plot in figure.options] for figure in page.figures]),
         "plotly": _plotly(),
     }
+    whole = _fill(parts)
+    with atomic(path, "w") as file:
+        file.write(whole)
 
 
 def _summary(members: Sequence[Group], baseline: str) -> str:
     found = [(group.title, overall(paired(group.rows, baseline=baseline))) for group in members]
-    lists = [f"<h3>{escape(title)}</h3>{_list([f'{verdicts(member)}.' for member in across] or [UNCOMPARED])}" for title, across in found]
+    lists = [f"<h3>{escape(title)}</h3>{listed([f'{verdicts(member)}.' for member in across] or [UNCOMPARED])}" for title, across in found]
     return f"<p>{LEAD if lists else NOTHING}</p>{''.join(lists)}"
 
 
@@ -92,7 +120,7 @@ def _figure(number: int, figure: Figure) -> str:
 
 
 def _section(title: str, members: Sequence[Table]) -> str:
-    return f"<section><h2>{title}</h2>{''.join(map(_table, members))}</section>" if members else ""
+    return f"<section><h2>{escape(title)}</h2>{''.join(map(_table, members))}</section>" if members else ""
 
 
 def _table(table: Table) -> str:
@@ -100,16 +128,21 @@ def _table(table: Table) -> str:
     body = "".join(f"<tr>{''.join(f'<td>{escape(entry)}</td>' for entry in line)}</tr>" for line in table.lines)
     grid = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     heading = escape(table.heading)
-    return f'<h3>{heading}</h3><div class="wide" tabindex="0" role="region" aria-label="{heading}">{grid}</div>{_list(table.notes)}\n'
+    return f'<h3>{heading}</h3><div class="wide" tabindex="0" role="region" aria-label="{heading}">{grid}</div>{listed(table.notes)}\n'
 
 
-def _list(entries: Sequence[str]) -> str:
+def listed(entries: Sequence[str]) -> str:
+    """A list in HTML, its entries escaped."""
     return f"<ul>{''.join(f'<li>{escape(entry)}</li>' for entry in entries)}</ul>" if entries else ""
 
 
-def _facts(rows: Sequence[Row]) -> str:
+def _pairs(facts: Mapping[str, str]) -> str:
+    return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items()) + "</dl>"
+
+
+def _facts(rows: Sequence[Row]) -> dict[str, str]:
     finished = sorted(time for row in rows if (time := (row.get("time") or {}).get("finished")))
-    facts = {
+    return {
         "Runs": str(len(rows)),
         "Training time": _duration(sum((row.get("time") or {}).get("seconds") or 0 for row in rows)),
         "Time to find the masks": _duration(sum((row.get("time") or {}).get("mask_seconds") or 0 for row in rows)),
@@ -117,7 +150,6 @@ def _facts(rows: Sequence[Row]) -> str:
         "Versions": _counted(rows, "versions"),
         "Machines": _counted(rows, "machine"),
     }
-    return "<dl>" + "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in facts.items()) + "</dl>"
 
 
 def _counted(rows: Sequence[Row], key: str) -> str:

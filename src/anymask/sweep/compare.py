@@ -1,6 +1,5 @@
 """The paired comparison: each mask trained with each recipe, the same seed giving the same start to all of them."""
 
-import hashlib
 import platform
 import subprocess
 import time
@@ -15,16 +14,14 @@ from torch import nn
 
 import anymask
 from anymask.config import Bench, Experiment
+from anymask.connectivity import reachable
 from anymask.errors import SettingError
+from anymask.formats import load_mask
 from anymask.mask import Mask
-from anymask.mask_io import load_mask
-from anymask.pruning import METHODS, lottery_ticket, prune
 from anymask.recipe import Recipe
-from anymask.registry import lookup
 from anymask.runlog import Ledger, settings_id
+from anymask.sweep.masks import DENSE, Masks, Start, check_mask, file_hash, file_name, is_mask_file
 from anymask.train import Protocol, fit
-
-DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class Grid:
     """What is compared."""
 
     masks: tuple[str, ...] = ("random-erk", "snip", "synflow")
-    """Mask methods (also grasp, magnitude, lottery ...), or mask files of your own."""
+    """Mask methods (also grasp, lottery, rigl ...; snip+erk+2:4 for another scope and pattern), or mask files of your own."""
     sparsity: tuple[float, ...] = (0.98,)
     """Shares of zeros, each in [0, 1)."""
     recipes: tuple[str, ...] = ("default", "tost")
@@ -45,16 +42,13 @@ class Grid:
     """Train the dense network as well, with the first recipe."""
 
     def __post_init__(self) -> None:
-        for mask in self.masks:
-            if Path(mask).suffix and not Path(mask).exists():
-                raise SettingError(f"no mask file at {mask}", allowed="a file of mask.save(path), or a mask method", fix="check the path")
-            if not is_mask_file(mask):
-                lookup(METHODS, mask, what="mask method")
-        for recipe in self.recipes:
-            Recipe.preset(recipe)
         for sparsity in self.sparsity:
             if not 0 <= sparsity < 1:
                 raise SettingError(f"sparsity came as {sparsity}", allowed="a share of zeros in [0, 1)", fix="0.98 keeps 2% of the weights")
+            for mask in self.masks:
+                check_mask(mask, sparsity=sparsity)
+        for recipe in self.recipes:
+            Recipe.preset(recipe)
         if self.seeds < 1:
             raise SettingError(f"seeds came as {self.seeds}", allowed="a number >= 1", fix="3 or more show the spread")
 
@@ -141,11 +135,6 @@ def _targets(grid: Grid) -> Iterator[tuple[str, float]]:
     yield from ((file, round(load_mask(file).sparsity, 6)) for file in files)
 
 
-def is_mask_file(mask: str) -> bool:
-    """Whether `mask` is a file of the user's; a file that happens to be called "snip" does not hide the method."""
-    return mask not in METHODS and Path(mask).is_file()
-
-
 @dataclass(frozen=True)
 class Trained:
     """A finished training that is not in the ledger yet."""
@@ -161,6 +150,7 @@ class Runner:
     def __init__(self, bench: Bench, folder: str | Path) -> None:
         self.bench, self.folder = bench, Path(folder)
         self.ledger = Ledger(self.folder / "ledger.jsonl")
+        self.masks = Masks(bench, self.mask_file)
 
     def name(self, cell: Cell) -> str:
         """The id of the row of `cell`; equal for equal settings."""
@@ -168,7 +158,7 @@ class Runner:
 
     def settings(self, cell: Cell) -> dict[str, Any]:
         """What decides the numbers of `cell`, apart from what its recipe's name stands for."""
-        file = {"mask_hash": hashlib.sha256(Path(cell.mask).read_bytes()).hexdigest()[:12]} if is_mask_file(cell.mask) else {}
+        file = {"mask_hash": file_hash(cell.mask)} if is_mask_file(cell.mask) else {}
         here = {"mask": cell.mask, "sparsity": cell.sparsity, "recipe": cell.recipe, "seed": cell.seed}
         return {**self.bench.settings(), **here, **file}
 
@@ -183,13 +173,16 @@ class Runner:
         """Train `cell`, or go on with it; its checkpoint file stays."""
         model = self.bench.model(cell.seed)
         began = time.monotonic()
-        mask = None if cell.mask == DENSE else self.mask(cell, model)
+        start = self.start(cell, model)
         mask_seconds = time.monotonic() - began
         train, validation, test = self.bench.batches(cell.seed)
         result = fit(
             model,
             train,
-            mask=mask,
+            mask=start.mask,
+            rewire=start.dynamic,
+            sparsity=cell.sparsity if start.dynamic is not None and start.dynamic.shrinks else None,
+            first_step=start.step,
             recipe=Recipe.preset(cell.recipe),
             protocol=self.bench.protocol,
             validation=validation,
@@ -207,50 +200,38 @@ class Runner:
             "machine": machine(self.bench.device),
             "accuracy": result.accuracies(),
             "parameters": sum(p.numel() for p in model.parameters()),
-            "density": {"overall": 1.0, "layers": {}} if mask is None else {"overall": mask.density, "layers": mask.layer_density()},
+            "density": self.density(result.mask, model),
             "curves": result.curves,
             "time": {"seconds": result.seconds, "mask_seconds": mask_seconds, "finished": _now()},
             "ghosts": result.added,
             "found": result.found,
         }
-        return Trained(row, model, mask)
+        return Trained(row, model, result.mask)
 
     def checkpoint_file(self, name: str) -> Path:
         """Where the training of the row `name` is kept until it is finished."""
         return self.folder / "unfinished" / f"{name}.pt"
 
-    def mask_file(self, cell: Cell) -> Path:
-        """Where the mask of `cell` is kept."""
-        settings = {**self.bench.settings(), "mask": cell.mask, "sparsity": cell.sparsity, "seed": cell.seed}
-        return self.folder / "masks" / f"{cell.mask}-{cell.sparsity:g}-seed{cell.seed}-{settings_id(settings)}.mask"
+    def start(self, cell: Cell, model: nn.Module) -> Start:
+        """Where the training of `cell` begins, whatever its recipe; weights that it begins with are put into `model`."""
+        if cell.mask == DENSE:
+            return Start(None)
+        start = self.masks.start(cell.mask, sparsity=cell.sparsity, seed=cell.seed, model=model)
+        if start.weights is not None:
+            model.load_state_dict(start.weights)
+        return start
 
-    def mask(self, cell: Cell, model: nn.Module) -> Mask:
-        """The mask of `cell`, the same for all its recipes: made once on the initialisation of its seed, then read."""
-        if is_mask_file(cell.mask):
-            return load_mask(cell.mask)
-        path = self.mask_file(cell)
-        if path.exists():
-            return load_mask(path)
-        mask = self.make_mask(cell, model)
-        mask.save(path)
-        return mask
+    def mask_file(self, mask: str, sparsity: float, seed: int) -> Path:
+        """Where the mask of these is kept."""
+        settings = settings_id({**self.bench.settings(), "mask": mask, "sparsity": sparsity, "seed": seed})
+        return self.folder / "masks" / file_name(mask, sparsity=sparsity, seed=seed, settings=settings)
 
-    def make_mask(self, cell: Cell, model: nn.Module) -> Mask:
-        """The mask of `cell`, made anew."""
-        train, _, _ = self.bench.batches(cell.seed)
-        if "train" in METHODS[cell.mask].needs:  # rounds are kept, so that a stopped search goes on with the next one
-            rounds = self.mask_file(cell).with_suffix(".rounds")
-            return lottery_ticket(model, sparsity=cell.sparsity, train=self._trainer(cell.seed), seed=cell.seed, folder=rounds).mask
-        return prune(model, cell.mask, sparsity=cell.sparsity, data=train, seed=cell.seed)
-
-    def _trainer(self, seed: int) -> Any:
-        train, _, _ = self.bench.batches(seed)
-
-        def trainer(model: nn.Module, mask: Mask | None, first: int, last: int | None) -> None:
-            protocol = self.bench.protocol
-            fit(model, train, mask=mask, recipe="default", protocol=protocol, seed=seed, first_step=first, last_step=last)
-
-        return trainer
+    def density(self, mask: Mask | None, model: nn.Module) -> dict[str, Any]:
+        """The share of weights kept: overall, of each layer, and of those that a path from the input to the output passes."""
+        if mask is None:
+            return {"overall": 1.0, "layers": {}}
+        effective = reachable(mask, model, torch.zeros(1, *self.bench.dataset.train.images.shape[1:])).density
+        return {"overall": mask.density, "effective": effective, "layers": mask.layer_density()}
 
 
 def versions() -> dict[str, str | None]:

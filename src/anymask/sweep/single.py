@@ -11,23 +11,17 @@ from torch import nn
 
 from anymask.config import Bench, Experiment
 from anymask.errors import SettingError
+from anymask.formats import load_mask
 from anymask.mask import Mask
-from anymask.mask_io import load_mask
-from anymask.pruning import METHODS
-from anymask.registry import lookup
 from anymask.runlog import atomic
-from anymask.sweep.compare import DENSE, Cell, Grid, Runner, Watcher, is_mask_file
+from anymask.sweep.compare import Cell, Grid, Runner, Watcher
+from anymask.sweep.masks import DENSE, Masks, check_mask, is_dynamic, is_mask_file
 from anymask.train import Protocol
 
 
 class _Single(Runner):
-    def mask_file(self, cell: Cell) -> Path:
-        return self.folder / "unfinished" / super().mask_file(cell).name
-
-
-class _ToFile(Runner):
-    def mask_file(self, cell: Cell) -> Path:
-        return self.folder  # which is no folder here, but the file that was asked for
+    def mask_file(self, mask: str, sparsity: float, seed: int) -> Path:
+        return self.folder / "unfinished" / super().mask_file(mask, sparsity, seed).name
 
 
 def train_one(
@@ -123,25 +117,37 @@ def prune_to(
     out: str | Path,
     method: str,
     *,
-    sparsity: float,
+    sparsity: float | None,
     seed: int = 0,
     experiment: Experiment | None = None,
     protocol: Protocol | None = None,
+    **how: Any,
 ) -> Mask:
     """Write the mask that `compare` makes for `seed` to `out`: by `method`, on the initialisation of that seed.
 
     Until a lottery ticket is found its finished rounds are beside `out`, in a folder that ends in .rounds; a second call
-    goes on with the next round.
+    goes on with the next round. Where a ticket starts from other weights than the initial ones, they are beside `out`, too, in a
+    file that ends in .safetensors.
+
+    Args:
+        how: other settings of `anymask.prune`: rounds, exclude, floor ...
 
     Raises:
         UnknownName: for a method that is not in `METHODS`.
-        SettingError: for a sparsity out of range.
+        SettingError: for a sparsity out of range, or a method whose mask is made by training.
     """
-    lookup(METHODS, method, what="mask method")
-    Grid(sparsity=(sparsity,))  # checks the range before the data are read
-    Path(out).parent.mkdir(parents=True, exist_ok=True)  # fails now, not after the work
-    runner = _ToFile(Bench(experiment or Experiment(), protocol or Protocol()), out)
-    mask = runner.make_mask(Cell(method, sparsity, "default", seed), runner.bench.model(seed))
+    if is_dynamic(method):
+        raise SettingError(
+            f"{method} moves its mask while it trains",
+            allowed="a method that makes a mask before",
+            fix=f"`anymask train --mask {method} --out DIR` ends with its mask in DIR/mask.mask",
+        )
+    check_mask(method, sparsity=sparsity)
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)  # fails now, not after the work
+    bench = Bench(experiment or Experiment(), protocol or Protocol())
+    masks = Masks(bench, lambda *_: out)
+    mask = masks.make(method, sparsity=sparsity, seed=seed, model=bench.model(seed), **how)
     mask.save(out)
-    shutil.rmtree(Path(out).with_suffix(".rounds"), ignore_errors=True)
+    shutil.rmtree(out.with_suffix(".rounds"), ignore_errors=True)
     return mask

@@ -15,6 +15,8 @@ from anymask.data import Batches
 from anymask.errors import SettingError, TechniqueError
 from anymask.holding import hold
 from anymask.mask import Mask
+from anymask.pruning import rewiring
+from anymask.pruning.dynamic import Dynamic, dense_mask, dynamic_of
 from anymask.recipe import Recipe
 from anymask.train import checkpoint
 from anymask.train.settings import Protocol, accuracy, autocast_dtype, set_lr
@@ -29,10 +31,11 @@ class Result:
     best_epoch: int  # the epoch (from 1) whose checkpoint was chosen: highest validation accuracy, the later one of equals
     last_validation: float | None
     last_test: float | None
-    curves: dict[str, Any]  # one value an epoch: train_loss, validation_accuracy, lr, strength
+    curves: dict[str, Any]  # one value an epoch: train_loss, validation_accuracy, lr, strength; density, moved where the mask moves
     seconds: float  # of training and validation, over all resumed parts
     found: dict[str, str] = field(default_factory=dict)  # what each technique applied to
     added: dict[str, int] = field(default_factory=dict)  # what ghosts added while they lived
+    mask: Mask | None = None  # of the chosen checkpoint, whose zeros are the model's; None when it was trained dense
 
     def accuracies(self) -> dict[str, Any]:
         """The accuracies as plain values, for the ledger."""
@@ -45,6 +48,8 @@ def fit(
     train: Batches,
     *,
     mask: Mask | None = None,
+    rewire: Dynamic | str | None = None,
+    sparsity: float | None = None,
     recipe: Recipe | str = "tost",
     protocol: Protocol | None = None,
     validation: Batches | None = None,
@@ -66,6 +71,10 @@ def fit(
         train: shuffled batches; `validation` and `test`: the same, not shuffled. Without `validation` the last
             checkpoint is the chosen one.
         mask: held at exact zeros; None trains dense.
+        rewire: how the mask moves meanwhile: "set" or "rigl" (which need `mask`), "gmp" (which begins dense without one), or a
+            `Dynamic`. The mask of the chosen checkpoint is `Result.mask`. With gmp only checkpoints that have the final sparsity
+            may be chosen: those of epochs that end after the mask has.
+        sparsity: for gmp, what it ends at.
         recipe: a Recipe, the name of a preset, or a TOML file.
         protocol: epochs, optimiser and the rest.
         seed: for what techniques and dropout draw; data order is the business of `train`.
@@ -77,7 +86,8 @@ def fit(
         on_epoch: called with the epoch (from 1) and its figures.
 
     Raises:
-        TechniqueError: when the loss becomes NaN or infinite, or a technique does not fit.
+        TechniqueError: when the loss becomes NaN or infinite, a technique does not fit, or gmp had no step left for its last update.
+        SettingError: when `rewire` and `mask` or `sparsity` do not go together.
 
     Example:
         >>> from anymask import data, fit, models
@@ -92,7 +102,20 @@ def fit(
     """
     protocol = protocol or Protocol()
     recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
-    run = _Run(model, train, mask=mask, recipe=recipe, protocol=protocol, seed=seed, first_step=first_step, file=checkpoint_file)
+    moving = dynamic_of(rewire, {}) if rewire is not None else None
+    mask = _first_mask(model, mask, moving=moving, sparsity=sparsity)
+    run = _Run(
+        model,
+        train,
+        mask=mask,
+        moving=moving,
+        sparsity=sparsity,
+        recipe=recipe,
+        protocol=protocol,
+        seed=seed,
+        first_step=first_step,
+        file=checkpoint_file,
+    )
     writer = _writer(log_dir)
     stop = run.total if last_step is None else min(last_step, run.total)
     while run.step < stop:
@@ -120,6 +143,25 @@ def fit(
     return run.finish(stop=stop, validation=validation, test=test)
 
 
+def _first_mask(model: nn.Module, mask: Mask | None, *, moving: Dynamic | None, sparsity: float | None) -> Mask | None:
+    """The mask that training begins with."""
+    if moving is None and sparsity is not None:
+        raise SettingError(
+            f"sparsity came as {sparsity} without rewire",
+            allowed="sparsity for a mask that shrinks",
+            fix="give rewire='gmp', or mask=prune(model, method, sparsity=...)",
+        )
+    if moving is None or mask is not None:
+        return mask
+    if moving.start != "dense":
+        raise SettingError(
+            f"rewire={moving.name!r} came without mask",
+            allowed="a mask to begin with",
+            fix=f"give mask=prune(model, {moving.start!r}, sparsity=0.9)",
+        )
+    return dense_mask(model)
+
+
 class _Run:
     """The moving parts of one training, and how they are saved and brought back."""
 
@@ -129,6 +171,8 @@ class _Run:
         train: Batches,
         *,
         mask: Mask | None,
+        moving: Dynamic | None,
+        sparsity: float | None,
         recipe: Recipe,
         protocol: Protocol,
         seed: int,
@@ -166,6 +210,7 @@ class _Run:
             seed=seed,
             state=saved["recipe"] if saved else None,
         )
+        self.rewiring = self._rewire(moving, sparsity=sparsity, seed=seed, start=first_step, saved=saved)
         if saved is not None:
             self._restore(saved)
         self.strengths = self.recipe.strengths
@@ -214,23 +259,37 @@ class _Run:
         if validation is not None:
             with self.recipe.plain() as plain:
                 score = accuracy(plain, validation)
-        best = self.progress["best"]
-        if score is None or best is None or score >= best["validation"]:
-            state = {k: v.detach().clone() for k, v in self.recipe.plain_state_dict().items()}
-            self.progress["best"] = {"validation": score, "epoch": epoch + 1, "model": state}
+        self._remember(score, epoch=epoch + 1)
         for name, value in {"epoch": epoch + 1, "train_loss": loss, "validation_accuracy": score, "lr": self._lr()}.items():
             curves[name].append(value)
         for name, value in self.strengths.items():
             curves["strength"].setdefault(name, []).append(value)
+        if self.rewiring is not None:
+            moved = sum(move.dropped for move in self.rewiring.history) - sum(curves.setdefault("moved", []))
+            curves["moved"].append(moved)
+            curves.setdefault("density", []).append(self.rewiring.mask.density)
         self.save()
+
+    def _remember(self, score: float | None, *, epoch: int) -> None:
+        """Keep the weights, and a mask that moves, where they are the best so far; not before a mask that shrinks has its sparsity."""
+        best = self.progress["best"]
+        if self.rewiring is not None and self.rewiring.row.shrinks and not self.rewiring.settled:
+            return
+        if score is None or best is None or score >= best["validation"]:
+            state = {k: v.detach().clone() for k, v in self.recipe.plain_state_dict().items()}
+            mask = None if self.rewiring is None else rewiring.packed(self.rewiring.mask)
+            self.progress["best"] = {"validation": score, "epoch": epoch, "model": state, "mask": mask}
 
     def finish(self, *, stop: int, validation: Batches | None, test: Batches | None) -> Result:
         """The plain model with the chosen checkpoint's weights, and what it is worth."""
         self.recipe.finish(early=stop < self.total)
+        self._check_shrunk(whole=stop == self.total)
         self.progress["seconds"] = time.monotonic() - self.began
         best, curves = self.progress["best"], self.progress["curves"]
         last_test = None if test is None else accuracy(self.model, test)
         if best is not None:
+            if self.hold is not None and best.get("mask") is not None:
+                self.hold.move(rewiring.unpacked(best["mask"]))
             self.model.load_state_dict(best["model"])
         if self.hold is not None:
             self.hold.release()
@@ -244,6 +303,7 @@ class _Run:
             seconds=self.progress["seconds"],
             found=dict(self.recipe.found),
             added={"extra_parameters": self.recipe.added.parameters, "extra_flops": self.recipe.added.flops},
+            mask=None if self.hold is None else self.hold.mask,
         )
 
     def save(self) -> None:
@@ -252,8 +312,33 @@ class _Run:
             return
         self.progress["seconds"] = time.monotonic() - self.began
         parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler, "recipe": self.recipe}
+        if self.rewiring is not None:
+            parts["rewiring"] = self.rewiring
         state = {name: part.state_dict() for name, part in parts.items()}
         checkpoint.save(self.file, {**state, "loss": self.loss, "progress": self.progress})
+
+    def _rewire(
+        self, moving: Dynamic | None, *, sparsity: float | None, seed: int, start: int, saved: dict[str, Any] | None
+    ) -> rewiring.Rewiring | None:
+        state = saved.get("rewiring") if saved is not None else None
+        if saved is not None and (moving is None) != (state is None):
+            raise SettingError(
+                f"the checkpoint {self.file} is of a training {'without' if state is None else 'with'} rewire",
+                allowed="the rewire that it was begun with",
+                fix="give the same one, or remove the file to train from the start",
+            )
+        if moving is None or self.hold is None:
+            return None
+        how: dict[str, Any] = {"total_steps": self.total, "steps_per_epoch": self.per_epoch, "start": start}
+        return rewiring.rewire(self.hold, moving, **how, sparsity=sparsity, seed=seed, state=state)
+
+    def _check_shrunk(self, *, whole: bool) -> None:
+        if whole and self.rewiring is not None and self.rewiring.row.shrinks and not self.rewiring.settled:
+            raise TechniqueError(
+                f"{self.rewiring.row.name} ended at sparsity {self.rewiring.mask.sparsity:.4f}, before its last update",
+                allowed="an end that leaves room for steps which GradScaler skips",
+                fix="give an earlier `end`, such as '75%'",
+            )
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])

@@ -15,7 +15,7 @@ from safetensors.torch import save as torch_bytes
 
 from anymask.errors import FileFormatError
 from anymask.mask import Mask
-from anymask.mask_io import FORMAT, load_mask
+from anymask.formats import FORMAT, load_mask
 from tests.foundations.test_mask import kept
 
 PLAIN = st.recursive(
@@ -169,7 +169,7 @@ def test_a_header_that_is_not_ours_is_refused(file, bent):
 
 def test_other_safetensors_are_refused(file):
     file.write_bytes(torch_bytes({"w": torch.ones(3)}))
-    with pytest.raises(FileFormatError, match=rf"{file} is not a mask .* \(no header of ours\).* a whole file of format {FORMAT}"):
+    with pytest.raises(FileFormatError, match=rf"{file} is not a mask .* \(no mask, and no matrix .*\).* a whole file of format {FORMAT}"):
         load_mask(file)
     assert read(file, torch_bytes({"w": torch.ones(3)}, metadata={"format": FORMAT})) is None
 

@@ -1,0 +1,85 @@
+"""What making a mask costs: seconds and peak memory of each method, each in a process of its own, on a quiet machine.
+
+python benchmarks/methods.py            every method on the demo's network, and how some grow with size; writes results/methods.json
+python benchmarks/methods.py snip resnet18 0.98      one of them, printed
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from anymask import data, models, prune
+from anymask.mask import Mask
+from anymask.pruning import METHODS
+from anymask.sweep.compare import machine
+from anymask.train import Protocol, fit
+
+OUT = Path(__file__).resolve().parent.parent / "results" / "methods.json"
+SIZES = ("demonet", "resnet18", "vgg16-2.6x")  # 0.5, 11 and 99 million weights
+GROWING = ("random-erk", "magnitude", "snip", "grasp", "wanda", "synflow")
+REPEATS = 3  # medians; the largest network once
+BATCH = 64
+EPOCHS = 7
+
+
+def one(method: str, name: str, sparsity: float) -> dict[str, float]:
+    """Seconds, and MiB of memory beyond what the model and its data take, of making one mask; lottery tickets train as the demo does."""
+    small = name == "demonet"
+    channels, size = (1, 28) if small else (3, 32)
+    model = models.build(name, classes=10, channels=channels, seed=0)
+    torch.manual_seed(0)
+    batches = [(torch.randn(BATCH, channels, size, size), torch.arange(BATCH) % 10) for _ in range(8)]
+    images = data.Batches(data.load("fashion-mnist-5k").train, batch_size=BATCH, shuffle=True)
+
+    def train(network: torch.nn.Module, mask: Mask | None, first: int, last: int | None) -> None:
+        protocol = Protocol(epochs=EPOCHS, batch_size=BATCH, augment=False)
+        fit(network, images, mask=mask, recipe="default", protocol=protocol, first_step=first, last_step=last)
+
+    steps = EPOCHS * len(images)
+    rewind = {"rewind_step": round(0.05 * steps)} if "rewind_step" in METHODS[method].needs else {}
+    before, began = _resident(), time.perf_counter()
+    mask = prune(model, method, sparsity=sparsity, data=batches, train=train, **rewind)
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"seconds": seconds, "extra_mib": max(0.0, peak - before), "weights": mask.total, "kept": mask.kept}
+
+
+def _resident() -> float:
+    """MiB that this process holds now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def measure(method: str, name: str, sparsity: float, *, repeats: int) -> dict[str, object]:
+    """Medians over processes."""
+    command = [sys.executable, __file__, method, name, str(sparsity)]
+    found = [json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(repeats)]
+    medians = {key: statistics.median(run[key] for run in found) for key in ("seconds", "extra_mib")}
+    row = {"method": method, "model": name, "sparsity": sparsity, "repeats": repeats, "weights": found[0]["weights"]}
+    row |= {key: round(value, 3) for key, value in medians.items()}
+    print(row, flush=True)
+    return row
+
+
+def main() -> None:
+    if len(sys.argv) == 4:
+        print(json.dumps(one(sys.argv[1], sys.argv[2], float(sys.argv[3]))))
+        return
+    # the rounds of a ticket are trainings, minutes of them: once
+    rows = [
+        measure(method, "demonet", sparsity, repeats=1 if "train" in row.needs else REPEATS)
+        for sparsity in (0.9, 0.98)
+        for method, row in METHODS.items()
+    ]
+    rows += [measure(m, name, 0.98, repeats=REPEATS if name == "resnet18" else 1) for name in SIZES[1:] for m in GROWING]
+    OUT.write_text(json.dumps({"machine": machine("cpu"), "batch": BATCH, "results": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

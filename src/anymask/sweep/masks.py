@@ -1,0 +1,183 @@
+"""The masks of a grid: by a method, from a file, or moving as it trains; and where a training begins."""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from anymask.config import Bench
+from anymask.durations import Duration
+from anymask.errors import SettingError
+from anymask.formats import load_mask
+from anymask.mask import Mask
+from anymask.pruning import DYNAMIC, METHODS, Dynamic, Ticket, lottery_ticket, prune
+from anymask.pruning.budget import density_of
+from anymask.pruning.lottery import Train
+from anymask.pruning.methods import is_method, method_of
+from anymask.pruning.patterns import pattern
+from anymask.registry import lookup
+from anymask.runlog import atomic
+from anymask.train import fit
+
+DENSE = "dense"
+REWIND = "5%"  # of the training: where lottery-rewind returns to
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a training begins.
+
+    Args:
+        mask: None for the dense network.
+        weights: a state dict instead of the initialisation, as rewound lottery tickets have.
+        step: the optimiser step to begin at.
+        dynamic: how the mask moves; None for one that stays.
+    """
+
+    mask: Mask | None
+    weights: Mapping[str, Tensor] | None = None
+    step: int = 0
+    dynamic: Dynamic | None = None
+
+
+def check_mask(mask: str, *, sparsity: float | None = None) -> None:
+    """Refuse what is neither a mask method nor a mask file, or a sparsity that it cannot have.
+
+    Raises:
+        UnknownName, SettingError: with what is meant, or allowed.
+    """
+    if is_mask_file(mask) or mask == DENSE:
+        return
+    if Path(mask).suffix and "+" not in mask and not Path(mask).exists():
+        raise SettingError(f"no mask file at {mask}", allowed="a file that load_mask reads, or a mask method", fix="check the path")
+    base = mask.partition("+")[0]
+    lookup(dict.fromkeys([*METHODS, *DYNAMIC]), base, what="mask method")
+    if base in DYNAMIC:
+        dynamic_named(mask)
+    elif sparsity is not None:
+        density_of(sparsity, pattern=pattern(method_of(mask).pattern))
+
+
+def is_mask_file(mask: str) -> bool:
+    """Whether `mask` is a file of the user's; a file that happens to be called "snip" does not hide the method."""
+    return not is_method(mask) and mask.partition("+")[0] not in DYNAMIC and Path(mask).is_file()
+
+
+def is_dynamic(mask: str) -> bool:
+    """Whether `mask` moves while it trains: a row of `DYNAMIC`, with changes after a plus or not."""
+    return mask.partition("+")[0] in DYNAMIC
+
+
+def dynamic_named(mask: str) -> Dynamic:
+    """The row of `DYNAMIC` that `mask` stands for, with another time between updates or another scope after a plus.
+
+    Raises:
+        SettingError: for what is neither.
+
+    Example:
+        >>> dynamic_named("rigl+25it+er").every, dynamic_named("rigl+25it+er").start, dynamic_named("gmp+global").scope
+        ('25it', 'random-er', 'global')
+    """
+    base, *words = mask.split("+")
+    row = DYNAMIC[base]
+    for word in words:
+        if word[:1].isdigit():
+            row = replace(row, every=str(Duration.parse(word)))
+        elif row.shrinks:
+            row = replace(row, scope=word)
+        else:
+            method_of(f"random-{word}")
+            row = replace(row, start=f"random-{word}")
+    return row
+
+
+class Masks:
+    """Makes the masks of one bench, and keeps them in a folder.
+
+    Args:
+        bench: data, network and protocol.
+        file_of: where the mask of (name, sparsity, seed) is kept.
+    """
+
+    def __init__(self, bench: Bench, file_of: Callable[[str, float, int], Path]) -> None:
+        self.bench, self.file_of = bench, file_of
+
+    def start(self, mask: str, *, sparsity: float, seed: int, model: nn.Module) -> Start:
+        """Where the trainings of this mask, sparsity and seed begin, with any recipe: made once on the initialisation, then read."""
+        if is_mask_file(mask):
+            return Start(load_mask(mask, model=model))
+        moving = dynamic_named(mask) if is_dynamic(mask) else None
+        if moving is not None and moving.start == DENSE:
+            return Start(None, dynamic=moving)
+        file = self.file_of(mask, sparsity, seed)
+        if not file.exists():
+            self.make(mask if moving is None else moving.start, sparsity=sparsity, seed=seed, model=model).save(file)
+        found = load_mask(file)
+        if moving is not None:
+            return Start(found, dynamic=moving)
+        weights = weights_file(file)
+        return Start(found, load_file(weights), int(found.info["rewind_step"])) if weights.exists() else Start(found)
+
+    def make(self, mask: str, *, sparsity: float | None, seed: int, model: nn.Module, **how: Any) -> Mask:
+        """The mask, made anew, by the method of that name with the settings `how`; weights that a ticket starts from are kept."""
+        if "train" in method_of(mask).needs:
+            made = self._ticket(mask, sparsity=sparsity, seed=seed, model=model, **how)
+        else:
+            made = prune(model, mask, sparsity=sparsity, data=self.bench.batches(seed)[0], seed=seed, **how)
+        return Mask(made, info=made.info | {"network": self._network()})
+
+    def _ticket(self, mask: str, *, sparsity: float | None, seed: int, model: nn.Module, **how: Any) -> Mask:
+        row, file = method_of(mask), self.file_of(mask, sparsity or 0.0, seed)
+        steps = self.bench.total_steps(seed)
+        how = {"rounds": row.rounds, "scope": row.scope, "pattern": row.pattern} | how
+        ticket: Ticket = lottery_ticket(
+            model,
+            sparsity=sparsity,
+            train=self.trainer(seed),
+            rewind_step=Duration.parse(REWIND).steps(total=steps) if "rewind_step" in row.needs else 0,
+            rewinds=row.rewinds,
+            seed=seed,
+            folder=file.with_suffix(".rounds"),  # so that a stopped search goes on with the next round
+            **how,
+        )
+        if ticket.step or not row.rewinds:
+            with atomic(weights_file(file)) as out:
+                out.write(to_bytes(dict(ticket.weights)))
+        return ticket.mask
+
+    def trainer(self, seed: int) -> Train:
+        """What trains the rounds of a lottery ticket: the default recipe on the training images."""
+        train, _, _ = self.bench.batches(seed)
+
+        def trainer(model: nn.Module, mask: Mask | None, first: int, last: int | None) -> None:
+            protocol = self.bench.protocol
+            fit(model, train, mask=mask, recipe="default", protocol=protocol, seed=seed, first_step=first, last_step=last)
+
+        return trainer
+
+    def _network(self) -> dict[str, Any]:
+        """What rebuilds the network, for those who look at the mask later."""
+        train = self.bench.dataset.train
+        return {"model": self.bench.experiment.model, "classes": len(self.bench.dataset.classes), "input": list(train.images.shape[1:])}
+
+
+def weights_file(mask_file: Path) -> Path:
+    """Where the weights are that trainings of a mask begin with, where that is not the initialisation."""
+    return mask_file.with_suffix(".safetensors")
+
+
+def file_name(mask: str, *, sparsity: float, seed: int, settings: str) -> str:
+    """The name of a mask file in a run folder; `settings` is a hash of what decides it."""
+    safe = re.sub(r"[^\w.+-]", "_", mask)  # 2:4 holds what some file systems refuse
+    return f"{safe}-{sparsity:g}-seed{seed}-{settings}.mask"
+
+
+def file_hash(mask: str) -> str:
+    """What tells two mask files of the same name apart."""
+    return hashlib.sha256(Path(mask).read_bytes()).hexdigest()[:12]

@@ -1,0 +1,326 @@
+"""Masks of every library are read, told apart by what is in the file, and their names found in a model."""
+
+import json
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from anymask.errors import FileFormatError, MaskError
+from anymask.formats import load_mask, load_weights
+from anymask.mask import Mask
+from tests.formats.seeds import SEEDS, BFloat16, flax_bytes, flax_tree, kept, masked_state, net
+
+FLAX_NAMES = {"Conv_0.weight": "0.weight", "Dense_0.weight": "2.weight"}
+
+
+@pytest.mark.parametrize("name", SEEDS)
+@pytest.mark.parametrize("file", ["mask", "mask.safetensors", "mask.npz", "mask.pth"])
+def test_each_kind_of_file_is_read_under_any_name(tmp_path, name, file):
+    make, family = SEEDS[name]
+    make(tmp_path / file)
+    mask = load_mask(tmp_path / file)
+    assert {FLAX_NAMES.get(n, n): t.tolist() for n, t in mask.items()} == {n: t.tolist() for n, t in kept().items()}
+    assert mask.info == ({"format": family, "source": file} if family else {"method": "snip", "seed": 0})
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_with_a_model_the_names_are_the_models(tmp_path, name):
+    SEEDS[name][0](tmp_path / "mask")
+    mask = load_mask(tmp_path / "mask", model=net())
+    assert mask == Mask(kept())
+    wrapped = nn.Module()
+    wrapped.model = net()
+    assert list(load_mask(tmp_path / "mask", model=wrapped)) == ["model.0.weight", "model.2.weight"]
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "_orig_mod.module.model."])
+@pytest.mark.parametrize("given", [None, net()])
+def test_what_trainers_put_before_names_is_understood(tmp_path, prefix, given):
+    torch.save({prefix + name: mask for name, mask in kept().items()}, tmp_path / "m")
+    assert load_mask(tmp_path / "m", model=given) == Mask(kept())
+
+
+def test_a_prefix_that_not_all_names_have_is_a_name(tmp_path):
+    masks = {"model.0.weight": torch.eye(3, 4), "head.weight": torch.eye(2, 3)}
+    torch.save(masks, tmp_path / "m")
+    assert list(load_mask(tmp_path / "m")) == list(masks)
+    model = nn.ModuleDict({"model": nn.Sequential(nn.Linear(4, 3)), "head": nn.Linear(3, 2)})
+    assert list(load_mask(tmp_path / "m", model=model)) == list(masks)
+
+
+def test_a_model_decides_whether_a_prefix_is_a_name(tmp_path):
+    torch.save({"model.fc.weight": torch.eye(3, 4)}, tmp_path / "m")
+    inner = nn.ModuleDict({"fc": nn.Linear(4, 3)})
+    both = nn.ModuleDict({"model": inner, "fc": nn.Linear(4, 3)})
+    assert list(load_mask(tmp_path / "m")) == list(load_mask(tmp_path / "m", model=inner)) == ["fc.weight"]
+    assert list(load_mask(tmp_path / "m", model=both)) == ["model.fc.weight"]
+
+
+def test_a_compiled_part_of_a_model_keeps_its_name(tmp_path):
+    torch.save({"0._orig_mod.fc.weight": torch.eye(2), "1.weight": torch.eye(3)}, tmp_path / "m")
+    assert list(load_mask(tmp_path / "m")) == ["0.fc.weight", "1.weight"]
+
+
+def test_a_dictionary_of_modules_names_their_weights(tmp_path):
+    torch.save({name.removesuffix(".weight"): mask for name, mask in kept().items()}, tmp_path / "m")
+    assert load_mask(tmp_path / "m", model=net()) == Mask(kept())
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict", "net", "masks"])
+def test_checkpoints_are_unwrapped(tmp_path, key):
+    wrapped = {"epoch": 3, "args": None, key: OrderedDict(kept()), "optimizer": {"state": {0: {"exp_avg": torch.rand(2, 2)}}}}
+    torch.save(wrapped, tmp_path / "m")
+    assert load_mask(tmp_path / "m") == Mask(kept())
+    torch.save({"checkpoint": 1, "model": wrapped}, tmp_path / "m")
+    assert load_mask(tmp_path / "m") == Mask(kept())
+
+
+def test_modules_of_nni_may_be_called_as_wrappers_are(tmp_path):
+    torch.save({"model": {"weight": torch.eye(2, 3)}, "fc": {"weight": torch.eye(3, 2)}}, tmp_path / "m")
+    assert list(load_mask(tmp_path / "m")) == ["model.weight", "fc.weight"]
+
+
+def test_a_mask_that_does_not_fit_names_what_is_missing_unexpected_and_misshapen(tmp_path):
+    torch.save({"0.wieght": torch.ones(3, 2, 1, 2), "2.weight": torch.ones(4, 3)}, tmp_path / "m")
+    with pytest.raises(MaskError) as caught:
+        load_mask(tmp_path / "m", model=net())
+    for said in (
+        "not in the model: 0.wieght (3, 2, 1, 2) (nearest: 0.weight,",
+        "another shape: 2.weight is (4, 3) in the mask and (3, 4) in the model",
+        "prunable and not in the mask: 0.weight (3, 2, 1, 2) (nearest: 0.wieght)",
+    ):
+        assert said in caught.value.came
+
+
+def test_an_own_mask_finds_its_names_in_a_wrapped_model(tmp_path):
+    Mask(kept(), info={"method": "snip"}).save(tmp_path / "m")
+    mask = load_mask(tmp_path / "m", model=nn.DataParallel(net()))
+    assert (list(mask), mask.info) == (["module.0.weight", "module.2.weight"], {"method": "snip"})
+
+
+# -- zeros -------------------------------------------------------------------------------------------------------------
+
+
+def test_zeros_cover_the_matrices_that_hold_one_or_with_a_model_all_that_is_prunable(tmp_path):
+    state = masked_state() | {"2.weight": torch.ones(3, 4), "table": torch.eye(2), "1.weight": torch.zeros(3), "mask": torch.zeros(2, 2).int()}
+    torch.save(state, tmp_path / "m")
+    assert list(load_mask(tmp_path / "m")) == ["0.weight", "table"]
+    mask = load_mask(tmp_path / "m", model=net())
+    assert mask == Mask({"0.weight": kept()["0.weight"], "2.weight": torch.ones(3, 4)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("as_safetensors", [False, True])
+def test_zeros_of_any_floating_type_negative_ones_too(tmp_path, dtype, as_safetensors):
+    weight = torch.tensor([[1.0, -0.0, 0.0], [2.0, float("nan"), -3.0]]).to(dtype)
+    save_file({"w.weight": weight}, tmp_path / "m") if as_safetensors else torch.save({"w.weight": weight}, tmp_path / "m")
+    assert load_mask(tmp_path / "m")["w.weight"].int().tolist() == [[1, 0, 0], [1, 1, 1]]
+
+
+@pytest.mark.parametrize("given", [None, net()])
+def test_a_checkpoint_without_a_zero_says_so(tmp_path, given):
+    torch.save(net().state_dict(), tmp_path / "dense.pt")
+    with pytest.raises(FileFormatError, match=r"dense\.pt .*no mask, and no exact zero in its 2 matrices.*To do: save the masks too"):
+        load_mask(tmp_path / "dense.pt", model=given)
+
+
+def test_a_checkpoint_of_another_model_names_what_it_lacks(tmp_path):
+    torch.save({"0.wieght": 0.5 * torch.eye(3), "2.weight": torch.eye(3, 4)}, tmp_path / "m")
+    with pytest.raises(MaskError, match=r"the checkpoint does not fit Sequential; not in it: 0\.weight \(nearest: 2\.weight, 0\.wieght\)"):
+        load_mask(tmp_path / "m", model=net())
+
+
+def test_a_tied_weight_is_found_under_either_of_its_names(tmp_path):
+    model = nn.ModuleDict({"embed": nn.Embedding(4, 3), "head": nn.Linear(3, 4, bias=False)})
+    model["head"].weight = model["embed"].weight
+    for name in ("embed.weight", "head.weight"):
+        torch.save({name: 0.3 * torch.eye(4, 3)}, tmp_path / "m")
+        assert list(load_mask(tmp_path / "m", model=model)) == [name]
+
+
+def test_parametrised_weights_without_a_mask_are_read_by_their_zeros(tmp_path):
+    torch.save({"0.parametrizations.weight.original": 0.5 * torch.eye(2)}, tmp_path / "m")  # torch.ao saves no masks
+    assert load_mask(tmp_path / "m") == Mask({"0.weight": torch.eye(2)})
+
+
+# -- folders and shards ------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_read_by_its_index_and_so_is_the_index_itself(tmp_path):
+    SEEDS["zeros-sharded"][0](tmp_path / "model.safetensors.index.json")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"of another format, and not looked at")
+    assert load_mask(tmp_path) == load_mask(tmp_path / "model.safetensors.index.json", model=net()) == Mask(kept())
+
+
+def test_a_folder_with_one_checkpoint_is_that_checkpoint(tmp_path):
+    SEEDS["zeros-torch"][0](tmp_path / "pytorch_model.bin")
+    assert load_mask(tmp_path) == Mask(kept())
+
+
+def test_shards_of_torch_are_read(tmp_path):
+    torch.save(masked_state(), tmp_path / "pytorch_model-1.bin")
+    places = ", ".join(f'"{name}": "pytorch_model-1.bin"' for name in masked_state())
+    (tmp_path / "pytorch_model.bin.index.json").write_text(f'{{"weight_map": {{{places}}}}}')
+    assert load_mask(tmp_path, model=net()) == Mask(kept())
+
+
+@pytest.mark.parametrize(
+    ("places", "says"),
+    [
+        ({"a": "../away.safetensors"}, r"a shard at '\.\./away"),
+        ({"a": "/etc/passwd"}, "a shard at '/etc/passwd'"),
+        ({"lost.weight": "model-1.safetensors"}, "1 tensors that its shards do not hold, such as lost.weight"),
+        ({"a": "index.json"}, "an index where a shard belongs"),
+        ({"a": 3}, "TypeError"),
+        ([], "AttributeError"),
+    ],
+)
+def test_an_index_that_leads_elsewhere_is_refused(tmp_path, places, says):
+    SEEDS["zeros-sharded"][0](tmp_path / "whole.json")
+    (tmp_path / "index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(FileFormatError, match=says):
+        load_mask(tmp_path / "index.json")
+
+
+def test_a_shard_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "i").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    with pytest.raises(FileNotFoundError, match=r"gone\.safetensors"):
+        load_mask(tmp_path / "i")
+
+
+# -- trees of JAX ------------------------------------------------------------------------------------------------------
+
+
+def test_masks_that_jaxpruner_packed_are_unpacked_by_the_shapes_of_the_parameters(tmp_path):
+    tree = flax_tree(kept())
+    weights = {module: {"kernel": np.ones(leaf["kernel"].shape, np.float32)} for module, leaf in tree.items()}
+    masks = {module: {"kernel": np.packbits(leaf["kernel"])} for module, leaf in tree.items()}
+    (tmp_path / "m").write_bytes(flax_bytes({"params": weights, "opt_state": {"0": {"masks": {"params": masks}}}}))
+    assert load_mask(tmp_path / "m", model=net()) == Mask(kept())
+    (tmp_path / "m").write_bytes(flax_bytes({"masks": masks}))
+    with pytest.raises(FileFormatError, match="no mask"):
+        load_mask(tmp_path / "m")
+
+
+def test_zeros_of_bfloat16_and_chunks_are_read(tmp_path):
+    kernel = np.array([[0x3F80, 0], [0x8000, 0x4000], [0, 0x3F80]], np.uint16).view(BFloat16)  # 1 0, -0 2, 0 1
+    flat = kernel.reshape(-1)
+    chunks = {"__msgpack_chunked_array__": True, "shape": {"0": 3, "1": 2}, "chunks": {"0": flat[:4], "1": flat[4:]}}
+    for value in (kernel, chunks):
+        (tmp_path / "m").write_bytes(flax_bytes({"params": {"out": {"kernel": value}}}))
+        assert load_mask(tmp_path / "m")["out.weight"].int().tolist() == [[1, 0, 0], [0, 1, 1]]
+
+
+@pytest.mark.parametrize("keys", ["['params']['{}']['kernel']", "params.{}.kernel", "{}/kernel"])
+def test_keys_of_an_npz_may_be_joined_in_three_ways(tmp_path, keys):
+    tree = flax_tree(kept())
+    np.savez(tmp_path / "m.npz", **{keys.format(module): tree[module]["kernel"] for module in tree})
+    mask = load_mask(tmp_path / "m.npz")
+    assert {FLAX_NAMES[name]: t.tolist() for name, t in mask.items()} == {name: t.tolist() for name, t in kept().items()}
+
+
+def layers(**shapes):
+    """A model of linear layers."""
+    return nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()})
+
+
+def save_tree(path: Path, **shapes):
+    path.write_bytes(flax_bytes({"params": {name: {"kernel": np.eye(*shape, dtype=np.uint8)} for name, shape in shapes.items()}}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("tree", "model", "names"),
+    [
+        ({"Dense_0": (2, 3), "Dense_1": (3, 4)}, {"fc2": (3, 4), "fc1": (2, 3)}, {"fc1": (3, 2), "fc2": (4, 3)}),  # by shape
+        ({"fc_1": (2, 3), "fc_2": (2, 3)}, {"fc2": (2, 3), "fc1": (2, 3)}, {"fc1": (3, 2), "fc2": (3, 2)}),  # by words and numbers
+        ({"query": (2, 2), "out": (2, 2)}, {"output": (2, 2), "querys": (2, 2)}, {"querys": (2, 2), "output": (2, 2)}),  # nearest
+    ],
+)
+def test_names_of_another_framework_are_matched_by_shape_and_name(tmp_path, tree, model, names):
+    mask = load_mask(save_tree(tmp_path / "m", **tree), model=layers(**model))
+    assert {name: tuple(t.shape) for name, t in mask.items()} == {f"{name}.weight": shape for name, shape in names.items()}
+
+
+@pytest.mark.parametrize(
+    ("tree", "model"),
+    [
+        ({"Dense_0": (2, 2), "Dense_1": (2, 2)}, {"dense1": (2, 2), "dense2": (2, 2)}),  # flax counts from 0, and torch does not
+        ({"Dense_1": (2, 2)}, {"dense1": (2, 2), "dense2": (2, 2)}),
+        ({"a_1": (2, 2), "a_2": (2, 2)}, {"a1": (2, 2), "b1": (2, 2)}),
+        ({"left": (2, 2), "right": (2, 2)}, {"up": (2, 2), "down": (2, 2)}),
+        ({"fc": (2, 3)}, {"fc": (3, 2)}),
+    ],
+)
+def test_names_that_leave_a_choice_are_not_guessed(tmp_path, tree, model):
+    with pytest.raises(MaskError, match="does not fit"):
+        load_mask(save_tree(tmp_path / "m", **tree), model=layers(**model))
+
+
+def test_a_transposed_convolution_of_flax_is_refused(tmp_path):
+    (tmp_path / "m").write_bytes(flax_bytes({"up": {"kernel": np.eye(2, dtype=np.uint8).reshape(1, 1, 2, 2)}}))
+    with pytest.raises(FileFormatError, match=r"up\.weight is of a transposed convolution"):
+        load_mask(tmp_path / "m", model=nn.ModuleDict({"up": nn.ConvTranspose2d(2, 2, 1)}))
+    assert load_mask(tmp_path / "m", model=nn.ModuleDict({"up": nn.Conv2d(2, 2, 1)})).kept == 2
+
+
+# -- refused -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ({"fc.weight_mask": torch.rand(2, 2)}, "the mask of fc.weight holds values other than 0 and 1"),
+        ({"fc": "text"}, "no tensor under a name"),
+        (torch.eye(2), "no tensor under a name"),
+        ([torch.eye(2)], "no tensor under a name"),
+        ({"a": torch.zeros(0, 3)}, "no mask"),
+        ({"a": torch.eye(2).to_sparse()}, "no tensor under a name"),
+        ({"a" * 2000: torch.eye(2)}, "a name of 2001 characters"),
+        ({"scores": torch.rand(3), "fc.bias": torch.ones(2)}, "no mask, and no matrix"),
+    ],
+)
+def test_what_holds_no_mask_says_what_it_holds(tmp_path, value, says):
+    torch.save(value, tmp_path / "m")
+    with pytest.raises(FileFormatError, match=f"{says}.*Allowed.*To do"):
+        load_mask(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("blob", "says"),
+    [
+        (b"", "empty"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(80), "no format that is known"),
+        (b"\x93NUMPY\x01\x00" + bytes(80), "a single array"),
+        (b'{"weight_map": ', "JSONDecodeError"),
+        (b"PK\x03\x04" + bytes(80), "BadZipFile"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, blob, says):
+    (tmp_path / "m").write_bytes(blob)
+    with pytest.raises(FileFormatError, match=says):
+        load_mask(tmp_path / "m")
+
+
+def test_a_folder_without_a_checkpoint_says_what_it_may_hold(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no mask file at .*pytorch_model\.bin\.index\.json"):
+        load_mask(tmp_path)
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["torch-prune", "sparsimony", "synaptic-flow", "modelopt"])
+def test_weights_come_under_their_plain_names_without_masks(tmp_path, name):
+    SEEDS[name][0](tmp_path / "m")
+    weights, dense = load_weights(tmp_path / "m"), net().state_dict()
+    assert set(weights) == set(dense)
+    assert all(torch.equal(weights[key], dense[key]) for key in dense)
