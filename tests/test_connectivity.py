@@ -41,7 +41,7 @@ class Functional(nn.Module):
 
     def forward(self, x):
         x = F.relu(F.group_norm(self.a(x), 3), inplace=True)
-        y = F.layer_norm(self.b(F.max_pool2d(x, 2, ceil_mode=True)), [3, 3])
+        y = F.layer_norm(self.b(F.max_pool2d(F.dropout(x, 0.9), 2, ceil_mode=True)), [3, 3])
         y -= 1 * x
         return F.log_softmax(self.c(F.adaptive_max_pool2d(y, 1).flatten(1)), dim=1)
 
@@ -233,22 +233,23 @@ def test_a_gate_that_is_cut_off_still_lets_the_rest_through():
 
 
 class Attention(nn.Module):
-    """Grouped queries: 2 heads of queries, 1 of keys and values, each 2 wide."""
+    """Grouped queries: 4 heads of queries, 2 of keys and values, each 2 wide; the first place of the answer, which sees only itself."""
 
     def __init__(self, written_out):
         super().__init__()
         self.written_out = written_out
-        self.q, self.k, self.v, self.o = nn.Linear(3, 4), nn.Linear(3, 2), nn.Linear(3, 2), nn.Linear(4, 1)
+        self.q, self.k, self.v, self.o = nn.Linear(3, 8), nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(8, 1)
 
     def forward(self, x):
         q, k, v = (p(x).unflatten(-1, (-1, 2)).transpose(1, 2) for p in (self.q, self.k, self.v))
         if self.written_out:
             places = torch.arange(x.shape[1])
             later = 1 - (places[:, None] - places[None, :] >= 0).float()
+            k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
             found = F.softmax(q @ k.transpose(-2, -1) / 2**0.5 + later * torch.finfo(x.dtype).min, dim=-1) @ v
         else:
             found = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return self.o(found.transpose(1, 2).flatten(2))
+        return self.o(found[:, :, 0].flatten(1))
 
 
 @pytest.mark.parametrize("written_out", [False, True])
@@ -270,7 +271,7 @@ class ByHand(nn.Module):
 
     def forward(self, x):
         x = self.a(x)
-        x = x - x.amin(-1, keepdim=True)
+        x = (x - x.amin(-1, keepdim=True)) * torch.tensor([1.0, 3.0])
         x = x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
         return self.b(1 - (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)))
 
@@ -281,7 +282,8 @@ def test_a_norm_written_out_cuts_nothing():
 
 def test_nothing_over_or_underflows_at_any_depth():
     wide = nn.Sequential(*(layer for _ in range(300) for layer in (nn.Linear(64, 64), nn.Tanh())))
-    assert reachable(full(wide), wide, torch.zeros(1, 64)).sparsity == 0
+    half = Mask({name: torch.rand(p.shape, generator=torch.Generator().manual_seed(0)) < 0.5 for name, p in prunable(wide).items()})
+    assert reachable(half, wide, torch.zeros(1, 64)) == half
     deep = nn.Sequential(stack(1, [Conv(4)]), *(basic(4, 4, 1) for _ in range(150)))
     assert reachable(full(deep), deep, torch.zeros(1, 1, 4, 4)).sparsity == 0
 
@@ -311,6 +313,26 @@ def test_a_tied_weight_is_what_all_its_names_keep():
 def test_words_go_in_as_they_are():
     model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2))
     assert reachable(full(model), model, torch.tensor([[0, 4]])).sparsity == 0
+
+
+class Restless(nn.Module):
+    """Draws numbers, scales by what is negative, and has a head that only a training uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.extra = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.register_buffer("scale", torch.tensor([-1.0, 2.0]))
+
+    def forward(self, x):
+        x = self.a(x) * self.scale + torch.rand(2)
+        return (x, self.extra(x)) if self.training else x
+
+
+def test_it_is_the_network_as_it_is_used_that_is_looked_at():
+    model, random = Restless(), torch.get_rng_state()
+    assert reachable(full(model), model, torch.zeros(1, 2)).layer_density() == {"a.weight": 1, "extra.weight": 0}
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 # -- what is left alone, and what is refused ---------------------------------------------------------------------------

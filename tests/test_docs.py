@@ -18,7 +18,11 @@ from anymask.techniques import TECHNIQUES
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = [m.name for m in pkgutil.walk_packages(anymask.__path__, "anymask.") if not m.name.endswith("__main__")]
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PYTHON = {
+    f"{page}-{number}": code
+    for page in ("README.md", "docs/formats.md")
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL))
+}
 COMMANDS = [line for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line]
 
 
@@ -36,10 +40,10 @@ def test_public_functions_and_classes_have_an_example_that_is_run() -> None:
         assert finder.find(thing, name)[0].examples, name
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=[f"block{i}" for i in range(len(PYTHON))])
-def test_the_python_of_the_readme_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", PYTHON)
+def test_the_python_of_the_pages_runs(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(PYTHON[place], place, "exec"), {})
 
 
 def test_the_commands_of_the_readme_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

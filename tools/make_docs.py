@@ -19,7 +19,7 @@ from anymask.runlog import Ledger
 from anymask.techniques import TECHNIQUES
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("README.md", "docs/evidence.md", "docs/lab.md")
+FILES = ("README.md", "docs/evidence.md", "docs/lab.md", "docs/masks.md")
 PART = re.compile(r"(<!-- made by ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -112,6 +112,24 @@ def hold_cost() -> str:
     return "\n".join(lines) + "\n"
 
 
+def references() -> str:
+    """How far each mask method is from its formula written out a second time, by tools/compare_references.py."""
+    measured = json.loads((ROOT / "results" / "references.json").read_text())
+    made = ", ".join(f"{name} {version}" for name, version in measured["made with"].items())
+    head = "| method | cases | scores differ at most by | masks: equal entries | whole masks, until a tie, tie at once |"
+    lines = [_reference(method, found) for method, found in measured["methods"].items()]
+    return "\n".join([head, "|" + "---|" * 5, *lines, f"\nMade with {made}, on a CPU.\n"])
+
+
+def _reference(method: str, found: dict) -> str:
+    equal = f"{found['agree']:,} of {found['entries']:,}"
+    if found["difference"] is None:
+        return f"| {method} | {found['cases']} | - | counts of layers: {equal} | - |"
+    masks = ", ".join(str(found[key]) for key in ("whole masks", "until a tie", "tie at once"))
+    apart = f"{found['difference']:.1e}" if found["difference"] else "0"
+    return f"| {method} | {found['cases']} | {apart} | {equal} | {masks} |"
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "demo-table": lambda: table(rows("demo")) + "\n" + seconds("demo") + fits(),
     "times": times,
@@ -122,6 +140,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "evidence-time": lambda: seconds("evidence"),
     "tuning-grid": tuning,
     "tuning-early": tuning_early,
+    "references": references,
     "cifar100-table": lambda: table(rows("cifar100")) + "\n" + seconds("cifar100"),
 }
 

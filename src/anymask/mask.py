@@ -1,6 +1,6 @@
 """The mask: which weights of a network are kept."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ from anymask.errors import MaskError
 from anymask.prunables import prunable
 from anymask.ranks import from_rank, together
 from anymask.registry import nearest
+
+_DESCRIBED = 20  # entries that do not fit for which the nearest are looked up
 
 
 class Mask(Mapping[str, Tensor]):
@@ -106,17 +108,17 @@ class Mask(Mapping[str, Tensor]):
         theirs = {name: tuple(p.shape) for name, p in parameters.items() if name not in self._kept or name in ours}
         unexpected = {name: shape for name, shape in ours.items() if name not in theirs}
         said = {
-            "not in the model": [f"{name} {shape} (nearest: {_nearest(name, shape, theirs)})" for name, shape in unexpected.items()],
-            "another shape": [
-                f"{name} is {shape} in the mask and {theirs[name]} in the model (of that shape: {_alike(name, shape, theirs)})"
-                for name, shape in ours.items()
-                if name in theirs
-            ],
-            "prunable and not in the mask": [
-                f"{name} {theirs[name]} (nearest: {_nearest(name, theirs[name], unexpected)})"
-                for name in _prunable(model)
-                if name not in self._kept
-            ],
+            "not in the model": _listed(unexpected, lambda name, shape: f"{name} {shape} (nearest: {_nearest(name, shape, theirs)})"),
+            "another shape": _listed(
+                {name: shape for name, shape in ours.items() if name in theirs},
+                lambda name, shape: (
+                    f"{name} is {shape} in the mask and {theirs[name]} in the model (of that shape: {_alike(name, shape, theirs)})"
+                ),
+            ),
+            "prunable and not in the mask": _listed(
+                {name: theirs[name] for name in _prunable(model) if name not in self._kept},
+                lambda name, shape: f"{name} {shape} (nearest: {_nearest(name, shape, unexpected)})",
+            ),
         }
         parts = "; ".join(f"{what}: {'; '.join(entries)}" for what, entries in said.items() if entries)
         return MaskError(
@@ -165,6 +167,11 @@ def _prunable(model: nn.Module) -> list[str]:
         return list(prunable(model))
     except MaskError:  # it has none
         return []
+
+
+def _listed(names: Mapping[str, tuple[int, ...]], describe: Callable[[str, tuple[int, ...]], str]) -> list[str]:
+    """Every name; the first ones described, because to look for names like theirs takes time."""
+    return [describe(name, shape) if place < _DESCRIBED else name for place, (name, shape) in enumerate(names.items())]
 
 
 def _nearest(name: str, shape: tuple[int, ...], names: Mapping[str, tuple[int, ...]]) -> str:

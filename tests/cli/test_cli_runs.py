@@ -14,11 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from anymask import Mask, load_mask
+from anymask import load_mask
 from anymask.cli import main
 from anymask.cli.progress import watching
 from anymask.config import Bench, Experiment
@@ -109,34 +108,6 @@ def test_without_plotly_the_table_is_written_and_what_to_install_is_said(finishe
 def test_inspect_shows_the_table_of_a_run_folder_and_of_its_ledger(finished, anymask):
     folder, out, _ = finished
     assert anymask("inspect", folder).out == anymask("inspect", folder / "ledger.jsonl").out == out
-
-
-def test_inspect_shows_density_and_overlap_layer_by_layer(anymask, tmp_path):
-    Mask({"a": torch.tensor([[1, 1], [0, 0]]), "b": torch.zeros(5)}, info={"method": "mine"}).save(tmp_path / "one.mask")
-    Mask({"a": torch.tensor([[1, 0], [1, 0]]), "b": torch.ones(5)}).save(tmp_path / "two.mask")
-    said = anymask("inspect", tmp_path / "one.mask", tmp_path / "two.mask")
-    cells = [[word.strip() for word in line.split("│")[1:-1]] for line in said.out.splitlines() if "│" in line]
-    assert cells == [
-        ["a", "2 x 2", "2", "4", "50.00%"],
-        ["b", "5", "0", "5", "0.00%"],
-        ["all", "", "2", "9", "22.22%"],
-        ["a", "2 x 2", "2", "4", "50.00%"],
-        ["b", "5", "5", "5", "100.00%"],
-        ["all", "", "7", "9", "77.78%"],
-        ["a", "1", "3", "0.333", "0.500"],
-        ["b", "0", "5", "0.000", "0.000"],
-        ["all", "1", "8", "0.125", "0.222"],
-    ]
-    assert "nothing passes, in: b" in said.out
-    assert "method mine" in said.out
-
-
-def test_inspect_refuses_to_compare_masks_of_different_networks(anymask, tmp_path):
-    Mask({"a": torch.ones(4)}).save(tmp_path / "one.mask")
-    Mask({"a": torch.ones(2, 2)}).save(tmp_path / "two.mask")
-    said = anymask("inspect", tmp_path / "one.mask", tmp_path / "two.mask")
-    assert said.code == 2
-    assert "not the same in both: a" in said.err
 
 
 def test_prune_saves_the_mask_that_compare_uses(finished, anymask, small, tmp_path):

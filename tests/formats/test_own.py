@@ -1,5 +1,6 @@
 """Mask files: what goes in comes out, and a damaged file is refused, never misread and never a crash."""
 
+import base64
 import hashlib
 import json
 import resource
@@ -14,8 +15,10 @@ from safetensors.numpy import save as to_bytes
 from safetensors.torch import save as torch_bytes
 
 from anymask.errors import FileFormatError
-from anymask.mask import Mask
 from anymask.formats import FORMAT, load_mask
+from anymask.mask import Mask
+from anymask.models import build
+from anymask.prunables import prunable
 from tests.foundations.test_mask import kept
 
 PLAIN = st.recursive(
@@ -65,6 +68,43 @@ def test_what_is_saved_is_loaded(file, tensors, info):
 def test_a_file_has_one_bit_a_weight(tmp_path):
     Mask({"w": torch.ones(100_000)}).save(tmp_path / "m")
     assert 12_500 < (tmp_path / "m").stat().st_size < 13_000
+
+
+def test_a_mask_of_resnet18_is_under_one_and_a_half_megabytes(tmp_path):
+    model = build("resnet18", classes=10)
+    seed = torch.Generator().manual_seed(0)
+    kept = {name: torch.rand(weight.shape, generator=seed) < 0.1 for name, weight in prunable(model).items()}
+    mask = Mask(kept, info={"method": "snip", "seed": 0, "model": "a fingerprint", "versions": {"torch": torch.__version__}})
+    mask.save(tmp_path / "m")
+    assert mask.total > 11_000_000
+    assert (tmp_path / "m").stat().st_size < 1_500_000
+    assert load_mask(tmp_path / "m", model=model) == mask
+
+
+WRITTEN_BY_0_1_0 = """
+IAIAAAAAAAB7Il9fbWV0YWRhdGFfXyI6eyJhbnltYXNrLW1hc2stMSI6IntcImhlYWRlclwiOiBcIntcXFwic2hhcGVzXFxcIjoge1xcXCJjb252LndlaWdo
+dFxcXCI6IFsyLCAzLCAyLCAyXSwgXFxcImdyXFxcXHUwMGY2XFxcXHUwMGRmZVxcXCI6IFszXX0sIFxcXCJpbmZvXFxcIjoge1xcXCJtZXRob2RcXFwiOiBc
+XFwic25pcFxcXCIsIFxcXCJzcGFyc2l0eVxcXCI6IDAuNSwgXFxcInNlZWRcXFwiOiA3LCBcXFwibW9kZWxcXFwiOiBcXFwiYWJjXFxcIiwgXFxcInZlcnNp
+b25zXFxcIjoge1xcXCJhbnltYXNrXFxcIjogXFxcIjAuMS4wXFxcIiwgXFxcInRvcmNoXFxcIjogXFxcIjIuMTMuMFxcXCJ9fX1cIiwgXCJzaGEyNTZcIjog
+XCJkNjE1MzAyNmZjMTFkNDk2NWIxZjE0N2M1ODJiNjJmMjVhMmM1YzYzZjkzMjhkMjA0M2Y4ZjQ3OTFmNGI1M2MwXCJ9In0sImNvbnYud2VpZ2h0Ijp7ImR0
+eXBlIjoiVTgiLCJzaGFwZSI6WzNdLCJkYXRhX29mZnNldHMiOlswLDNdfSwiZ3LDtsOfZSI6eyJkdHlwZSI6IlU4Iiwic2hhcGUiOlsxXSwiZGF0YV9vZmZz
+ZXRzIjpbMyw0XX19kkkkoA==
+"""
+
+
+def test_a_file_of_version_0_1_0_is_read(file):
+    mask = read(file, base64.b64decode(WRITTEN_BY_0_1_0))
+    assert mask == Mask({"conv.weight": torch.arange(24).reshape(2, 3, 2, 2) % 3 == 0, "größe": torch.tensor([1, 0, 1])})
+    versions = {"anymask": "0.1.0", "torch": "2.13.0"}
+    assert mask.info == {"method": "snip", "sparsity": 0.5, "seed": 7, "model": "abc", "versions": versions}
+    mask.save(file)
+    assert file.read_bytes() == base64.b64decode(WRITTEN_BY_0_1_0)
+
+
+def test_a_file_of_a_later_format_says_so(file):
+    file.write_bytes(header_file({"w": [8]}, format="anymask-mask-2"))
+    with pytest.raises(FileFormatError, match=rf"its format is anymask-mask-2, and this version reads {FORMAT}.*install a newer anymask"):
+        load_mask(file)
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.ao.pruning import WeightNormSparsifier
 
 from anymask.errors import FileFormatError, MaskError
 from anymask.formats import load_mask, load_weights
@@ -110,7 +111,12 @@ def test_an_own_mask_finds_its_names_in_a_wrapped_model(tmp_path):
 
 
 def test_zeros_cover_the_matrices_that_hold_one_or_with_a_model_all_that_is_prunable(tmp_path):
-    state = masked_state() | {"2.weight": torch.ones(3, 4), "table": torch.eye(2), "1.weight": torch.zeros(3), "mask": torch.zeros(2, 2).int()}
+    state = masked_state() | {
+        "2.weight": torch.ones(3, 4),
+        "table": torch.eye(2),
+        "1.weight": torch.zeros(3),
+        "mask": torch.zeros(2, 2).int(),
+    }
     torch.save(state, tmp_path / "m")
     assert list(load_mask(tmp_path / "m")) == ["0.weight", "table"]
     mask = load_mask(tmp_path / "m", model=net())
@@ -149,6 +155,22 @@ def test_a_tied_weight_is_found_under_either_of_its_names(tmp_path):
 def test_parametrised_weights_without_a_mask_are_read_by_their_zeros(tmp_path):
     torch.save({"0.parametrizations.weight.original": 0.5 * torch.eye(2)}, tmp_path / "m")  # torch.ao saves no masks
     assert load_mask(tmp_path / "m") == Mask({"0.weight": torch.eye(2)})
+
+
+def test_torch_aos_masks_are_read_from_its_sparsifier_made_plain_or_once_squashed(tmp_path):
+    model, sparsifier = net(), WeightNormSparsifier(sparsity_level=0.5, sparse_block_shape=(1, 1), zeros_per_block=1)
+    sparsifier.prepare(model, [{"tensor_fqn": "2.weight"}])
+    sparsifier.step()
+    state = sparsifier.state_dict()["state"]
+    torch.save({"state": state}, tmp_path / "m")
+    with pytest.raises(FileFormatError, match="would run or build collections.defaultdict"):
+        load_mask(tmp_path / "m")
+    torch.save({"state": {name: dict(value) for name, value in state.items()}}, tmp_path / "m")
+    mask = load_mask(tmp_path / "m", model=net())
+    assert mask == Mask({name: value["mask"] for name, value in state.items()})
+    sparsifier.squash_mask()
+    torch.save(model.state_dict(), tmp_path / "squashed")
+    assert load_mask(tmp_path / "squashed") == mask
 
 
 # -- folders and shards ------------------------------------------------------------------------------------------------
@@ -308,6 +330,19 @@ def test_other_files_are_refused(tmp_path, blob, says):
     (tmp_path / "m").write_bytes(blob)
     with pytest.raises(FileFormatError, match=says):
         load_mask(tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", ["open-lth", "zeros-torch", "npz", "npz-packed"])
+def test_one_flipped_bit_in_a_zipped_mask_is_refused_or_harmless(tmp_path, name):
+    SEEDS[name][0](tmp_path / "m")
+    whole, mask = (tmp_path / "m").read_bytes(), load_mask(tmp_path / "m")
+    for place in range(0, len(whole), 3):
+        (tmp_path / "m").write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            assert dict(load_mask(tmp_path / "m")).keys() <= mask.keys()
+        except FileFormatError:
+            continue
+        assert load_mask(tmp_path / "m") == mask
 
 
 def test_a_folder_without_a_checkpoint_says_what_it_may_hold(tmp_path):

@@ -138,6 +138,13 @@ def test_the_nearest_names_are_those_of_the_shape_when_there_are_any():
     assert "prunable and not in the mask: 0.weight (2, 1, 3, 3) (nearest: 2.weigh); 2.weight (3, 4) (nearest: 2.weigh)" in caught.value.came
 
 
+def test_of_many_entries_each_is_named():
+    with pytest.raises(MaskError) as caught:
+        Mask({f"layers.{i}.weight": torch.ones(3, 4) for i in range(30)}).check(net())
+    assert "layers.0.weight (3, 4) (nearest: 2.weight, 0.weight, 1.weight); layers.1.weight (3, 4) (nearest: " in caught.value.came
+    assert all(f"layers.{i}.weight" in caught.value.came for i in range(30))
+
+
 def test_a_mask_may_leave_layers_out():
     model = net()
     assert list(Mask({"2.weight": torch.ones(3, 4)}).check(model)) == ["2.weight"]

@@ -1,9 +1,8 @@
-"""Moves of a mask against the papers' formulas written out by hand, and where the edges are."""
+"""Masks that move: one exchange, what it goes by, and where the edges are."""
 
 import math
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,133 +10,10 @@ from torch import nn
 import anymask
 from anymask import Mask
 from anymask.errors import MaskError, SettingError
-from anymask.pruning.dynamic import DYNAMIC, GROW, Times, dense_mask, dynamic_of, exchange, lots
+from anymask.pruning.dynamic import DYNAMIC, Times, dense_mask, dynamic_of, exchange, lots
 from anymask.pruning.gradients import DenseGradients
 from anymask.surgery import fingerprint
-
-LR, MOMENTUM, FRACTION, EVERY, END, STEPS = 0.1, 0.9, 0.4, 2, 7, 9
-SHAPES = {"0.weight": (7, 6), "2.weight": (3, 7)}
-
-
-def net():
-    torch.manual_seed(4)
-    return nn.Sequential(nn.Linear(6, 7, bias=False), nn.Tanh(), nn.Linear(7, 3, bias=False)).double()
-
-
-def batches(count=STEPS):
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randn(10, 6, generator=generator, dtype=torch.float64) for _ in range(count)]
-
-
-def mask_of(density=0.4):
-    generator = torch.Generator().manual_seed(6)
-    return Mask({name: torch.rand(shape, generator=generator) < density for name, shape in SHAPES.items()})
-
-
-def by_hand(weights, mask, lot):
-    """RigL and SET of the papers in numpy: SGD with momentum on masked gradients of mean((w2 tanh(w1 x) - 1)^2), then drop and grow.
-
-    `lot` gives the grow scores of a layer, or None for the magnitude of the gradient at all places.
-    """
-    w = {name: value.copy() * mask[name] for name, value in weights.items()}
-    m, buffers, story = {name: value.copy() for name, value in mask.items()}, dict.fromkeys(w, 0.0), []
-    for t, x in enumerate([batch.numpy() for batch in batches()], 1):
-        h = np.tanh(x @ w["0.weight"].T)
-        error = h @ w["2.weight"].T - 1
-        up = 2 * error / error.size
-        g = {"2.weight": up.T @ h, "0.weight": ((up @ w["2.weight"]) * (1 - h**2)).T @ x}
-        for name in SHAPES:
-            buffers[name] = MOMENTUM * buffers[name] + g[name] * m[name]
-            w[name] = w[name] - LR * buffers[name]
-        if t % EVERY == 0 and t < END:
-            for name in SHAPES:
-                n = int(m[name].sum())
-                k = round(FRACTION / 2 * (1 + math.cos(math.pi * t / END)) * n)
-                kept = list(np.argsort(np.where(m[name], np.abs(w[name]), np.inf), axis=None)[:n])
-                stay = set(kept[k:])
-                score = (np.abs(g[name]) if lot is None else lot[name]).reshape(-1)
-                rest = sorted((i for i in range(score.size) if i not in stay), key=lambda i: -score[i])
-                new = np.zeros(score.size, dtype=bool)
-                new[list(stay | set(rest[:k]))] = True
-                new = new.reshape(m[name].shape)
-                fresh = new & ~m[name]
-                for tensor in (w[name], buffers[name]):
-                    tensor[~new | fresh] = 0.0
-                m[name] = new
-        story.append(({n: v.copy() for n, v in m.items()}, {n: v.copy() for n, v in w.items()}, {n: v.copy() for n, v in buffers.items()}))
-    return story
-
-
-@pytest.mark.parametrize("method", ["rigl", "set"])
-def test_set_and_rigl_are_the_formulas_by_hand_in_float64(method, monkeypatch):
-    generator = np.random.default_rng(7)
-    lot = {name: generator.random(shape) for name, shape in SHAPES.items()}
-    monkeypatch.setitem(GROW, "random", lambda weight, _: torch.from_numpy(lot["0.weight" if weight.shape == (7, 6) else "2.weight"]))
-    model, mask = net(), mask_of()
-    weights = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
-    story = by_hand(weights, {name: mask[name].numpy() for name in mask}, lot if method == "set" else None)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
-    hold = anymask.hold(mask, model, optimizer)
-    anymask.rewire(hold, method, total_steps=STEPS, every=f"{EVERY}it", end=f"{END}it", fraction=FRACTION)
-    for x, (kept, values, buffers) in zip(batches(), story, strict=True):
-        optimizer.zero_grad()
-        (model(x) - 1).square().mean().backward()
-        optimizer.step()
-        for name, p in model.named_parameters():
-            assert torch.equal(hold.mask[name], torch.from_numpy(kept[name])), name
-            torch.testing.assert_close(p.detach(), torch.from_numpy(values[name]), rtol=1e-12, atol=1e-15)
-            torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], torch.from_numpy(buffers[name]), rtol=1e-12, atol=1e-15)
-    assert any(not np.array_equal(story[-1][0][name], mask[name].numpy()) for name in mask)
-
-
-@pytest.mark.parametrize("scope", ["uniform", "global", "erk"])
-def test_gradual_pruning_is_the_formula_by_hand(scope):
-    """s_t = s_f + (s_i - s_f)(1 - (t - t0) / (T - t0))^3 from t0 on, the smallest of what is left at each update."""
-    model, sparsity, begin, every, end = net(), 0.8, 1, 2, 7
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    hold = anymask.hold(dense_mask(model), model, optimizer)
-    anymask.rewire(hold, "gmp", total_steps=9, sparsity=sparsity, every="2it", begin="1it", end="7it", scope=scope)
-    total = {"0.weight": 42, "2.weight": 21}
-    final = {"uniform": {"0.weight": 9, "2.weight": 4}, "erk": {"0.weight": 7, "2.weight": 6}}.get(scope)  # 13 (0.2 * 63 = 12.6)
-    for t, x in enumerate(batches(9), 1):
-        before = {name: hold.mask[name] for name in hold.mask}
-        optimizer.zero_grad()
-        (model(x) - 1).square().mean().backward()
-        optimizer.step()
-        due = t == end or (begin < t < end and (t - begin) % every == 0)
-        left = (1 - (t - begin) / (end - begin)) ** 3
-        size = {name: p.detach().abs() for name, p in model.named_parameters()}
-        if not due:
-            assert all(torch.equal(before[name], hold.mask[name]) for name in before)
-        elif scope == "global":
-            count = round(13 + (63 - 13) * left)
-            threshold = sorted(value for name in size for value in size[name][before[name]].tolist())[-count]
-            assert hold.mask.kept == count
-            assert all(size[name][hold.mask[name]].min() >= threshold for name in size)
-        else:
-            for name, all_of_it in total.items():
-                now = hold.mask[name]
-                count = round(final[name] + (all_of_it - final[name]) * left)
-                assert int(now.sum()) == count
-                assert not (now & ~before[name]).any()
-                assert torch.equal(size[name] > 0, now)
-    assert hold.mask.kept == 13
-
-
-def test_the_smallest_of_the_kept_go_in_gradual_pruning():
-    weight = torch.tensor([[5.0, -1.0, 3.0, -4.0, 2.0, 6.0]])
-    model = nn.Linear(6, 1, bias=False)
-    with torch.no_grad():
-        model.weight.copy_(weight)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    hold = anymask.hold(dense_mask(model), model, optimizer)
-    anymask.rewire(hold, "gmp", total_steps=4, sparsity=0.5, every="1it", end="3it")
-    sizes = []
-    for _ in range(3):
-        model(torch.ones(1, 6)).sum().backward()
-        optimizer.step()
-        sizes.append(model.weight.abs().tolist()[0])
-    assert sizes == [[5.0, 0.0, 3.0, 4.0, 0.0, 6.0], [5.0, 0.0, 0.0, 4.0, 0.0, 6.0], [5.0, 0.0, 0.0, 4.0, 0.0, 6.0]]
+from tests.pruning.test_rewiring_by_hand import LR, SHAPES, batches, mask_of, net
 
 
 # -- one exchange ------------------------------------------------------------------------------------------------------
@@ -186,10 +62,10 @@ def test_rows_take_other_settings_and_epochs():
 # -- what it goes by ---------------------------------------------------------------------------------------------------
 
 
-def spoiled(value, *, at=1):
-    """A net in which the gradient of a pruned weight is `value` at step number `at`; held, not yet rewired."""
+def spoiled(value, *, at, kept=False, **options):
+    """A net in which the gradient of a pruned (or kept) weight is `value` at step number `at`; held, not yet rewired."""
     model, mask, step = net(), mask_of(), Counter()
-    place = tuple((~mask["0.weight"]).nonzero()[0].tolist())
+    place = tuple((mask["0.weight"] == kept).nonzero()[0].tolist())
 
     def spoil(gradient):
         step["now"] += 1
@@ -199,7 +75,7 @@ def spoiled(value, *, at=1):
         return gradient
 
     model[0].weight.register_hook(spoil)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, **options)
     return model, optimizer, anymask.hold(mask, model, optimizer), place
 
 
@@ -216,6 +92,15 @@ def test_a_gradient_that_is_nan_puts_the_move_off_until_it_is_not():
     train(model, optimizer, 5)
     assert [move.step for move in rewiring.history] == [3, 4]
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_move_that_is_put_off_until_the_end_is_left_out():
+    model, optimizer, hold, _ = spoiled(math.nan, at=2)
+    rewiring = anymask.rewire(hold, "rigl", total_steps=9, every="2it", end="3it")
+    train(model, optimizer, 5)
+    assert rewiring.history == []
+    assert rewiring.settled
+    assert len(model[0].weight._backward_hooks) == 1  # the one of this test
 
 
 def test_a_gradient_that_overflowed_at_a_pruned_place_grows_there():
@@ -245,17 +130,29 @@ def test_weights_that_are_nan_are_not_ranked(method):
 
 
 def test_a_step_that_a_fused_optimiser_skipped_is_no_step():
-    model, mask = net(), mask_of()
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR, fused=True)
-    rewiring = anymask.rewire(anymask.hold(mask, model, optimizer), "rigl", total_steps=9, every="1it")
+    model, optimizer, hold, _ = spoiled(math.inf, at=1, kept=True, fused=True)
+    rewiring = anymask.rewire(hold, "rigl", total_steps=9, every="1it")
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    for factor in (1e308, 1.0):
+    before = hold.mask
+    for number, x in enumerate(batches(2)):
         optimizer.zero_grad()
-        scaler.scale((model(batches()[0]) - 1).square().mean() * factor).backward()
+        scaler.scale((model(x) - 1).square().mean()).backward()
         scaler.step(optimizer)
         scaler.update()
+        assert (hold.mask == before) == (number == 0)
     assert scaler.get_scale() == 1.0
     assert [move.step for move in rewiring.history] == [2]
+
+
+def test_a_move_that_is_put_off_is_made_after_a_resume():
+    model, optimizer, hold, _ = spoiled(math.nan, at=2)
+    rewiring = anymask.rewire(hold, "rigl", total_steps=9, every="2it")
+    train(model, optimizer, 2)
+    state = rewiring.state_dict()
+    rewiring.release()
+    rewiring = anymask.rewire(hold, "rigl", total_steps=9, every="2it", state=state)
+    train(model, optimizer, 1)
+    assert [move.step for move in rewiring.history] == [3]
 
 
 @pytest.mark.parametrize("method", ["set", "rigl"])
@@ -359,6 +256,22 @@ def test_gradual_pruning_may_begin_with_a_sparse_mask():
     train(model, rewiring.hold.optimizer, 9)
     assert rewiring.mask.kept == round(0.1 * 63)
     assert all(not (rewiring.mask[name] & ~mask[name]).any() for name in mask)
+
+
+@pytest.mark.parametrize("scope", ["global", "uniform"])
+def test_gradual_pruning_goes_on_from_the_first_mask_or_the_latest(scope):
+    masks = []
+    for held in (dense_mask, None):
+        model = net()
+        rewiring = shrink(model, dense_mask(model), sparsity=0.9, scope=scope)
+        train(model, rewiring.hold.optimizer, 3)
+        state, mask = rewiring.state_dict(), rewiring.mask
+        rewiring.hold.release()
+        again = shrink(model, mask if held is None else held(model), sparsity=0.9, scope=scope, state=state)
+        assert again.mask == mask
+        train(model, again.hold.optimizer, 1)
+        masks.append(again.mask)
+    assert masks[0] == masks[1] != mask
 
 
 @pytest.mark.parametrize("scope", ["global", "uniform", "er", "erk", "balanced"])

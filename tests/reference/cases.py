@@ -48,7 +48,9 @@ NETS = {
     "conv": (conv, (4, 6, 6), 5),
     "norm": (norm, (2, 6, 5), 4),
 }
-SCORED = ("magnitude", "snip", "snip-iterative", "force", "grasp", "synflow", "taylor", "wanda")
+SCORED = {"magnitude": 1, "snip": 1, "snip-iterative": 60, "force": 60, "grasp": 1, "synflow": 100, "taylor": 1, "wanda": 1}  # rounds
+REGROWING = {"force"}
+RANDOM = {"random": "erk", "random-uniform": "uniform", "random-er": "er", "random-erk": "erk", "random-balanced": "balanced"}
 
 
 def model_of(net, seed):
@@ -139,16 +141,15 @@ def reference_mask(method, net, score, count):
     Raises:
         Tie: where the first round has one already.
     """
-    row = METHODS[method]
-    if row.pattern == "fan-in":
+    if method == "wanda":
         scores = score(net)
         shapes = {name: s.shape for name, s in scores.items()}
-        wanted = masks.wanted_by_bisection(shapes, count, row.scope)
+        wanted = masks.wanted_by_bisection(shapes, count, "uniform")
         return masks.equal_fan_in(scores, masks.whole(wanted, count, {name: shape[0] for name, shape in shapes.items()})), count, 1
-    rounds = row.rounds
+    rounds = SCORED[method]
     while True:
         try:
-            return masks.in_rounds(net, count, rounds, score, regrow=row.regrow), count, rounds
+            return masks.in_rounds(net, count, rounds, score, regrow=method in REGROWING), count, rounds
         except masks.Tie as tie:  # the rounds before it end where the schedule stood then
             count, rounds = tie.left, tie.rounds
             if not rounds:
@@ -177,12 +178,13 @@ def compare(method, net, seed, sparsity):
         difference(scores_of(method, model, data[:BATCHES], shape), score(layers)),
         difference(scores_of(method, model, data[:BATCHES], shape, cut), score(formulas.masked(layers, cut)), _ranked(method, cut)),
     )
-    asked = METHODS[method].rounds
+    asked = SCORED[method]
     try:
         wanted, count, rounds = reference_mask(method, layers, score, round((1 - sparsity) * size_of(layers)))
     except masks.Tie:
         return Comparison(apart, agree=0, entries=0, rounds=0, asked=asked)
-    mask = anymask.prune(model, method, sparsity=1 - count / size_of(layers), data=data, batches=BATCHES, rounds=rounds)
+    how = {} if rounds == asked else {"rounds": rounds}  # the method's own unless a tie ends them
+    mask = anymask.prune(model, method, sparsity=1 - count / size_of(layers), data=data, batches=BATCHES, **how)
     return Comparison(apart, agree=agreement(mask, wanted), entries=size_of(layers), rounds=rounds, asked=asked, mask=wanted)
 
 
@@ -197,7 +199,7 @@ def agreement(mask, wanted):
 
 def _ranked(method, cut):
     """Where scores are compared in a later round: everywhere in FORCE, else on what is left."""
-    return None if METHODS[method].regrow else cut
+    return None if method in REGROWING else cut
 
 
 def compare_random(method, net, seed, sparsity):
@@ -205,7 +207,7 @@ def compare_random(method, net, seed, sparsity):
     model = model_of(net, seed)
     shapes = {name: weight.shape for name, weight in formulas.weights_of(layers_of(model)).items()}
     mask = anymask.prune(model, method, sparsity=sparsity, seed=seed)
-    counts = masks.layer_counts(shapes, round((1 - sparsity) * mask.total), METHODS[method].scope)
+    counts = masks.layer_counts(shapes, round((1 - sparsity) * mask.total), RANDOM[method])
     return Comparison(None, agree=sum(int(mask[name].sum()) == count for name, count in counts.items()), entries=len(counts))
 
 

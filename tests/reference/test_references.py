@@ -15,10 +15,12 @@ from tests.reference import formulas, masks
 from tests.reference.cases import (
     LOTTERIES,
     NETS,
+    RANDOM,
     SCORED,
     arrays,
     compare,
     compare_lottery,
+    compare_random,
     data_of,
     layers_of,
     model_of,
@@ -27,7 +29,7 @@ from tests.reference.cases import (
     size_of,
 )
 
-RANDOM = {name: row.scope for name, row in METHODS.items() if name.startswith("random")}
+pytestmark = pytest.mark.filterwarnings("ignore::anymask.pruning.CollapseWarning")
 SPARSITIES = (0.5, 0.9, 0.98)
 SEED = 4  # with which no unit is dead in any network: no ties among zeros
 MODELS = ("chain", "conv", "norm")
@@ -92,7 +94,6 @@ def test_a_tie_is_not_decided_by_the_references():
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("net", MODELS)
 @pytest.mark.parametrize("method", SCORED)
-@pytest.mark.filterwarnings("ignore::anymask.pruning.CollapseWarning")
 def test_scores_and_masks_equal_the_formula_written_out_a_second_time(method, net, sparsity):
     found = compare(method, net, SEED, sparsity)
     assert found.difference <= 1e-9
@@ -100,9 +101,16 @@ def test_scores_and_masks_equal_the_formula_written_out_a_second_time(method, ne
     assert found.rounds >= min(found.asked, 14)  # with few weights left there are ties at last, which are decided by lot
 
 
+@pytest.mark.parametrize("method", SCORED)
+def test_a_model_in_float64_which_needs_no_conversion_is_only_read(method):
+    model, data = model_of("norm", SEED), data_of("norm", SEED)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    anymask.prune(model, method, sparsity=0.5, data=data)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("method", LOTTERIES)
-@pytest.mark.filterwarnings("ignore::anymask.pruning.CollapseWarning")
 def test_lottery_tickets_equal_those_of_a_training_written_out_in_numpy(method, sparsity):
     found = compare_lottery(method, SEED, sparsity)
     assert found.difference <= 1e-9
@@ -114,10 +122,32 @@ def test_the_four_lotteries_differ():
     assert len(found) == len({tuple(np.concatenate([k.reshape(-1) for k in mask.values()])) for mask in found.values()})
 
 
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("net", MODELS)
+@pytest.mark.parametrize("method", RANDOM)
+def test_layers_of_a_random_mask_keep_what_bisection_finds(method, net, sparsity):
+    found = compare_random(method, net, SEED, sparsity)
+    assert found.agree == found.entries
+
+
+@pytest.mark.parametrize("batches", [None, 1, 2, 3])
+def test_just_the_batches_asked_for_are_looked_at_and_one_unless_told_otherwise(batches):
+    model, data = model_of("chain", SEED), data_of("chain", SEED)
+    wanted = masks.best(formulas.snip(layers_of(model), arrays(data)[: batches or 1]), 448)
+    assert equal(anymask.prune(model, "snip", sparsity=0.5, data=data, batches=batches), wanted)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_synflow_prunes_in_as_many_rounds_as_asked_for(rounds):
+    model = model_of("conv", SEED)
+    net = layers_of(model)
+    wanted = masks.in_rounds(net, 174, rounds, reference_score("synflow", net, (), (4, 6, 6)))
+    assert equal(anymask.prune(model, "synflow", sparsity=0.75, example=torch.zeros(1, 4, 6, 6), rounds=rounds), wanted)
+
+
 @pytest.mark.parametrize("method", ["random-uniform", "snip", "synflow"])
 @pytest.mark.parametrize("scope", DISTRIBUTIONS)
 @pytest.mark.parametrize("sparsity", SPARSITIES)
-@pytest.mark.filterwarnings("ignore::anymask.pruning.CollapseWarning")
 def test_layers_keep_what_bisection_finds_and_each_its_own_best(method, scope, sparsity):
     model, data, shape = model_of("conv", SEED), data_of("conv", SEED), NETS["conv"][1]
     net = layers_of(model)
@@ -144,7 +174,6 @@ def test_n_of_every_m_inputs_are_the_best_of_them(net, method, pattern):
 @pytest.mark.parametrize("net", MODELS)
 @pytest.mark.parametrize(("pattern", "rows", "columns"), [("channel", 1, None), ("4x1", 4, 1), ("1x2", 1, 2), ("3x5", 3, 5)])
 @pytest.mark.parametrize("sparsity", [0.5, 0.9])
-@pytest.mark.filterwarnings("ignore::anymask.pruning.CollapseWarning")
 def test_units_are_kept_whole_by_their_mean_score(net, pattern, rows, columns, sparsity):
     model = model_of(net, 3)
     scores = formulas.magnitude(layers_of(model), ())
@@ -163,7 +192,6 @@ def torch_masks(model):
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
-@pytest.mark.filterwarnings("ignore::anymask.pruning.CollapseWarning")
 def test_magnitude_equals_torch_global_unstructured(sparsity):
     model = model_of("conv", 0)
     mask = anymask.prune(model, "magnitude", sparsity=sparsity)

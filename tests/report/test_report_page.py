@@ -142,13 +142,8 @@ def dom(url, profile):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 def test_a_browser_draws_every_figure_and_runs_no_name(page, tmp_path):
-    found = dom(page.as_uri(), tmp_path / "profile")
-    root = re.search(r"<html[^>]*>", found)[0]
-    assert 'data-drawn="5"' in root
-    assert "data-error" not in root
-    assert len(re.findall(r'<g class="[^"]*\bcartesianlayer\b', found)) == 5
+    found = drawn(page, tmp_path, figures=5)
     assert len(re.findall(r'<g class="errorbar', found)) > 0
-    assert "<img" not in re.sub(r"&lt;.*?&gt;", "", found)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
@@ -160,12 +155,28 @@ def test_a_figure_that_cannot_be_drawn_is_said_on_the_page(page, tmp_path):
     assert "A figure could not be drawn" in re.search(r'<p class="trouble"[^>]*id="trouble".*?</p>', found, re.DOTALL)[0]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-def test_page_does_not_scroll_sideways_on_a_phone(page, tmp_path):
+def drawn(page, folder, *, figures):
+    """The page after a browser has drawn so many figures and met no error."""
+    found = dom(page.as_uri(), folder / "profile")
+    root = re.search(r"<html[^>]*>", found)[0]
+    assert f'data-drawn="{figures}"' in root
+    assert "data-error" not in root
+    assert len(re.findall(r'<g class="[^"]*\bcartesianlayer\b', found)) == figures
+    assert "<img" not in re.sub(r"&lt;.*?&gt;", "", found)
+    return found
+
+
+def on_a_phone(page, folder):
+    """How wide a page is in a frame of 375 pixels, and by how much it is wider than that."""
     excess = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
     say = f"setTimeout(() => parent.postMessage(innerWidth + ' wide, excess ' + ({excess}), '*'), 3000)"
-    (tmp_path / "phone.html").write_text(page.read_text().replace("</body>\n</html>", f"<script>{say}</script></body></html>"))
+    (folder / "phone.html").write_text(page.read_text().replace("</body>\n</html>", f"<script>{say}</script></body></html>"))
     hear = "addEventListener('message', (event) => { document.body.dataset.width = event.data; })"
     phone = '<iframe src="phone.html" style="width:375px;height:3000px;border:0"></iframe>'
-    (tmp_path / "frame.html").write_text(f"<body><script>{hear}</script>{phone}</body>")
-    assert 'data-width="375 wide, excess 0"' in dom((tmp_path / "frame.html").as_uri(), tmp_path / "profile")
+    (folder / "frame.html").write_text(f"<body><script>{hear}</script>{phone}</body>")
+    return re.search(r'data-width="([^"]*)"', dom((folder / "frame.html").as_uri(), folder / "profile"))[1]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_page_does_not_scroll_sideways_on_a_phone(page, tmp_path):
+    assert on_a_phone(page, tmp_path) == "375 wide, excess 0"

@@ -93,15 +93,18 @@ Examples:
     ),
     "inspect": Command(
         "anymask.cli.inspect:inspect",
-        "Show what is in a mask file, in two side by side, or in a run folder.",
+        "Show what masks keep, cut off and have in common, or what is in a run folder.",
         """\
 Examples:
 
   # Density of each layer
   anymask inspect synflow.mask
 
-  # How much two masks overlap
-  anymask inspect synflow.mask snip.mask
+  # How much two masks overlap, and pictures of it in synflow.html
+  anymask inspect synflow.mask snip.mask --page
+
+  # A mask of another library; which weights no path passes needs its network
+  anymask inspect my.mask --model resnet20 --input 3 32 32
 
   # The table of what is finished; --page writes table.md and report.html again
   anymask inspect runs/compare --page

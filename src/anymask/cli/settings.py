@@ -4,7 +4,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 from cyclopts import App, Group, Parameter
 from cyclopts.argument import Argument, ArgumentCollection
@@ -64,8 +64,13 @@ def check_whole_numbers(app: App, commands: tuple[str, ...], arguments: Argument
     """Refuse 2.5 where a whole number belongs, which cyclopts would round. Called by cyclopts."""
     for argument in arguments:
         for token in argument.tokens:
-            if argument.hint is int and token.value and not _WHOLE.fullmatch(token.value):
+            if _holds_int(argument.hint) and token.value and not _WHOLE.fullmatch(token.value):
                 raise SettingError(f"{argument.name} came as {token.value!r}", allowed="a whole number", fix="write 3, for example")
+
+
+def _holds_int(hint: Any) -> bool:
+    """Whether `hint` is int, or has it within, as `int | None` and `tuple[int, int, int]` do."""
+    return hint is int or any(map(_holds_int, get_args(hint)))
 
 
 def load_table(path: Path) -> dict[str, Any]:

@@ -22,9 +22,12 @@ def read_arrays(path: Path, archive: zipfile.ZipFile) -> Contents:
     """The arrays of a .npz file; `archive` has to stay open while they are read.
 
     Raises:
-        FileFormatError: for arrays of Python objects, and an archive that would unpack to far more than it is.
+        FileFormatError: for arrays of Python objects, files that are no arrays, and an archive that would unpack to far more
+            than it is.
     """
-    entries = [entry for entry in archive.infolist() if entry.filename.endswith(".npy")]
+    entries = archive.infolist()
+    if other := [entry.filename for entry in entries if not entry.filename.endswith(".npy")]:
+        raise refusal(path, f"an archive with {other[0]} in it, which is neither of torch.save nor an array of NumPy")
     if sum(entry.file_size for entry in entries) > _RATIO * path.stat().st_size + _FREE:
         raise refusal(path, f"an archive that unpacks to more than {_RATIO} times its size")
     found = {}

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from difflib import SequenceMatcher
 
 from torch import nn
@@ -45,13 +45,30 @@ def matched(shapes: Shapes, model: nn.Module, *, loose: bool = False) -> dict[st
     """
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     found = {name: name for name in shapes if name in wanted and (not loose or shapes[name] == wanted[name])}
-    cores = Counter(_core(name) for name in wanted)
-    by_core = {_core(name): name for name in wanted if cores[_core(name)] == 1}
+    by_core = _by_core(wanted)
     for name in shapes:
         target = by_core.get(_core(name)) or by_core.get(_core(name) + ".weight")
         if name not in found and target is not None and target not in found.values() and (not loose or shapes[name] == wanted[target]):
             found[name] = target
     return {**found, **_resembling(shapes, wanted, found)} if loose else found
+
+
+def aligned(names: Iterable[str], others: Collection[str]) -> dict[str, str]:
+    """For each name the same among `others`, or the only one that differs by prefixes alone; left out where there is none.
+
+    Example:
+        >>> aligned(["fc.weight", "head.weight"], ["model.fc.weight", "model.fc.bias"])
+        {'fc.weight': 'model.fc.weight'}
+    """
+    by_core = _by_core(others)
+    found = {name: name if name in others else by_core.get(_core(name)) for name in names}
+    return {name: other for name, other in found.items() if other is not None}
+
+
+def _by_core(names: Collection[str]) -> dict[str, str]:
+    """The names by what they are without prefixes, where this tells them apart."""
+    cores = Counter(_core(name) for name in names)
+    return {_core(name): name for name in names if cores[_core(name)] == 1}
 
 
 def _unwrapped(name: str) -> str:
@@ -80,6 +97,8 @@ def _resembling(shapes: Shapes, wanted: Shapes, found: Mapping[str, str]) -> dic
 
 def _nearest_pairs(ours: list[str], theirs: list[str]) -> dict[str, str]:
     """Each of `ours` with its nearest of `theirs`; nothing at all when one of them has no nearest, or shares it."""
+    if len(ours) > len(theirs):
+        return {}
     pairs = {name: _only_nearest(name, theirs) for name in ours}
     targets = [target for target in pairs.values() if target is not None]
     if len(set(targets)) != len(ours) or any(_AUTOMATIC.search(name) for name in ours):

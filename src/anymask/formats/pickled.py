@@ -25,11 +25,13 @@ def read_zipped(path: Path, archive: zipfile.ZipFile) -> Contents:
     """The tensors of a file of torch.save.
 
     Raises:
-        FileFormatError: for an archive that would unpack to more than it is.
+        FileFormatError: for an archive that would unpack to more than it is, or whose checksums are wrong.
     """
     entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(e.file_size for e in entries) > path.stat().st_size:
-        raise refusal(path, "an archive that unpacks to more than its size, which torch.save never writes")
+        raise refusal(path, "an archive that is compressed, or unpacks to more than its size; torch.save writes neither")
+    if (damaged := archive.testzip()) is not None:  # the mapped file is read past the checksums
+        raise refusal(path, f"the checksum of {damaged} is wrong")
     if path.suffix == ".safetensors":  # torch.load goes by this name, and would not look inside
         with open(path, "rb") as file:
             return _contents(path, torch.load(file, map_location="cpu", weights_only=True))

@@ -45,8 +45,7 @@ def load_mask(path: str | os.PathLike[str], *, model: nn.Module | None = None) -
         {'format': 'zeros', 'source': 'half.mask'}
     """
     path = _file(Path(path))
-    with refusing(path):
-        own = unpacked(path) if kind_of(path) == SAFETENSORS else None
+    own = _own(path)
     if own is not None:
         return own if model is None else _fitted(own, own.info, model)
     with opened(path) as contents:
@@ -72,6 +71,8 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         {'fc.weight': tensor([[1., 1.]])}
     """
     path = _file(Path(path))
+    if _own(path) is not None:
+        raise refusal(path, "a mask of ours, where a checkpoint is needed", fix="name the file with the weights")
     with opened(path) as contents:
         return {name: leaf.read().clone() for name, leaf in without_marks(named_leaves(unwrapped(contents.leaves), prefixes=True)).items()}
 
@@ -82,6 +83,12 @@ def _file(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"no mask file at {path}. Allowed: a file that docs/formats.md lists. To do: check the path.")
     return path
+
+
+def _own(path: Path) -> Mask | None:
+    """The mask in a file of ours; None for a file of others."""
+    with refusing(path):
+        return unpacked(path) if kind_of(path) == SAFETENSORS else None
 
 
 def _fitted(kept: Mapping[str, Tensor], info: Mapping[str, Any], model: nn.Module, *, loose: bool = False) -> Mask:

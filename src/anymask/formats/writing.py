@@ -11,6 +11,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from anymask.errors import MaskError, SettingError
+from anymask.formats.names import aligned
 from anymask.formats.own import packed
 from anymask.formats.reading import load_mask, load_weights
 from anymask.mask import Mask
@@ -80,8 +81,8 @@ def save(mask: Mask, path: str | os.PathLike[str], *, format: str = OWN, weights
     if row is None:
         blob = packed(mask)
     else:
-        _check_fit(mask, weights)
-        blob = _serialised(row.tensors(mask, weights or {}), as_safetensors=Path(path).suffix == ".safetensors")
+        fitting = mask if weights is None else _fitted(mask, weights)
+        blob = _serialised(row.tensors(fitting, weights or {}), as_safetensors=Path(path).suffix == ".safetensors")
     with atomic(path) as file:
         file.write(blob)
 
@@ -132,9 +133,16 @@ def _check_given(row: Written | None, format: str, *, given: bool) -> None:
         raise SettingError(f"format {format} came with weights", allowed=f"{format} without: it holds the mask alone", fix=fix)
 
 
-def _check_fit(mask: Mask, weights: Weights | None) -> None:
-    if weights is None:
-        return
+def _fitted(mask: Mask, weights: Weights) -> Mask:
+    """The mask under the names of the weights, which may have other prefixes."""
+    names = aligned(mask, weights)
+    renamed = {names.get(name, name): mask[name] for name in mask}
+    fitting = Mask(renamed) if len(renamed) == len(mask) else mask  # two of its names may stand for one
+    _check_fit(fitting, weights)
+    return fitting
+
+
+def _check_fit(mask: Mask, weights: Weights) -> None:
     odd = [f"{name} is not there (nearest: {', '.join(nearest(name, weights)) or 'none'})" for name in mask if name not in weights]
     for name in mask:
         if name in weights and weights[name].shape != mask[name].shape:

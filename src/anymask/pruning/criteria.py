@@ -37,7 +37,7 @@ def magnitude(model: nn.Module, weights: Weights, batches: Batches) -> dict[str,
 def snip(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Tensor]:
     """score = |w * g| with g = dL/dw: how much the loss changes as the weight goes (Lee et al. 2019, arXiv 1810.02340).
 
-    L is the mean of the batches' losses, in train mode (batch norm uses the batch), as in the authors' code.
+    L is the mean of the batches' losses, in train mode (batch norm uses the batch); the authors' code scores in eval mode.
 
     Iterative SNIP and FORCE (de Jorge et al. 2021, arXiv 2006.09081) are this score in rounds: g is the gradient of the network as
     masked so far; in FORCE w is the dense weight, so that a pruned one may return.
@@ -49,7 +49,7 @@ def snip(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Tens
     for gradients in _batch_gradients(model, weights, batches):
         for name, g in gradients.items():
             total[name] += wide(g)
-    return {name: wide(weight).mul_(total[name]).abs_() for name, weight in weights.items()}
+    return {name: (wide(weight) * total[name]).abs_() for name, weight in weights.items()}
 
 
 def taylor(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Tensor]:
@@ -58,13 +58,13 @@ def taylor(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Te
     Molchanov et al. 2019, arXiv 1906.10771, eq. 8. SNIP is |w * mean of g_b|: with one batch the two rank alike; with more, a
     weight whose gradient changes sign from batch to batch counts here and cancels there. In train mode, as snip.
 
-    Differs from the paper: of a unit (pattern "channel" or a block) the scores are averaged, where the paper squares the sum of
-    w * g over the unit; not averaged over the epochs of a training.
+    Differs from the paper: of a unit (pattern "channel" or a block) the scores are averaged, as in the authors' code
+    (NVlabs/Taylor_pruning, method 0) up to the unit's size; not averaged over the epochs of a training.
     """
     total = _zeros(weights)
     for gradients in _batch_gradients(model, weights, batches):
         for name, g in gradients.items():
-            total[name] += wide(g).mul_(wide(weights[name])).square_()
+            total[name] += (wide(g) * wide(weights[name])).square_()
     return total
 
 
@@ -102,7 +102,7 @@ def wanda(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Ten
             allowed="weights of modules that the model calls",
             fix=f"leave them dense: exclude={unseen}",
         )
-    return {name: wide(weight).abs_().mul_(squares[name].sqrt_()) for name, weight in weights.items()}
+    return {name: wide(weight).abs().mul_(squares[name].sqrt_()) for name, weight in weights.items()}
 
 
 def grasp(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Tensor]:

@@ -84,7 +84,8 @@ def in_steps(
         largest = max(counts_above, key=counts_above.__getitem__)
         counts[largest] -= step[largest]
     rest = total - sum(counts.values())
-    by_remainder = sorted(wanted, key=lambda name: (counts[name] - wanted[name]) / step[name])
+    # rounded: where all remainders are equal, as balanced ones are, the noise of float64 would decide
+    by_remainder = sorted(wanted, key=lambda name: round((counts[name] - wanted[name]) / step[name], 9))
     while fitting := [name for name in by_remainder if step[name] <= rest and counts[name] < most[name]]:
         for name in fitting:
             if step[name] <= rest:

@@ -14,15 +14,16 @@ from anymask.errors import SettingError
 from anymask.mask import Mask
 from anymask.prunables import prunable
 from anymask.pruning.distribution import DISTRIBUTIONS
-from anymask.pruning.select import keep_best, wide
+from anymask.pruning.select import keep_best
 from anymask.registry import lookup, unknown
 
-Scores = Callable[[Tensor, Tensor | None], Tensor]  # (weight, dense gradient or None) -> scores of the weight's shape, float64
+# (weight, dense gradient or None, generator of the CPU) -> scores of the weight's shape
+Scores = Callable[[Tensor, Tensor | None, torch.Generator], Tensor]
 
-DROP: dict[str, Scores] = {"magnitude": lambda weight, _: wide(weight.abs())}  # the lowest of what is kept go
+DROP: dict[str, Scores] = {"magnitude": lambda weight, _, __: weight.abs()}  # the lowest of what is kept go
 GROW: dict[str, Scores] = {  # the highest of what is not kept come
-    "random": lambda weight, _: torch.zeros(weight.shape, dtype=torch.float64),  # all equal: the lot decides
-    "gradient": lambda _, gradient: _magnitude(gradient),
+    "random": lambda weight, _, generator: torch.rand(weight.shape, generator=generator, dtype=torch.float64),
+    "gradient": lambda _, gradient, __: _magnitude(gradient),
 }
 SHRINKING = ("global", *DISTRIBUTIONS)  # scopes of what only drops
 
@@ -193,11 +194,43 @@ def exchange(row: Dynamic, weight: Tensor, kept: Tensor, *, count: int, gradient
         >>> exchange(DYNAMIC["rigl"], weight, kept, count=1, gradient=gradient, generator=lots(0, 1)).tolist()
         [True, False, True, False]
     """
-    stay = {"w": DROP[row.drop](weight, gradient).masked_fill(~kept, -torch.inf)}
-    survivors = keep_best(stay, int(kept.sum()) - count, generator=generator)["w"]
     assert row.grow is not None
-    come = {"w": GROW[row.grow](weight, gradient).masked_fill(survivors, -torch.inf)}
-    return survivors | keep_best(come, count, generator=generator)["w"]
+    drop = DROP[row.drop](weight, gradient, generator)
+    survivors = _best(drop, int(kept.sum()) - count, among=kept, generator=generator)
+    grow = GROW[row.grow](weight, gradient, generator)
+    return survivors | _best(grow, count, among=~survivors, generator=generator)
+
+
+def thin(
+    row: Dynamic, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor], *, count: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """`kept` without all but the `count` highest of it by the drop criterion, in all layers together, one of each in any case.
+
+    Args:
+        weights: on any device; `kept`: bool, of their shapes, on the CPU, True at least once in each.
+
+    Example:
+        >>> weights = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([1.0, 2.0])}
+        >>> thin(DYNAMIC["gmp"], weights, {n: w != 0 for n, w in weights.items()}, count=2, generator=lots(0, 1))["b"].tolist()
+        [False, True]
+    """
+    scores = {name: DROP[row.drop](weight, None, generator).cpu()[kept[name]] for name, weight in weights.items()}
+    chosen = keep_best(scores, count, generator=generator, floor=1)
+    return {name: torch.zeros_like(kept[name]).masked_scatter_(kept[name], chosen[name]) for name in weights}
+
+
+def _best(scores: Tensor, count: int, *, among: Tensor, generator: torch.Generator) -> Tensor:
+    """True at the `count` highest of `scores` where `among` is True, equal ones by lot; bool, on the CPU, as `among` is."""
+    chosen = torch.zeros_like(among)
+    if count == 0:
+        return chosen
+    values = scores[among.to(scores.device)] if scores.is_cuda else scores.cpu()[among]
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    near = values >= values.kthvalue(len(values) - count + 1).values  # found where they are: these alone go to the CPU
+    best = keep_best({"near": values[near]}, count, generator=generator)["near"]
+    places = among.reshape(-1).nonzero().reshape(-1)[near.cpu()]
+    chosen.view(-1)[places[best]] = True
+    return chosen
 
 
 def dense_mask(model: nn.Module) -> Mask:
@@ -213,4 +246,4 @@ def dense_mask(model: nn.Module) -> Mask:
 
 def _magnitude(gradient: Tensor | None) -> Tensor:
     assert gradient is not None  # the caller leaves layers without one alone
-    return wide(gradient.abs())
+    return gradient.abs()

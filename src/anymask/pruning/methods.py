@@ -111,8 +111,8 @@ def is_method(name: str) -> bool:
     return True
 
 
-def method_of(name: str) -> Method:
-    """The row that `name` stands for: one of `METHODS`, with another scope or pattern after a plus sign.
+def method_of(name: str | Method) -> Method:
+    """The row that `name` stands for: one of `METHODS`, with another scope or pattern after a plus sign; or a row of your own.
 
     Raises:
         UnknownName: with the nearest names.
@@ -123,6 +123,8 @@ def method_of(name: str) -> Method:
         >>> row.name, row.scope, row.pattern
         ('snip', 'erk', '2:4')
     """
+    if isinstance(name, Method):
+        return name
     base, *words = name.split("+")
     row = lookup(METHODS, base, what="mask method")
     scopes = [word for word in words if word in SCOPES]

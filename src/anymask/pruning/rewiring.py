@@ -16,10 +16,9 @@ from anymask.holding import Hold, held
 from anymask.mask import Mask
 from anymask.pruning.budget import keep_count
 from anymask.pruning.distribution import layer_counts
-from anymask.pruning.dynamic import DROP, Dynamic, Times, cosine, cubic, dynamic_of, exchange, lots
+from anymask.pruning.dynamic import Dynamic, Times, cosine, cubic, dynamic_of, exchange, lots, thin
 from anymask.pruning.gradients import DenseGradients
 from anymask.pruning.patterns import pattern
-from anymask.pruning.select import keep_best
 from anymask.ranks import on_any_rank
 
 
@@ -73,9 +72,10 @@ class Rewiring:
 
     @property
     def settled(self) -> bool:
-        """Whether the mask moves no more; one that shrinks has its final sparsity then."""
-        over = self.position >= self._times.end
-        return over and not (self._waiting and self.row.shrinks)
+        """Whether the mask moves no more: `end` is over, or one that shrinks has its final sparsity."""
+        if self.row.shrinks:
+            return self.mask.kept == sum(group.last for group in self._groups)
+        return self.position >= self._times.end
 
     def release(self) -> None:
         """Move the mask no more; it stays held."""
@@ -94,11 +94,15 @@ class Rewiring:
     def __call__(self, optimizer: Optimizer, *_: Any) -> None:
         """Count a step of the optimiser, after which the hold has zeroed, and move the mask where that is due."""
         self.position += 1
-        if self._waiting or self._times.due(self.position):
+        if self._due(self.position):
             self._waiting = not self._update(optimizer)
         self._listen()
 
     # -- inside ----------------------------------------------------------------------------------------------------
+    def _due(self, step: int) -> bool:
+        late = self._waiting and (self.row.shrinks or step < self._times.end)
+        return late or self._times.due(step)
+
     def _update(self, optimizer: Optimizer) -> bool:
         """Move the mask; False where what it goes by is NaN, or the step was none: then after the next step."""
         gradients = self._gradients.mean() if self._gradients is not None else {}
@@ -129,14 +133,18 @@ class Rewiring:
         kept = dict(self.mask.items())
         before = sum(int(t.sum()) for t in kept.values())
         for group in self._groups:
-            parameters = {name: self.hold.parameters[name] for name in group.names}
-            scores = {name: DROP[self.row.drop](p, None).masked_fill(~kept[name], -torch.inf) for name, p in parameters.items()}
-            kept |= keep_best(scores, cubic(group.first, group.last, passed), generator=generator, floor=1)
+            weights = {name: self.hold.parameters[name] for name in group.names}
+            count = cubic(group.first, group.last, passed)
+            kept |= thin(self.row, weights, kept, count=count, generator=generator)
         return kept, 1 - sum(int(t.sum()) for t in kept.values()) / before
 
     def _move(self, kept: Mapping[str, Tensor], fraction: float) -> None:
         before = self.mask
-        after = Mask(kept, info={**before.info, "rewire": self.row.name, "rewire_step": self.position}).broadcast()
+        info = {**before.info, "rewire": self.row.name, "rewire_step": self.position}
+        if self.row.shrinks:
+            left = sum(int(t.sum()) for t in kept.values())
+            info |= {"method": self.row.name, "scope": self.row.scope, "sparsity": 1 - left / before.total}
+        after = Mask(kept, info=info).broadcast()
         self.hold.move(after)
         dropped = sum(int((before[name] & ~after[name]).sum()) for name in before)
         grown = sum(int((after[name] & ~before[name]).sum()) for name in before)
@@ -148,8 +156,7 @@ class Rewiring:
 
     def _listen(self) -> None:
         """Hear gradients of the coming step alone, and only where the mask moves after it."""
-        self._hear(False)
-        self._hear(self._looks and (self._waiting or self._times.due(self.position + 1)))
+        self._hear(self._looks and self._due(self.position + 1))
 
     def _hear(self, on: bool) -> None:
         if self._gradients is not None:

@@ -30,7 +30,7 @@ HOW_TO_GIVE = {
 
 def prune(
     model: nn.Module,
-    method: str,
+    method: str | Method,
     *,
     sparsity: float | None = None,
     data: Iterable[Any] | None = None,
@@ -61,7 +61,8 @@ def prune(
 
     Args:
         model: any module, on any device, in any mode (synflow computes in float64 there, which Apple's MPS has not).
-        method: a name in `METHODS`, with another scope or pattern after a plus if wanted: "snip", "magnitude+erk", "wanda+2:4".
+        method: a name in `METHODS`, with another scope or pattern after a plus if wanted: "snip", "magnitude+erk", "wanda+2:4"; or
+            a `Method` of your own.
         sparsity: share of zeros among the prunable weights, in [0, 1). May be left out where an N:M pattern decides it.
         data: batches (x, y), x `(N, ...)`; snip, grasp, taylor and wanda score on the first few; synflow looks at the first one's shape.
         example: an input `(N, ...)`, of which synflow uses the shape; instead of `data`.

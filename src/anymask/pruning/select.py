@@ -76,7 +76,7 @@ def keep_in_windows(scores: Tensor, each: int, *, generator: torch.Generator) ->
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """`tensor` on the CPU in float64. The CPU first: some devices have no float64."""
+    """`tensor` on the CPU in float64, itself where it is that already. The CPU first: some devices have no float64."""
     return tensor.detach().cpu().double()
 
 

@@ -85,7 +85,7 @@ class Selector:
             alive: only these may be kept; None for all.
         """
         alive = alive or {name: torch.ones(shape, dtype=torch.bool) for name, shape in self.shapes.items()}
-        scores = {name: wide(score).masked_fill_(~alive[name], -torch.inf) for name, score in scores.items()}
+        scores = {name: wide(score).masked_fill(~alive[name], -torch.inf) for name, score in scores.items()}
         if self.pattern.windows is not None:
             kept = self._in_windows(scores, self._counts(scores, count, alive))
         elif self.scope == "global":

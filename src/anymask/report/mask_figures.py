@@ -50,7 +50,7 @@ def figures(seen: Sequence[Seen], shared: Shared) -> list[Figure]:
         Figure("Density per layer", DENSITIES, _alone(density_map(columns))),
         Figure("Kept channels", CHANNELS, [(member.name, _channels(member.layers)) for member in seen]),
         Figure("Dead filters", DEAD, _alone(_bars({member.name: _dead(member) for member in seen}, title="dead filters, %"))),
-        Figure("Unreachable weights", UNREACHABLE, _alone(_bars({m.name: _lost(m) for m in known}, title="unreachable weights, %"))),
+        Figure("Unreachable weights", UNREACHABLE, _alone(_bars({m.name: _lost(m) for m in known}, title="unreachable, %"))),
         *_shared(seen, shared),
         _pictures(seen),
     ]
@@ -79,7 +79,7 @@ def _channels(layers: Mapping[str, Layer]) -> Plot:
         "zmin": 0,
         "zmax": 1,
     }
-    return heat_map(heat, columns=["kept outputs", "kept inputs"], lines=list(map(label, layers)))
+    return heat_map(heat, columns=["outputs", "inputs"], lines=list(map(label, layers)))
 
 
 def _dead(member: Seen) -> Counts:
@@ -164,8 +164,8 @@ def _overlaps(first: Seen, second: Seen, layers: Mapping[str, Overlap]) -> Plot:
     layout = {
         "height": 90 + 24 * len(layers),
         "bargap": 0.3,
-        "xaxis": {"title": {"text": "IoU"}, "domain": [0, 0.47], "range": [0, 1.03], "nticks": 4, "zeroline": False},
-        "xaxis2": {"title": {"text": "differ, %"}, "domain": [0.53, 1], "rangemode": "tozero", "nticks": 4, "zeroline": False},
+        "xaxis": {"title": {"text": "IoU"}, "domain": [0, 0.44], "range": [0, 1.03], "nticks": 4, "zeroline": False},
+        "xaxis2": {"title": {"text": "differ, %"}, "domain": [0.56, 1], "rangemode": "tozero", "nticks": 4, "zeroline": False},
         "yaxis": _layer_axis(list(map(label, layers))),
     }
     return {"data": data, "layout": layout}

@@ -72,7 +72,7 @@ def lines_of(name: str) -> list[str]:
         >>> lines_of("layer1.0.shortcut.conv1")
         ['layer1.', '0.shortcut.conv1']
         >>> lines_of("model.encoder.layers.11.attention.output")
-        ['…encoder.layers.11.', 'attention.output']
+        ['…encoder.layers.', '11.attention.output']
     """
     parts, lines = re.findall(r"[^.]*\.?", name), [""]
     for part in reversed(parts):

@@ -67,7 +67,7 @@ class Network:
 def look_at(path: Path, *, name: str, model: str | None = None, shape: Sequence[int] | None = None) -> Seen:
     """What there is to see in the mask in a file; with `model`, of `anymask.models`, and its input's `shape` (C, H, W) in that network.
 
-    The network has as many classes as the last layer of the mask has outputs, else 10.
+    The network has as many classes as the last linear layer in the mask has outputs, else 10.
 
     Raises:
         FileNotFoundError, FileFormatError: as `load_mask` does.
@@ -76,8 +76,8 @@ def look_at(path: Path, *, name: str, model: str | None = None, shape: Sequence[
     mask = load_mask(path)
     if model is None or shape is None:
         return look(mask, name=name)
-    last = mask[list(mask)[-1]]
-    network = Network(model, last.shape[0] if last.ndim == 2 else 10, (shape[0], shape[1], shape[2]))
+    classes = next((kept.shape[0] for kept in reversed(list(mask.values())) if kept.ndim == 2), 10)
+    network = Network(model, classes, (shape[0], shape[1], shape[2]))
     return look(load_mask(path, model=network.shapes()), name=name, network=network)
 
 
