@@ -22,7 +22,9 @@ def methods(rows: list[dict], costs: Mapping[tuple[str, float], Mapping[str, Any
     found = [cell for cell in cells(rows) if cell.settings["mask"] != "dense"]
     lines = [line(HEADER), "|" + "---|" * len(HEADER), *(line(_entries(cell, costs)) for cell in found)]
     dense = [cell for cell in cells(rows) if cell.settings["mask"] == "dense"]
-    lines += [line(("0%", "dense (reference)", "-", "-", "-", spread(cell.accuracies("default").values()), "-", "-", "-")) for cell in dense]
+    lines += [
+        line(("0%", "dense (reference)", "-", "-", "-", spread(cell.accuracies("default").values()), "-", "-", "-")) for cell in dense
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -61,9 +63,12 @@ def growth(results: list[Mapping[str, Any]]) -> str:
     """One line per method that was measured on several networks, one column per network."""
     models = list(dict.fromkeys(r["model"] for r in results))
     weights = {r["model"]: r["weights"] for r in results}
-    several = [m for m in dict.fromkeys(r["method"] for r in results) if sum(r["method"] == m and r["sparsity"] == 0.98 for r in results) > 1]
+    several = [
+        m for m in dict.fromkeys(r["method"] for r in results) if sum(r["method"] == m and r["sparsity"] == 0.98 for r in results) > 1
+    ]
     found = {(r["method"], r["model"]): f"{r['seconds']:.2f} s, {r['extra_mib']:,.0f} MiB" for r in results if r["sparsity"] == 0.98}
     head = ("method", *(f"{model}, {weights[model] / 1e6:.1f} M weights" for model in models))
-    return "\n".join(
-        [line(head), "|" + "---|" * len(head), *(line((m, *(found.get((m, model), "-") for model in models))) for m in several)]
-    ) + "\n"
+    return (
+        "\n".join([line(head), "|" + "---|" * len(head), *(line((m, *(found.get((m, model), "-") for model in models))) for m in several)])
+        + "\n"
+    )

@@ -15,7 +15,6 @@ from anymask.pruning.gradients import DenseGradients
 from anymask.surgery import fingerprint
 from tests.pruning.test_rewiring_by_hand import LR, SHAPES, batches, mask_of, net
 
-
 # -- one exchange ------------------------------------------------------------------------------------------------------
 
 

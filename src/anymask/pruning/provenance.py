@@ -28,4 +28,4 @@ def made_with(model: nn.Module) -> dict[str, Any]:
         "structure": structure.hexdigest()[:16],
         "weights": weights.hexdigest()[:16],
     }
-    return {"model": about, "versions": {"anymask": version("anymask"), "torch": torch.__version__}}
+    return {"model": about, "versions": {"anymask": version("anymask"), "torch": str(torch.__version__)}}
