@@ -17,10 +17,12 @@ import torch
 from anymask import data, models, prune
 from anymask.mask import Mask
 from anymask.pruning import METHODS
+from anymask.pruning.methods import method_of
 from anymask.sweep.compare import machine
 from anymask.train import Protocol, fit
 
 OUT = Path(__file__).resolve().parent.parent / "results" / "methods.json"
+NAMES = [name for name in METHODS if name != "random"] + ["magnitude+uniform", "magnitude+erk"]  # random is random-erk
 SIZES = ("demonet", "resnet18", "vgg16-2.6x")  # 0.5, 11 and 99 million weights
 GROWING = ("random-erk", "magnitude", "snip", "grasp", "wanda", "synflow")
 REPEATS = 3  # medians; the largest network once
@@ -42,7 +44,7 @@ def one(method: str, name: str, sparsity: float) -> dict[str, float]:
         fit(network, images, mask=mask, recipe="default", protocol=protocol, first_step=first, last_step=last)
 
     steps = EPOCHS * len(images)
-    rewind = {"rewind_step": round(0.05 * steps)} if "rewind_step" in METHODS[method].needs else {}
+    rewind = {"rewind_step": round(0.05 * steps)} if "rewind_step" in method_of(method).needs else {}
     before, began = _resident(), time.perf_counter()
     mask = prune(model, method, sparsity=sparsity, data=batches, train=train, **rewind)
     seconds = time.perf_counter() - began
@@ -73,9 +75,9 @@ def main() -> None:
         return
     # the rounds of a ticket are trainings, minutes of them: once
     rows = [
-        measure(method, "demonet", sparsity, repeats=1 if "train" in row.needs else REPEATS)
+        measure(method, "demonet", sparsity, repeats=1 if "train" in method_of(method).needs else REPEATS)
         for sparsity in (0.9, 0.98)
-        for method, row in METHODS.items()
+        for method in NAMES
     ]
     rows += [measure(m, name, 0.98, repeats=REPEATS if name == "resnet18" else 1) for name in SIZES[1:] for m in GROWING]
     OUT.write_text(json.dumps({"machine": machine("cpu"), "batch": BATCH, "results": rows}, indent=1) + "\n")

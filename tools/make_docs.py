@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
+import method_tables
+
 from anymask.report import grid, paired, table
 from anymask.runlog import Ledger
 from anymask.techniques import TECHNIQUES
@@ -130,7 +132,18 @@ def _reference(method: str, found: dict) -> str:
     return f"| {method} | {found['cases']} | {apart} | {equal} | {masks} |"
 
 
+def costs() -> dict[tuple[str, float], dict]:
+    """What benchmarks/methods.py measured on the demo's network, by (method, sparsity)."""
+    measured = json.loads((ROOT / "results" / "methods.json").read_text())["results"]
+    return {(m["method"], m["sparsity"]): m for m in measured if m["model"] == "demonet"}
+
+
 PARTS: dict[str, Callable[[], str]] = {
+    "methods-table": lambda: method_tables.methods(rows("methods"), costs()),
+    "growth": lambda: method_tables.growth(json.loads((ROOT / "results" / "methods.json").read_text())["results"]),
+    "moving-default": lambda: method_tables.moving(rows("methods"), recipe="default", against="default"),
+    "moving-tost": lambda: method_tables.moving(rows("methods"), recipe="tost", against="tost"),
+    "moving-both": lambda: method_tables.moving(rows("methods"), recipe="tost", against="default"),
     "demo-table": lambda: table(rows("demo")) + "\n" + seconds("demo") + fits(),
     "times": times,
     "masks-table": lambda: table(rows("evidence", keep=main_recipes)),
