@@ -5,7 +5,6 @@ python benchmarks/methods.py snip resnet18 0.98      one of them, printed
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -22,9 +21,13 @@ from anymask.sweep.compare import machine
 from anymask.train import Protocol, fit
 
 OUT = Path(__file__).resolve().parent.parent / "results" / "methods.json"
-NAMES = [name for name in METHODS if name != "random"] + ["magnitude+uniform", "magnitude+erk"]  # random is random-erk
-SIZES = ("demonet", "resnet18", "vgg16-2.6x")  # 0.5, 11 and 99 million weights
-GROWING = ("random-erk", "magnitude", "snip", "grasp", "wanda", "synflow")
+AS_OTHERS = ("random", "lottery-rewind", "lottery-lr")  # random is random-erk; these tickets train as often as lottery
+NAMES = [name for name in METHODS if name not in AS_OTHERS] + ["magnitude+uniform", "magnitude+erk"]
+# 11 and 99 million weights, beside the 0.5 million of demonet
+GROWING = {
+    "resnet18": ("random-erk", "magnitude", "snip", "grasp", "wanda", "synflow"),
+    "vgg16-2.6x": ("random-erk", "magnitude", "snip", "wanda"),
+}
 REPEATS = 3  # medians; the largest network once
 BATCH = 64
 EPOCHS = 7
@@ -45,17 +48,17 @@ def one(method: str, name: str, sparsity: float) -> dict[str, float]:
 
     steps = EPOCHS * len(images)
     rewind = {"rewind_step": round(0.05 * steps)} if "rewind_step" in method_of(method).needs else {}
-    before, began = _resident(), time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is held now
+    before, began = _resident("VmRSS"), time.perf_counter()
     mask = prune(model, method, sparsity=sparsity, data=batches, train=train, **rewind)
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": seconds, "extra_mib": max(0.0, peak - before), "weights": mask.total, "kept": mask.kept}
+    return {"seconds": seconds, "extra_mib": _resident("VmHWM") - before, "weights": mask.total, "kept": mask.kept}
 
 
-def _resident() -> float:
-    """MiB that this process holds now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+def _resident(field: str) -> float:
+    """MiB that this process holds now (VmRSS), or held at most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def measure(method: str, name: str, sparsity: float, *, repeats: int) -> dict[str, object]:
@@ -79,7 +82,7 @@ def main() -> None:
         for sparsity in (0.9, 0.98)
         for method in NAMES
     ]
-    rows += [measure(m, name, 0.98, repeats=REPEATS if name == "resnet18" else 1) for name in SIZES[1:] for m in GROWING]
+    rows += [measure(m, name, 0.98, repeats=REPEATS if name == "resnet18" else 1) for name, methods in GROWING.items() for m in methods]
     OUT.write_text(json.dumps({"machine": machine("cpu"), "batch": BATCH, "results": rows}, indent=1) + "\n")
 
 

@@ -107,6 +107,7 @@ def reachable(mask: Mask, model: nn.Module, example: Tensor) -> Mask:
     Args:
         mask: fits `model`. Of a tied weight what all its entries keep counts.
         model: takes one tensor and gives tensors, also in tuples, lists or mappings. It is left as it is, as is the random state.
+            Its forward hooks count: while a recipe is attached, its ghost skips are paths too.
         example: an input (N, ...), for shape and dtype; a floating one is replaced by ones, of one sample.
 
     Raises:

@@ -101,7 +101,7 @@ def test_a_network_on_the_command_line_goes_before_the_one_in_the_file(anymask, 
 def test_a_file_of_elsewhere_is_matched_with_the_network_that_is_given(anymask, tmp_path):
     model = models.build(MODEL, classes=7, channels=1, seed=0)
     made(0.9).apply(model)
-    state = {f"student.net.{name}": tensor for name, tensor in model.state_dict().items()}
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()} | {"steps": torch.zeros(1)}
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     save_file(state, folder / "model.safetensors")

@@ -223,3 +223,58 @@ def test_on_a_terminal_bars_show_all_trainings_and_the_one_that_runs(capsys):
     assert "snip 0.9, tost, seed 3" in shown
     assert "loss 0.500, validation 75.0%" in shown
     assert "[2/4] snip 0.9, tost, seed 3: test 50.00%, 3.0 s" in capsys.readouterr().err
+
+
+def test_prune_takes_a_scope_a_pattern_a_floor_and_layers_to_leave_out(anymask, small, tmp_path):
+    how = ["--scope", "erk", "--pattern", "channel", "--floor", "2", "--exclude", "stem", "fc", "--sparsity", "0.5"]
+    said = anymask("prune", "magnitude", *how, "--out", tmp_path / "m.mask", *small)
+    assert said.code == 0, said.err
+    mask = load_mask(tmp_path / "m.mask")
+    assert {key: mask.info[key] for key in ("scope", "pattern", "floor", "exclude")} == {
+        "scope": "erk",
+        "pattern": "channel",
+        "floor": 2,
+        "exclude": ["stem", "fc"],
+    }
+    assert not any(name.startswith(("stem", "fc")) for name in mask)
+    assert all(set(mask[name].flatten(1).float().mean(1).tolist()) <= {0.0, 1.0} for name in mask)
+    said = anymask("prune", "magnitude+erk+channel", *how[4:], "--out", tmp_path / "same.mask", *small)
+    assert said.code == 0, said.err
+    assert load_mask(tmp_path / "same.mask") == mask
+
+
+def test_a_pattern_that_decides_the_sparsity_needs_none_and_takes_no_other(anymask, small, tmp_path):
+    left_out = ["--exclude", "stem"]
+    said = anymask("prune", "snip+1:2", *left_out, "--out", tmp_path / "m.mask", *small)
+    assert said.code == 0, said.err
+    assert load_mask(tmp_path / "m.mask").sparsity == 0.5
+    said = anymask("prune", "snip+1:2", "--sparsity", "0.9", *left_out, "--out", tmp_path / "n.mask", *small)
+    assert said.code == 2
+    assert "sparsity came as 0.9 with pattern 1:2" in said.err
+    assert not (tmp_path / "n.mask").exists()
+
+
+def test_a_ticket_that_starts_from_other_weights_leaves_them_beside_its_mask(anymask, small, tmp_path):
+    said = anymask("prune", "lottery-lr", "--sparsity", "0.3", "--epochs", "1", "--out", tmp_path / "l.mask", *small)
+    assert said.code == 0, said.err
+    assert {path.name for path in tmp_path.iterdir()} == {"l.mask", "l.safetensors"}
+    assert load_file(tmp_path / "l.safetensors").keys() >= set(load_mask(tmp_path / "l.mask"))
+
+
+def test_a_mask_that_moves_is_trained_and_its_last_one_kept_but_not_pruned_to(anymask, small, tmp_path):
+    said = anymask("prune", "rigl", "--sparsity", "0.9", "--out", tmp_path / "r.mask", *small)
+    assert said.code == 2
+    assert "`anymask train --mask rigl --out DIR` ends with its mask in DIR/mask.mask" in said.err
+    out = tmp_path / "t"
+    said = anymask("train", "--mask", "gmp+1it", "--sparsity", "0.8", "--epochs", "3", "--out", out, *small)
+    assert said.code == 0, said.err
+    mask, weights = load_mask(out / "mask.mask"), load_file(out / "model.safetensors")
+    assert mask.kept == round(0.2 * mask.total)
+    assert all(not weights[name][~mask[name]].any() for name in mask)
+
+
+def test_list_shows_static_masks_and_those_that_move(anymask):
+    said = anymask("list", "masks")
+    for name in ("snip-iterative", "lottery-lr", "wanda", "rigl", "gmp"):
+        assert name in said.out
+    assert "moves while it trains" in said.out

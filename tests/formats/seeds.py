@@ -153,7 +153,7 @@ def flax(path: Path) -> None:
     """A TrainState with the state of JaxPruner in it (jaxpruner/base_updater.py, SparseState)."""
     weights = {module: {"kernel": np.ones(leaf["kernel"].shape, np.float32)} for module, leaf in flax_tree(kept()).items()}
     state = {"masks": flax_tree(kept()), "inner_state": {"0": {"count": 3}}, "target_sparsities": None, "count": np.int32(3)}
-    path.write_bytes(flax_bytes({"step": 3, "params": weights, "opt_state": state}))
+    path.write_bytes(flax_bytes({"step": 3, "params": weights, "opt_state": state, "phase": 1j}))
 
 
 class BFloat16(np.ndarray):
@@ -164,6 +164,8 @@ def flax_bytes(tree: Any) -> bytes:
     """google/flax, flax/serialization.py: `msgpack_serialize` and `_ndarray_to_bytes`."""
 
     def pack(x: Any) -> Any:
+        if isinstance(x, complex):
+            return msgpack.ExtType(2, msgpack.packb((x.real, x.imag)))
         array, code = np.asarray(x), 1 if isinstance(x, np.ndarray) else 3
         name = "bfloat16" if isinstance(x, BFloat16) else array.dtype.name
         return msgpack.ExtType(code, msgpack.packb((array.shape, name, array.tobytes("C")), use_bin_type=True))

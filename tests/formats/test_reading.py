@@ -1,6 +1,8 @@
 """Masks of every library are read, told apart by what is in the file, and their names found in a model."""
 
+import io
 import json
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from torch.ao.pruning import WeightNormSparsifier
 
 from anymask.errors import FileFormatError, MaskError
 from anymask.formats import load_mask, load_weights
+from anymask.formats.names import matched
 from anymask.mask import Mask
 from tests.formats.seeds import SEEDS, BFloat16, flax_bytes, flax_tree, kept, masked_state, net
 
@@ -65,6 +68,13 @@ def test_a_model_decides_whether_a_prefix_is_a_name(tmp_path):
     assert list(load_mask(tmp_path / "m", model=both)) == ["model.fc.weight"]
 
 
+def test_a_name_that_may_be_either_of_two_is_not_guessed(tmp_path):
+    torch.save({"module.fc.weight": torch.eye(3, 4)}, tmp_path / "m")
+    both = nn.ModuleDict({"model": nn.ModuleDict({"fc": nn.Linear(4, 3)}), "fc": nn.Linear(4, 3)})
+    with pytest.raises(MaskError, match=r"not in the model: module\.fc\.weight"):
+        load_mask(tmp_path / "m", model=both)
+
+
 def test_a_compiled_part_of_a_model_keeps_its_name(tmp_path):
     torch.save({"0._orig_mod.fc.weight": torch.eye(2), "1.weight": torch.eye(3)}, tmp_path / "m")
     assert list(load_mask(tmp_path / "m")) == ["0.fc.weight", "1.weight"]
@@ -110,14 +120,15 @@ def test_an_own_mask_finds_its_names_in_a_wrapped_model(tmp_path):
 # -- zeros -------------------------------------------------------------------------------------------------------------
 
 
-def test_zeros_cover_the_matrices_that_hold_one_or_with_a_model_all_that_is_prunable(tmp_path):
+@pytest.mark.parametrize("write", [torch.save, save_file])
+def test_zeros_cover_the_matrices_that_hold_one_or_with_a_model_all_that_is_prunable(tmp_path, write):
     state = masked_state() | {
         "2.weight": torch.ones(3, 4),
         "table": torch.eye(2),
         "1.weight": torch.zeros(3),
-        "mask": torch.zeros(2, 2).int(),
+        "causal": torch.zeros(2, 2).int(),
     }
-    torch.save(state, tmp_path / "m")
+    write(state, tmp_path / "m")
     assert list(load_mask(tmp_path / "m")) == ["0.weight", "table"]
     mask = load_mask(tmp_path / "m", model=net())
     assert mask == Mask({"0.weight": kept()["0.weight"], "2.weight": torch.ones(3, 4)})
@@ -163,7 +174,7 @@ def test_torch_aos_masks_are_read_from_its_sparsifier_made_plain_or_once_squashe
     sparsifier.step()
     state = sparsifier.state_dict()["state"]
     torch.save({"state": state}, tmp_path / "m")
-    with pytest.raises(FileFormatError, match="would run or build collections.defaultdict"):
+    with pytest.raises(FileFormatError, match=r"would run or build collections\.defaultdict"):
         load_mask(tmp_path / "m")
     torch.save({"state": {name: dict(value) for name, value in state.items()}}, tmp_path / "m")
     mask = load_mask(tmp_path / "m", model=net())
@@ -210,6 +221,13 @@ def test_an_index_that_leads_elsewhere_is_refused(tmp_path, places, says):
     (tmp_path / "index.json").write_text(json.dumps({"weight_map": places}))
     with pytest.raises(FileFormatError, match=says):
         load_mask(tmp_path / "index.json")
+
+
+def test_an_index_whose_ninth_byte_is_a_brace_is_no_safetensors_file(tmp_path):
+    SEEDS["zeros-sharded"][0](tmp_path / "i")
+    (tmp_path / "i").write_text('{ "x" : {}, ' + (tmp_path / "i").read_text()[1:])
+    assert (tmp_path / "i").read_text()[8] == "{"
+    assert load_mask(tmp_path / "i") == Mask(kept())
 
 
 def test_a_shard_that_is_not_there_is_named(tmp_path):
@@ -279,6 +297,7 @@ def test_names_of_another_framework_are_matched_by_shape_and_name(tmp_path, tree
         ({"Dense_1": (2, 2)}, {"dense1": (2, 2), "dense2": (2, 2)}),
         ({"a_1": (2, 2), "a_2": (2, 2)}, {"a1": (2, 2), "b1": (2, 2)}),
         ({"left": (2, 2), "right": (2, 2)}, {"up": (2, 2), "down": (2, 2)}),
+        ({"query": (2, 2)}, {"query_a": (2, 2), "query_b": (2, 2)}),
         ({"fc": (2, 3)}, {"fc": (3, 2)}),
     ],
 )
@@ -287,11 +306,37 @@ def test_names_that_leave_a_choice_are_not_guessed(tmp_path, tree, model):
         load_mask(save_tree(tmp_path / "m", **tree), model=layers(**model))
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "pairs"),
+    [
+        ({"params.fc.weight": (2, 3)}, {"fc": (2, 3), "other": (3, 2)}, {"params.fc.weight": "other.weight"}),  # the shape comes first
+        ({"left.weight": (2, 2), "lefts.weight": (2, 2)}, {"leftx": (2, 2), "right": (2, 2)}, {}),  # one nearest for two
+    ],
+)
+def test_a_match_has_the_shape_and_is_nobody_elses(ours, theirs, pairs):
+    assert matched(ours, layers(**theirs), loose=True) == pairs
+
+
+def test_a_kernel_among_weights_is_none_of_flax(tmp_path):
+    masks = {"blur.kernel": torch.eye(2, 3), "fc.weight": torch.eye(3, 2)}
+    torch.save(masks, tmp_path / "m")
+    assert load_mask(tmp_path / "m") == Mask(masks)
+
+
 def test_a_transposed_convolution_of_flax_is_refused(tmp_path):
     (tmp_path / "m").write_bytes(flax_bytes({"up": {"kernel": np.eye(2, dtype=np.uint8).reshape(1, 1, 2, 2)}}))
     with pytest.raises(FileFormatError, match=r"up\.weight is of a transposed convolution"):
         load_mask(tmp_path / "m", model=nn.ModuleDict({"up": nn.ConvTranspose2d(2, 2, 1)}))
     assert load_mask(tmp_path / "m", model=nn.ModuleDict({"up": nn.Conv2d(2, 2, 1)})).kept == 2
+
+
+def zipped(*names):
+    """A zip archive with files of these names."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"")
+    return file.getvalue()
 
 
 # -- refused -----------------------------------------------------------------------------------------------------------
@@ -324,6 +369,7 @@ def test_what_holds_no_mask_says_what_it_holds(tmp_path, value, says):
         (b"\x93NUMPY\x01\x00" + bytes(80), "a single array"),
         (b'{"weight_map": ', "JSONDecodeError"),
         (b"PK\x03\x04" + bytes(80), "BadZipFile"),
+        (zipped("a.npy", "notes.txt"), r"an archive with notes\.txt in it"),
     ],
 )
 def test_other_files_are_refused(tmp_path, blob, says):

@@ -53,6 +53,7 @@ def test_torch_prunes_own_modules_load_what_is_written_for_them(tmp_path):
     for index in (0, 2):
         assert torch.equal(model[index].weight, weights[f"{index}.weight"] * kept()[f"{index}.weight"])
         assert torch.equal(model[index].weight_orig, weights[f"{index}.weight"])
+    assert {value.dtype for name, value in torch.load(tmp_path / "m.pt").items() if name.endswith("_mask")} == {torch.float32}
 
 
 @pytest.mark.parametrize("file", ["m.pt", "m.safetensors"])

@@ -124,7 +124,8 @@ def test_a_misfit_names_every_missing_and_misshapen_entry_with_the_nearest_names
     with pytest.raises(MaskError) as caught:
         mask.check(net())
     assert caught.value.came == (
-        "the mask does not fit Sequential; not in the model: 0.wieght (1,) (nearest: 0.weight, 2.weight, 1.weight); zzz (1,) (nearest: none); "
+        "the mask does not fit Sequential; "
+        "not in the model: 0.wieght (1,) (nearest: 0.weight, 2.weight, 1.weight); zzz (1,) (nearest: none); "
         "another shape: 2.weight is (4, 3) in the mask and (3, 4) in the model (of that shape: none); "
         "0.bias is (3,) in the mask and (2,) in the model (of that shape: 2.bias); "
         "prunable and not in the mask: 0.weight (2, 1, 3, 3) (nearest: 0.wieght)"

@@ -6,7 +6,7 @@ from torch import nn
 
 import anymask
 from anymask.errors import DataError, MaskError, SettingError, UnknownName
-from anymask.pruning import prune
+from anymask.pruning import Method, prune
 
 NET = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
 LOADER = [(torch.randn(4, 8), torch.arange(4))]
@@ -125,3 +125,33 @@ def test_the_example_of_the_design_runs_as_written():
     loader = [(torch.randn(4, 3, 8, 8), torch.arange(4))]
     mask = anymask.prune(model, "synflow", sparsity=0.98, data=loader)
     assert (mask.kept, mask.info["method"]) == (round(0.02 * mask.total), "synflow")
+
+
+def test_a_method_of_ones_own_needs_no_row():
+    def first_column(model, weights, batches):
+        return {name: torch.arange(w.numel(), 0, -1).reshape(w.shape) % w.shape[1] == 0 for name, w in weights.items()}
+
+    row = Method("mine", "the first input of each output", first_column, "0000.00000", scope="uniform")
+    mask = prune(NET, row, sparsity=0.875, exclude=["2"])
+    assert mask["0.weight"].nonzero()[:, 1].tolist() == [0] * 6
+    assert mask.info["method"] == "mine"
+
+
+def test_a_floor_of_several_weights_is_kept_in_every_layer_within_the_count():
+    net = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    net[1].weight.data.mul_(1e-6)
+    for scope in ("global", "erk"):
+        mask = prune(net, "magnitude", sparsity=0.5, floor=15, scope=scope)
+        assert (mask.kept, mask.info["floor"]) == (36, 15)
+        assert mask["1.weight"].sum() >= 15
+
+
+def test_a_mask_remembers_its_model_and_versions():
+    info = prune(NET, "magnitude", sparsity=0.5).info
+    assert info["model"]["class"] == "Sequential"
+    assert info["model"]["parameters"] == sum(p.numel() for p in NET.parameters())
+    assert set(info["versions"]) == {"anymask", "torch"}
+    other = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    there = prune(other, "magnitude", sparsity=0.5).info["model"]
+    assert there["structure"] == info["model"]["structure"]
+    assert there["weights"] != info["model"]["weights"]

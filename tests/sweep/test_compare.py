@@ -243,3 +243,17 @@ def test_a_method_with_another_scope_and_pattern_is_compared_under_that_name(exp
     (row,) = compare(grid, tmp_path, experiment=experiment, protocol=PROTOCOL).rows()
     assert row["settings"]["mask"] == "snip+balanced+fan-in"
     assert load_mask(next((tmp_path / "masks").glob("snip*"))).info["network"] == {"model": "demonet", "classes": 2, "input": [3, 16, 16]}
+
+
+def test_a_checkpoint_of_others_whose_mask_is_its_zeros_is_compared_at_its_sparsity_of_the_whole_network(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    model = Bench(experiment, PROTOCOL).model(0)
+    mask = prune(model, "magnitude", sparsity=0.9, exclude=["fc"])  # fc has no zero, and counts all the same
+    mask.apply(model)
+    torch.save({"state_dict": {f"module.{name}": value for name, value in model.state_dict().items()}}, tmp_path / "theirs.pth")
+    grid = Grid(masks=(str(tmp_path / "theirs.pth"),), recipes=("default",), seeds=1, dense=False)
+    (row,) = compare(grid, tmp_path / "run", experiment=experiment, protocol=PROTOCOL).rows()
+    total = mask.total + model.fc.weight.numel()
+    assert row["density"]["overall"] == pytest.approx((mask.kept + model.fc.weight.numel()) / total)
+    assert row["settings"]["sparsity"] == round(1 - row["density"]["overall"], 6)

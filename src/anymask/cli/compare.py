@@ -48,7 +48,7 @@ def compare(
 
 def _show_plan(grid: Grid, runner: Runner) -> int:
     finished = runner.ledger.ids()
-    cells = list(sweep.cells(grid))
+    cells = list(sweep.cells(grid, runner.bench.model(grid.first_seed)))
     waiting = [cell for cell in cells if runner.name(cell) not in finished]
     for cell in waiting:
         print(cell)

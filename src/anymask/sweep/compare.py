@@ -16,11 +16,10 @@ import anymask
 from anymask.config import Bench, Experiment
 from anymask.connectivity import reachable
 from anymask.errors import SettingError
-from anymask.formats import load_mask
 from anymask.mask import Mask
 from anymask.recipe import Recipe
 from anymask.runlog import Ledger, settings_id
-from anymask.sweep.masks import DENSE, Masks, Start, check_mask, file_hash, file_name, is_mask_file
+from anymask.sweep.masks import DENSE, Masks, Start, check_mask, file_hash, file_name, file_sparsity, is_mask_file
 from anymask.train import Protocol, fit
 
 
@@ -107,7 +106,7 @@ def compare(
     """
     watcher, bench = watcher or Watcher(), Bench(experiment or Experiment(), protocol or Protocol())
     runner = Runner(bench, folder)
-    planned = [(cell, runner.name(cell)) for cell in cells(grid)]
+    planned = [(cell, runner.name(cell)) for cell in cells(grid, bench.model(grid.first_seed))]
     done = runner.ledger.ids()
     watcher.begin(total=len(planned), done=sum(name in done for _, name in planned))
     for cell, name in planned:
@@ -118,21 +117,22 @@ def compare(
     return runner.ledger
 
 
-def cells(grid: Grid) -> Iterator[Cell]:
-    """The trainings of `grid`, seed by seed, so that what is finished early is paired."""
+def cells(grid: Grid, model: nn.Module | None = None) -> Iterator[Cell]:
+    """The trainings of `grid`, seed by seed, so that what is finished early is paired; mask files are read as those of `model`."""
+    targets = list(_targets(grid, model))
     for seed in range(grid.first_seed, grid.first_seed + grid.seeds):
         if grid.dense:
             yield Cell(DENSE, 0.0, grid.recipes[0], seed)
-        for mask, sparsity in _targets(grid):
+        for mask, sparsity in targets:
             for recipe in grid.recipes:
                 yield Cell(mask, sparsity, recipe, seed)
 
 
-def _targets(grid: Grid) -> Iterator[tuple[str, float]]:
+def _targets(grid: Grid, model: nn.Module | None) -> Iterator[tuple[str, float]]:
     """Each method at each sparsity, and each mask file at the sparsity that it has."""
     files = [mask for mask in grid.masks if is_mask_file(mask)]
     yield from ((mask, sparsity) for sparsity in grid.sparsity for mask in grid.masks if mask not in files)
-    yield from ((file, round(load_mask(file).sparsity, 6)) for file in files)
+    yield from ((file, file_sparsity(file, model)) for file in files)
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,11 @@ def file_name(mask: str, *, sparsity: float, seed: int, settings: str) -> str:
     return f"{safe}-{sparsity:g}-seed{seed}-{settings}.mask"
 
 
+def file_sparsity(mask: str, model: nn.Module | None = None) -> float:
+    """The sparsity of a mask file; with the model of all its prunable weights, where the mask of a checkpoint is its zeros."""
+    return round(load_mask(mask, model=model).sparsity, 6)
+
+
 def file_hash(mask: str) -> str:
     """What tells two mask files of the same name apart."""
     return hashlib.sha256(Path(mask).read_bytes()).hexdigest()[:12]

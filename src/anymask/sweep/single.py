@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,10 @@ from torch import nn
 
 from anymask.config import Bench, Experiment
 from anymask.errors import SettingError
-from anymask.formats import load_mask
 from anymask.mask import Mask
 from anymask.runlog import atomic
 from anymask.sweep.compare import Cell, Grid, Runner, Watcher
-from anymask.sweep.masks import DENSE, Masks, check_mask, is_dynamic, is_mask_file
+from anymask.sweep.masks import DENSE, Masks, check_mask, file_sparsity, is_dynamic, is_mask_file
 from anymask.train import Protocol
 
 
@@ -50,6 +50,8 @@ def train_one(
     """
     Grid(masks=() if cell.mask == DENSE else (cell.mask,), sparsity=(cell.sparsity,), recipes=(cell.recipe,))  # checks the names
     watcher, runner = watcher or Watcher(), _Single(Bench(experiment or Experiment(), protocol or Protocol()), folder)
+    if is_mask_file(cell.mask):  # which tells its sparsity of this network only now
+        cell = replace(cell, sparsity=file_sparsity(cell.mask, runner.bench.model(cell.seed)))
     name = runner.name(cell)
     finished = {row["id"]: row for row in runner.ledger.rows()}
     _check_folder(runner, cell, name, finished=finished, resume=resume)
@@ -74,7 +76,7 @@ def cell_of(mask: str, *, sparsity: float | None, recipe: str, seed: int) -> Cel
     Raises:
         SettingError: when a sparsity is given for a mask file or a dense network.
     """
-    fixed = 0.0 if mask == DENSE else round(load_mask(mask).sparsity, 6) if is_mask_file(mask) else None
+    fixed = 0.0 if mask == DENSE else file_sparsity(mask) if is_mask_file(mask) else None
     if fixed is None:
         return Cell(mask, 0.98 if sparsity is None else sparsity, recipe, seed)
     if sparsity is not None:
