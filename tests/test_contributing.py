@@ -21,7 +21,7 @@ def test_the_toy_method_takes_one_file_and_one_row_and_keeps_every_contract(tmp_
     methods = package / "pruning/methods.py"
     table, rows = methods.read_text().split("METHODS: dict[str, Method] = {\n    row.name: row\n    for row in (\n")
     methods.write_text(
-        f"from anymask.pruning.centred import centred\n{table}METHODS = {{\n    row.name: row\n    for row in (\n{ROW}{rows}"
+        f"from anymask.pruning.centred import centred\n{table}METHODS = {{\n    row.name: row\n    for row in (\n{ROW.strip()},\n{rows}"
     )
     contracts = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/contracts/test_methods.py", "-k", "centred"]
     where = os.environ | {"PYTHONPATH": str(tmp_path)}
