@@ -16,6 +16,8 @@ from torch.nn.utils import parametrize, prune
 from anymask.formats import save
 from anymask.mask import Mask
 
+FLAX_NAMES = {"Conv_0.weight": "0.weight", "Dense_0.weight": "2.weight"}  # of flax_tree, in the model net()
+
 
 def net() -> nn.Sequential:
     torch.manual_seed(0)
