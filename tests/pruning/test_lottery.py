@@ -220,6 +220,7 @@ def test_a_number_of_rounds_prunes_equal_shares(rounds, kept):
     ticket = lottery_ticket(make(), sparsity=0.6, train=train, rounds=rounds)
     assert [kept for kept, _, _ in train.calls] == [None, *kept]
     assert (ticket.mask.kept, ticket.mask.info["rounds"]) == (40, rounds)
+    assert ticket.mask.info["rate"] == pytest.approx(1 - 0.4 ** (1 / rounds))
 
 
 @pytest.mark.parametrize(

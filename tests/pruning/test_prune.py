@@ -6,7 +6,7 @@ from torch import nn
 
 import anymask
 from anymask.errors import DataError, MaskError, SettingError, UnknownName
-from anymask.pruning import Method, prune
+from anymask.pruning import METHODS, Method, prune
 
 NET = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
 LOADER = [(torch.randn(4, 8), torch.arange(4))]
@@ -155,3 +155,22 @@ def test_a_mask_remembers_its_model_and_versions():
     there = prune(other, "magnitude", sparsity=0.5).info["model"]
     assert there["structure"] == info["model"]["structure"]
     assert there["weights"] != info["model"]["weights"]
+
+
+def test_a_method_that_trains_and_has_another_criterion_is_refused_and_not_pruned_by_magnitude():
+    row = Method("mine", "snip after training", METHODS["snip"].criterion, "0000.00000", needs=frozenset({"train"}))
+    with pytest.raises(SettingError, match="mine needs train and has a criterion of its own"):
+        prune(NET, row, sparsity=0.5, train=print)
+
+
+def test_wanda_sees_inputs_that_are_given_by_keyword():
+    class ByName(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = NET[0], NET[2]
+
+        def forward(self, x):
+            return self.second(input=self.first(input=x).relu())
+
+    plain, named = (prune(net, "wanda", sparsity=0.5, data=LOADER) for net in (NET, ByName()))
+    assert all(torch.equal(a, b) for a, b in zip(plain.values(), named.values(), strict=True))

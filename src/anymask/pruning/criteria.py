@@ -8,7 +8,9 @@ caller's model. Scores are compared with each other only, so factors that all of
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +89,8 @@ def wanda(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Ten
     calls: list[tuple[str, nn.Module, Tensor]] = []
     for module in model.modules():
         if (name := name_of.get(id(getattr(module, "weight", None)))) is not None:
-            module.register_forward_pre_hook(lambda m, args, name=name: calls.append((name, m, args[0].detach())))
+            note = partial(_note_input, calls, name)
+            module.register_forward_pre_hook(note, with_kwargs=True)
     for x, _ in batches.pairs:
         with torch.no_grad():
             model(x)
@@ -168,6 +171,12 @@ def synflow(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, T
         )
     grads = _gradients(flow / flow.detach(), wanted)
     return {name: wide(weights[name]).abs() * wide(g) for name, g in zip(wanted, grads, strict=True)}
+
+
+def _note_input(calls: list[tuple[str, nn.Module, Tensor]], name: str, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    value = args[0] if args else kwargs.get("input")
+    if isinstance(value, Tensor):
+        calls.append((name, module, value.detach()))
 
 
 def _squared_inputs(module: nn.Module, value: Tensor) -> Tensor:

@@ -108,7 +108,8 @@ def lottery_ticket(
     how: dict[str, Any] = {"scope": scope, "pattern": form, "floor": least}
     choose = selector(model, shapes, generator=torch.Generator(), **how)
     choose.check(count)
-    plan = _plan(choose.total, count, _rate(rate, rounds, count / choose.total))
+    rate = _rate(rate, rounds, count / choose.total)
+    plan = _plan(choose.total, count, rate)
     start = _state(model)
     info: dict[str, Any] = {
         "method": _name(rewind_step, rewinds, rounds),

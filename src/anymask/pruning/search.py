@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from anymask.errors import SettingError
 from anymask.mask import Mask
 from anymask.prunables import prunable
+from anymask.pruning import criteria
 from anymask.pruning.batches import Batches, Loss, device_of, input_shape, take
 from anymask.pruning.budget import at_least, keep_count, least_kept, report_collapse
 from anymask.pruning.isolation import isolated_random, masked_copy
@@ -151,6 +152,12 @@ def _search(
 
 
 def _check_needs(row: Method, *, data: object, example: object, train: object, rewind_step: object) -> None:
+    if "train" in row.needs and row.criterion is not criteria.magnitude:  # lottery_ticket would prune by magnitude all the same
+        raise SettingError(
+            f"{row.name} needs train and has a criterion of its own",
+            allowed="magnitude after training, or another criterion without training",
+            fix="train the model first and leave 'train' out of needs, or take criteria.magnitude",
+        )
     given = {"data": data is not None, "example": data is not None or example is not None}
     given |= {"train": train is not None, "rewind_step": rewind_step is not None}
     for need in sorted(row.needs):
