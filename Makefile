@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 RUN    ?= runs/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint networks clean
 
 .venv/done: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit('anymask needs Python 3.10 or newer, this is ' + sys.version.split()[0]) if sys.version_info < (3, 10) else None"
@@ -22,6 +22,10 @@ lint: .venv/done
 
 test: lint
 	$(BIN)/pytest -n 2
+
+networks: .venv/done
+	$(BIN)/python tools/networks.py
+	$(BIN)/python tools/make_docs.py
 
 clean:
 	rm -rf .venv build dist src/*.egg-info

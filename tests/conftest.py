@@ -1,9 +1,24 @@
 """One thread for each test process: two that share two cores wait for each other's barriers, 3.7 times as long."""
 
+import importlib.util
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, and for the processes that tests start
 
 import torch
 
 torch.set_num_threads(1)
+
+VISION = None
+if importlib.util.find_spec("torchvision") is not None:
+    # The package index has torchvision with CUDA operators, which do not load beside torch's CPU build; its Python part, which
+    # lightning, transformers and timm import, wants their schemas alone.
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        VISION = torch.library.Library("torchvision", "DEF")  # kept: the schemas go with this object
+        VISION.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        VISION.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -19,9 +19,9 @@ OPTIONAL = {  # package: the one module that may import it
     "msgpack": "formats/packed.py",
     "torch.utils.tensorboard": "train/loop.py",
     "tensorboard": None,
-    "lightning": None,
+    "lightning": "integrations/lightning.py!",  # whose class is one of theirs, so at the top
     "pytorch_lightning": None,
-    "transformers": None,
+    "transformers": "integrations/transformers.py!",
     "torchvision": None,
 }
 

@@ -12,16 +12,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 import method_tables
+import network_table
 
 from anymask.report import grid, paired, table
 from anymask.runlog import Ledger
 from anymask.techniques import TECHNIQUES
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("README.md", "docs/evidence.md", "docs/lab.md", "docs/masks.md")
+FILES = ("README.md", "docs/evidence.md", "docs/lab.md", "docs/masks.md", "docs/networks.md")
 PART = re.compile(r"(<!-- made by ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -105,13 +106,37 @@ def times() -> str:
     return "\n".join([*lines, f"\nMeasured in fresh clones on {measured['machine']}, installation included.\n"])
 
 
-def hold_cost() -> str:
-    """What benchmarks/hold.py measured."""
-    measured = json.loads((ROOT / "results" / "hold.json").read_text())["results"]
+def overhead() -> str:
+    """What benchmarks/overhead.py measured: time as a ratio to the plain step, memory in MB where it was counted."""
+    measured = json.loads((ROOT / "results" / "overhead.json").read_text())["results"]
     kinds = list(measured[0]["ratios"])
     lines = [f"| network, batch | {' | '.join(kinds)} |", "|" + "---|" * (len(kinds) + 1)]
-    lines += [f"| {m['model']}, {m['batch']} | {' | '.join(format(m['ratios'][kind], '.3f') for kind in kinds)} |" for m in measured]
+    for m in measured:
+        cells = [f"{m['ratios'][kind]:.3f}" + (f" ({m['megabytes'][kind]:.0f} MB)" if m["megabytes"] else "") for kind in kinds]
+        lines.append(f"| {m['model']}, {m['batch']}{', compiled' if m['compiled'] else ''} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def networks() -> str:
+    """What tools/networks.py found, a line a network."""
+    return network_table.table([json.loads(line) for line in (ROOT / "results" / "networks.jsonl").read_text().splitlines()])
+
+
+def fine_tuning() -> str:
+    """What tools/fine_tuning.py measured: test accuracy of each recipe, and the difference to the default one within a seed."""
+    found = [json.loads(line) for line in (ROOT / "results" / "fine_tuning.jsonl").read_text().splitlines()]
+    by = {recipe: {r["seed"]: r for r in found if r["recipe"] == recipe} for recipe in dict.fromkeys(r["recipe"] for r in found)}
+    lines = ["| recipe | pruned, before | fine-tuned | difference to default | seeds | every zero kept |", "|" + "---|" * 6]
+    for recipe, seeds in by.items():
+        gain = [row["test"] - by["default"][seed]["test"] for seed, row in seeds.items()]
+        cells = (_spread([r["pruned"] for r in seeds.values()]), _spread([r["test"] for r in seeds.values()]), _spread(gain))
+        kept = all(row["every zero kept"] for row in seeds.values())
+        lines.append(f"| {recipe} | {' | '.join(cells)} | {len(seeds)} | {'yes' if kept else 'NO'} |")
+    return "\n".join([*lines, "\nMean ± sample standard deviation over the seeds.\n"])
+
+
+def _spread(values: list[float]) -> str:
+    return f"{fmean(values):.2f} ± {stdev(values):.2f}"
 
 
 def references() -> str:
@@ -149,7 +174,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "masks-table": lambda: table(rows("evidence", keep=main_recipes)),
     "techniques-grid": lambda: grid(rows("evidence", keep=in_the_grid)),
     "verdicts": verdicts,
-    "hold-cost": hold_cost,
+    "overhead": overhead,
+    "networks": networks,
+    "fine-tuning": fine_tuning,
     "evidence-time": lambda: seconds("evidence"),
     "tuning-grid": tuning,
     "tuning-early": tuning_early,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anymask.errors import MaskError
-from anymask.mask import Mask
+from anymask.mask import Mask, local, shard
 
 
 class Hold:
@@ -16,7 +16,7 @@ class Hold:
     def __init__(self, mask: Mask, model: nn.Module, optimizer: Optimizer) -> None:
         self.mask, self.optimizer = mask, optimizer
         self.parameters = mask.check(model)
-        self._kept = {name: -mask[name].to(torch.int8) for name in mask}  # every bit set where kept: see _zero
+        self._kept = {name: _bits(mask, name, parameter) for name, parameter in self.parameters.items()}
         self._handles = [self._hold_gradient(name, parameter) for name, parameter in self.parameters.items()]
         self._handles += [optimizer.register_step_post_hook(self), optimizer.register_load_state_dict_post_hook(self)]
         self(optimizer)
@@ -30,10 +30,10 @@ class Hold:
         """
         for name, parameter in self.parameters.items():
             kept = self._where(name, parameter)
-            _zero(parameter, kept)
+            _zero(local(parameter), kept)
             for slot in optimizer.state.get(parameter, {}).values():
                 if isinstance(slot, Tensor) and slot.shape == parameter.shape:
-                    _zero(slot, kept)
+                    _zero(local(slot), kept)
 
     @torch.no_grad()
     def move(self, mask: Mask) -> None:
@@ -56,7 +56,7 @@ class Hold:
                 fix="release this hold and hold the new mask",
             )
         for name, parameter in self.parameters.items():
-            self._where(name, parameter).copy_(-mask[name].to(torch.int8))
+            self._where(name, parameter).copy_(_bits(mask, name, parameter))
             self._mask_gradient(name, parameter)
         self.mask = mask
         self(self.optimizer)
@@ -86,13 +86,14 @@ class Hold:
         if parameter.grad is not None and parameter.grad.is_sparse:
             parameter.grad = _masked_rows(parameter.grad, self._where(name, parameter))
         elif parameter.grad is not None:
-            _zero(parameter.grad, self._where(name, parameter))
+            sharded = hasattr(parameter.grad, "to_local")
+            _zero(local(parameter.grad) if sharded else parameter.grad, self._where(name, parameter))
 
     def _where(self, name: str, parameter: Tensor) -> Tensor:
-        """What is kept, on the parameter's device and in its memory layout (a model may be moved after `hold`)."""
-        kept = self._kept[name]
-        if kept.device != parameter.device or kept.stride() != parameter.stride():
-            kept = self._kept[name] = torch.empty_like(parameter, dtype=torch.int8).copy_(kept)
+        """What is kept of this rank's part, on its device and in its memory layout (a model may be moved after `hold`)."""
+        kept, here = self._kept[name], local(parameter)
+        if kept.device != here.device or kept.stride() != here.stride():
+            kept = self._kept[name] = torch.empty_like(here, dtype=torch.int8).copy_(kept)
         return kept
 
 
@@ -102,11 +103,12 @@ def hold(mask: Mask, model: nn.Module, optimizer: Optimizer) -> Hold:
     At once the weights are masked; from then on each gradient is masked as soon as it is accumulated (so clipping and
     all-reduce see zeros), and after each step of the optimiser the weights and every slot of their shape (momentum,
     moments ...) are zeroed where masked. No parameter is renamed or replaced. A live weight that reaches 0 stays live.
+    A model may come within torch.compile or DistributedDataParallel, or cut by `fully_shard`: hold it after that.
     LBFGS alone stores what it knows in another shape: hold the mask before its first step.
 
     Args:
         mask: which weights are kept; must fit `model`.
-        model: trained in place; may be moved to another device later.
+        model: trained in place; may be moved to another device later. The mask has the names of the model inside wrappers.
         optimizer: any `torch.optim.Optimizer` that holds the parameters of `model`.
 
     Raises:
@@ -141,6 +143,11 @@ def held(optimizer: Optimizer) -> Hold | None:
     """The hold that `optimizer` carries, if any."""
     hooks = optimizer._optimizer_step_post_hooks.values()
     return next((hook for hook in hooks if isinstance(hook, Hold)), None)
+
+
+def _bits(mask: Mask, name: str, parameter: Tensor) -> Tensor:
+    """-1 where kept, every bit set: see `_zero`; of a sharded parameter the part of this rank."""
+    return shard(-mask[name].to(torch.int8), parameter)
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from anymask.errors import MaskError
-from anymask.prunables import prunable
+from anymask.prunables import bare, prunable
 from anymask.ranks import from_rank, together
 from anymask.registry import nearest
 
@@ -93,10 +93,13 @@ class Mask(Mapping[str, Tensor]):
     def check(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters of `model` that this mask covers, by name; it may leave any out.
 
+        Names are those of the model inside `torch.compile` or DistributedDataParallel.
+
         Raises:
             MaskError: naming every entry that the model does not have or has in another shape, each with the nearest
                 parameters; and then also the prunable weights that the mask leaves out.
         """
+        model = bare(model)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         odd = [name for name, t in self._kept.items() if name not in parameters or t.shape != parameters[name].shape]
         if odd:
@@ -135,7 +138,8 @@ class Mask(Mapping[str, Tensor]):
             MaskError: when the mask does not fit the model.
         """
         for name, parameter in self.check(model).items():
-            parameter.masked_fill_(~self._kept[name].to(parameter.device), 0)
+            here = local(parameter)
+            here.masked_fill_(~shard(self._kept[name], parameter).to(here.device), 0)
 
     def broadcast(self, source: int = 0) -> "Mask":
         """The mask of rank `source`, on every rank of torch.distributed; this very mask where a process trains alone.
@@ -160,6 +164,23 @@ class Mask(Mapping[str, Tensor]):
         from anymask import formats  # below: formats needs Mask
 
         formats.save(self, path, format=format, weights=weights)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What of `tensor` lies on this rank, without its graph: all of it, unless it is a DTensor (fully_shard, tensor parallel)."""
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def shard(whole: Tensor, like: Tensor) -> Tensor:
+    """`whole` cut as `like` is: what of it belongs to this rank. Every rank has the whole, nothing is sent."""
+    if not hasattr(like, "to_local"):
+        return whole
+    from torch.distributed.tensor import DTensor, distribute_tensor  # here: a slow import, and only DTensors need it
+
+    assert isinstance(like, DTensor)
+    placed = distribute_tensor(whole.to(local(like).device), like.device_mesh, like.placements, src_data_rank=None)
+    return local(placed).clone()  # may be a view of the whole
 
 
 def _prunable(model: nn.Module) -> list[str]:

@@ -1,37 +1,58 @@
-"""Which parameters a mask may cover."""
+"""Which parameters a mask may cover, and of which model: what wraps it does not count."""
 
+import sys
 from collections.abc import Iterable
 
 from torch import nn
 
 from anymask.errors import MaskError, SettingError
 
-_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-KINDS: dict[str, tuple[type[nn.Module], ...]] = {"conv": _CONV, "linear": (nn.Linear,)}
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_WEIGHT = ("weight",)
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_GPT_CONV = ("transformers.pytorch_utils", "Conv1D")  # a linear layer laid out (in, out); known only where it is imported already
+
+Owner = tuple[type[nn.Module], tuple[str, ...]]  # a class of module and the beginnings of its parameters' names
+KINDS: dict[str, tuple[Owner, ...]] = {
+    "conv": tuple((kind, _WEIGHT) for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)),
+    "linear": ((nn.Linear, _WEIGHT), (nn.MultiheadAttention, _PROJECTIONS)),
+    "embedding": ((nn.Embedding, _WEIGHT), (nn.EmbeddingBag, _WEIGHT)),
+    "recurrent": ((nn.RNNBase, ("weight_ih_", "weight_hh_")), (nn.RNNCellBase, ("weight_ih", "weight_hh"))),
+}
 
 
 def prunable(model: nn.Module, *, kinds: Iterable[str] = ("conv", "linear"), exclude: Iterable[str] = ()) -> dict[str, nn.Parameter]:
     """The parameters of `model` that a mask may cover, by name, in the model's own order.
 
-    A tensor that several modules share (tied weights) is there once, under its first name.
+    A tensor that several modules share (tied weights) is there once, under its first name; it is of the first of its kinds,
+    so an embedding that a linear layer shares counts as linear. Names are those of the model inside `torch.compile` or
+    DistributedDataParallel.
 
     Args:
         model: any module.
-        kinds: "conv" (1d, 2d, 3d, transposed) and "linear": whose `weight` counts.
+        kinds: "conv" (1d, 2d, 3d, transposed), "linear" (with the projections of `nn.MultiheadAttention` and the `Conv1D` of
+            transformers), "embedding" (with bags) and "recurrent" (RNN, LSTM, GRU and their cells, without the projection of
+            an LSTM).
         exclude: names of parameters or of modules to leave dense, such as "fc" or "layer4.1.conv2.weight".
 
     Raises:
         SettingError: for a kind or an excluded name that is not there.
-        MaskError: when nothing is left to prune.
+        MaskError: when nothing is left to prune, or for a model within FullyShardedDataParallel.
 
     Example:
         >>> from torch import nn
         >>> list(prunable(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 2))))
         ['0.weight', '2.weight']
+        >>> list(prunable(nn.LSTM(2, 3), kinds=["recurrent"]))
+        ['weight_ih_l0', 'weight_hh_l0']
     """
-    types = tuple(t for kind in kinds for t in _types(kind))
-    owned = {id(m.weight) for m in model.modules() if isinstance(m, types)}
-    named = {name: p for name, p in model.named_parameters() if id(p) in owned}
+    wanted = list(kinds)
+    for kind in wanted:
+        if kind not in KINDS:
+            raise SettingError(f"kinds holds {kind!r}", allowed=", ".join(KINDS), fix="choose among these")
+    model = bare(model)
+    kind_of = _kinds_of(model)
+    named = {name: p for name, p in model.named_parameters() if kind_of.get(id(p)) in wanted}
     kept = dict(named)
     for skip in exclude:
         hit = [name for name in named if name == skip or name.startswith(skip + ".")]
@@ -42,26 +63,70 @@ def prunable(model: nn.Module, *, kinds: Iterable[str] = ("conv", "linear"), exc
     if not kept:
         raise MaskError(
             f"{type(model).__name__} has no weight that a mask may cover",
-            allowed=f"a model with one of: {', '.join(t.__name__ for t in types)}",
+            allowed=f"a model with one of: {', '.join(owner.__name__ for kind in wanted for owner, _ in KINDS[kind])}",
             fix="check `kinds` and `exclude`",
         )
     return kept
 
 
 def transposed_groups(model: nn.Module) -> dict[str, int]:
-    """The weights of transposed convolutions by name, with their groups: laid out `(in, out / groups, *kernel)`, unlike all others.
+    """The weights laid out `(in, out / groups, *kernel)`, unlike all others, by name, with their groups.
+
+    They are those of transposed convolutions, and of the `Conv1D` of transformers (groups 1).
 
     Example:
         >>> from torch import nn
         >>> transposed_groups(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ConvTranspose2d(4, 2, 3, groups=2)))
         {'1.weight': 2}
     """
-    types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    groups = {id(m.weight): m.groups for m in model.modules() if isinstance(m, types)}
+    model = bare(model)
+    groups = {id(m.weight): m.groups for m in model.modules() if isinstance(m, _TRANSPOSED)}
+    groups |= {id(m.weight): 1 for m in model.modules() if isinstance(m, _imported(*_GPT_CONV))}
     return {name: groups[id(p)] for name, p in model.named_parameters() if id(p) in groups}
 
 
-def _types(kind: str) -> tuple[type[nn.Module], ...]:
-    if kind not in KINDS:
-        raise SettingError(f"kinds holds {kind!r}", allowed=", ".join(KINDS), fix="choose among these")
-    return KINDS[kind]
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`, DistributedDataParallel and DataParallel, which put a prefix before each name.
+
+    Raises:
+        MaskError: for FullyShardedDataParallel, whose flat parameters have no shape that a mask could fit.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 2)
+        >>> bare(torch.nn.DataParallel(model)) is model
+        True
+    """
+    compiled = _imported("torch._dynamo.eval_frame", "OptimizedModule")
+    while isinstance(model, (*compiled, nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        inside = model._orig_mod if isinstance(model, compiled) else model.module
+        assert isinstance(inside, nn.Module)
+        model = inside
+    flat = _imported("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
+    if flat and any(isinstance(module, flat) for module in model.modules()):
+        raise MaskError(
+            f"{type(model).__name__} is sharded by FullyShardedDataParallel, which flattens its parameters",
+            allowed="plain modules, torch.compile, DistributedDataParallel, or torch.distributed.fsdp.fully_shard",
+            fix="shard it with fully_shard (FSDP2), which keeps each parameter",
+        )
+    return model
+
+
+def _kinds_of(model: nn.Module) -> dict[int, str]:
+    """The kind of each parameter that has one, by the parameter's id."""
+    found: dict[int, str] = {}
+    for kind, owners in KINDS.items():
+        more = tuple((owner, _WEIGHT) for owner in _imported(*_GPT_CONV)) if kind == "linear" else ()
+        for module in model.modules():
+            for owner, names in (*owners, *more):
+                if isinstance(module, owner):
+                    for name, parameter in module.named_parameters(recurse=False):
+                        if name.startswith(names):
+                            found.setdefault(id(parameter), kind)
+    return found
+
+
+def _imported(module: str, name: str) -> tuple[type[nn.Module], ...]:
+    """A class of a module that somebody has imported, else nothing: a model can hold none of it then."""
+    found = getattr(sys.modules.get(module), name, None)
+    return () if found is None else (found,)

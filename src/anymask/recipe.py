@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from anymask.errors import FileFormatError, SettingError, TechniqueError
 from anymask.holding import held
 from anymask.mask import Mask
+from anymask.prunables import bare
 from anymask.registry import lookup, unknown
 from anymask.running import MARK, RunningRecipe, settings_of
 from anymask.techniques import TECHNIQUES, Context, Loss, Technique
@@ -128,8 +129,8 @@ class Recipe:
         optimizer: Optimizer,
         *,
         total_steps: int,
-        example: Tensor | None = None,
-        data: Iterable[tuple[Tensor, Tensor]] | None = None,
+        example: Any = None,
+        data: Iterable[tuple[Any, Any]] | None = None,
         mask: Mask | None = None,
         steps_per_epoch: int | None = None,
         loss: Loss = F.cross_entropy,
@@ -140,21 +141,24 @@ class Recipe:
         """Put the techniques into a training; they fade, and are gone by its end.
 
         Args:
-            model: changed in place, and plain again after `finish`.
+            model: changed in place, and plain again after `finish`; may come within torch.compile or DistributedDataParallel,
+                or cut by `fully_shard`.
             optimizer: learned ghosts join it for as long as they live.
             total_steps: optimiser steps of the whole training, >= 1.
-            example: a batch of inputs (N, ...), for techniques that look at how data flows.
-            data: batches of (input, target), for techniques that look at gradients (LRsI).
+            example: a batch of inputs, for techniques that look at how data flows: a tensor (N, ...), a tuple of positional
+                inputs or a mapping of keyword inputs.
+            data: batches of (inputs, target), for techniques that look at gradients (LRsI); inputs as in `example`.
             mask: the mask that is held; found by itself when `anymask.hold` was called on `optimizer`.
             steps_per_epoch: needed when a schedule counts epochs ("90ep").
-            loss: (output, target) -> loss.
+            loss: (logits, target) -> loss.
             seed: for what techniques draw at random.
             start: the step that the training is at, in [0, total_steps).
             state: `state_dict()` of an earlier RunningRecipe, to go on from there. Then load the model's and the
                 optimiser's state dicts, which may hold the weights of ghosts, after this call.
 
         Raises:
-            TechniqueError: when a technique finds nothing to apply to, or a recipe is attached already.
+            TechniqueError: when techniques find nothing to apply to (naming them all, and the recipe without them; the model is
+                then as before), a recipe is attached already, or the model is an nn.DataParallel.
             SettingError: when `state` is of another recipe, or a number is out of range.
         """
         if not 0 <= start < total_steps:
@@ -163,9 +167,16 @@ class Recipe:
                 allowed="0 <= start < total_steps",
                 fix="give total_steps=epochs * len(loader)",
             )
-        if MARK in vars(model):
+        if any(isinstance(module, nn.DataParallel) for module in model.modules()):
             raise TechniqueError(
-                f"{type(model).__name__} carries the recipe {vars(model)[MARK]!r} already",
+                "the model is within nn.DataParallel, whose replicas would use the ghosts of the first device",
+                allowed="plain models, torch.compile, DistributedDataParallel or fully_shard",
+                fix="use DistributedDataParallel, or attach to the model inside and train it on one device",
+            )
+        inner = bare(model)
+        if MARK in vars(inner):
+            raise TechniqueError(
+                f"{type(inner).__name__} carries the recipe {vars(inner)[MARK]!r} already",
                 allowed="one recipe at a time",
                 fix="call finish() on the first one, or compose both into one Recipe",
             )
@@ -173,8 +184,27 @@ class Recipe:
         mask = mask if mask is not None else (carried.mask if carried is not None else None)
         context = Context(model, optimizer, loss, mask=mask, example=example, data=data, total_steps=total_steps, seed=seed)
         return RunningRecipe(
-            self.techniques, context, name=self.name, total_steps=total_steps, per_epoch=steps_per_epoch, start=start, state=state
+            self.techniques,
+            context,
+            name=self.name,
+            remedy=self._remedy,
+            total_steps=total_steps,
+            per_epoch=steps_per_epoch,
+            start=start,
+            state=state,
         )
+
+    def _remedy(self, refused: Iterable[str]) -> str:
+        """What to write instead of this recipe, so that the refused techniques are not in it."""
+        refused = set(refused)
+        left = tuple(t for t in self.techniques if t.name not in refused)
+        if not left:
+            return "train without a recipe"
+        whole = self.name.partition(":")[0]
+        known = Recipe.load(presets()[whole]).techniques if whole in presets() else ()
+        if tuple(t for t in known if t in left) == left:
+            return f"use Recipe.preset('{whole}:{','.join(f'-{t.name}' for t in known if t not in left)}')"
+        return f"use recipe.without({', '.join(repr(t.name) for t in self.techniques if t.name in refused)})"
 
 
 def presets() -> dict[str, Path]:

@@ -1,18 +1,23 @@
 """A recipe in a training: its strengths, its loss, where it stands, and how it leaves."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from anymask.errors import SettingError, TechniqueError
 from anymask.holding import held
-from anymask.mask import Mask
-from anymask.surgery import Cost, fingerprint
+from anymask.mask import Mask, local, shard
+from anymask.prunables import bare
+from anymask.surgery import Cost, fingerprint, logits_of
 from anymask.techniques import Attached, Context, Technique
 
+_STATE_HOOKS = re.compile(r"'_(load_)?state_dict_\w+': \d+(, )?")  # in a fingerprint
 MARK = "_anymask_recipe"  # an attribute of the model while a recipe is attached to it
 
 
@@ -25,6 +30,7 @@ class RunningRecipe:
         context: Context,
         *,
         name: str,
+        remedy: Callable[[Iterable[str]], str],
         total_steps: int,
         per_epoch: int | None,
         start: int,
@@ -34,23 +40,27 @@ class RunningRecipe:
         self.position = start if state is None else self._resumed(state)
         self.found: dict[str, str] = dict(state["found"]) if state else {}  # those that are gone already are not found again
         self.added = Cost()
+        self._given, context = context.model, replace(context, model=bare(context.model))
         self._context, self._before = context, fingerprint(context.model)
         self._hold = held(context.optimizer) if context.optimizer is not None else None
         self._live: dict[str, tuple[Technique, Attached]] = {}
         self._strengths = {t.name: self.strength(t, self.position) for t in techniques if t.seam != "init"}
         vars(context.model)[MARK] = name
+        weights = self._weights() if state is None and any(t.seam == "init" for t in techniques) else []
         try:
-            for technique in techniques:
-                self._join(technique, fresh=state is None)
+            self._join_all(remedy, fresh=state is None)
             self.added = self.added if state is None else Cost(**state["added"])
         except BaseException:
             self._leave_all()
+            for parameter, value in weights:
+                parameter.detach().copy_(value)
             raise
+        _forget_graphs()
 
     @property
     def model(self) -> nn.Module:
-        """The model, with its ghosts while they live."""
-        return self._context.model
+        """The model as it was given (within torch.compile or DistributedDataParallel), with its ghosts while they live."""
+        return self._given
 
     @property
     def strengths(self) -> dict[str, float]:
@@ -61,13 +71,15 @@ class RunningRecipe:
         """The strength, in [0, 1], of `technique` at optimiser step `step`."""
         return technique.schedule.strength(step, total=self.total_steps, per_epoch=self.per_epoch)
 
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+    def loss(self, output: Any, target: Any) -> Tensor:
         """The loss to train with: the base loss as the techniques change it.
 
         Args:
-            output: the model's output, (N, C, ...) logits for cross-entropy.
+            output: the model's output, (N, C, ...) logits for cross-entropy; or a mapping or ModelOutput with `logits`, or a
+                tuple that begins with them.
             target: what the base loss takes.
         """
+        output = logits_of(output)
         value = self._context.loss(output, target)
         for _, attached in self._live.values():
             value = attached.loss(value, output, target)
@@ -111,9 +123,9 @@ class RunningRecipe:
                 attached.set_strength(self._strengths[technique.name])
 
     def plain_state_dict(self) -> dict[str, Tensor]:
-        """The model's state dict without what ghosts add to it."""
+        """The state dict of the model inside its wrappers, without what ghosts add to it."""
         ghosts = tuple(f"{name}." if name else "" for name in self._ghost_names())
-        return {key: value for key, value in self.model.state_dict().items() if not key.startswith(ghosts or ("\0",))}
+        return {key: value for key, value in self._context.model.state_dict().items() if not key.startswith(ghosts or ("\0",))}
 
     def finish(self, *, early: bool = False) -> nn.Module:
         """Take away what is left of the recipe and return the plain model.
@@ -153,6 +165,20 @@ class RunningRecipe:
             )
         return int(state["position"])
 
+    def _weights(self) -> list[tuple[nn.Parameter, Tensor]]:
+        return [(parameter, parameter.detach().clone()) for parameter in self._context.model.parameters()]
+
+    def _join_all(self, remedy: Callable[[Iterable[str]], str], *, fresh: bool) -> None:
+        """Attach each technique in order; what they refuse is said at once, of all of them."""
+        refused: dict[str, TechniqueError] = {}
+        for technique in self.techniques:
+            try:
+                self._join(technique, fresh=fresh)
+            except TechniqueError as error:
+                refused[technique.name] = error
+        if refused:
+            raise _refusal(refused, of=len(self.techniques), remedy=remedy(refused))
+
     def _join(self, technique: Technique, *, fresh: bool) -> None:
         if technique.seam == "init" and not fresh:
             return  # its work is in the weights that are loaded next
@@ -165,6 +191,12 @@ class RunningRecipe:
         if strength is not None:
             self._live[technique.name] = (technique, attached)
             attached.set_strength(strength)
+        if attached.added.parameters and (how := _spread(self._given)):
+            raise TechniqueError(
+                f"{technique.name} adds parameters to a model {how}, which does not know of them",
+                allowed="techniques without parameters of their own on a model that is spread already",
+                fix='attach before wrapping, or take kind = "free" where there is one',
+            )
 
     def _move(self, technique: Technique) -> None:
         strength = self.strength(technique, self.position)
@@ -177,16 +209,22 @@ class RunningRecipe:
             if strength == 0:
                 attached.detach()
                 del self._live[technique.name]
+                if technique.seam == "model":
+                    _forget_graphs()
 
     def _leave_all(self) -> None:
         for _, attached in reversed(self._live.values()):
             attached.detach()
+        if any(technique.seam == "model" for technique, _ in self._live.values()):
+            _forget_graphs()
         self._live = {}
-        vars(self.model).pop(MARK, None)
+        vars(self._context.model).pop(MARK, None)
 
     def _check_plain(self) -> None:
-        after = fingerprint(self.model)
-        changed = sorted(key for key in {*after, *self._before} if after.get(key) != self._before.get(key))
+        before, after = self._before, fingerprint(self._context.model)
+        if _spread(self._given).startswith("cut"):  # fully_shard adds its hooks to state dicts in the first forward pass
+            before, after = ({key: _STATE_HOOKS.sub("", line) for key, line in found.items()} for found in (before, after))
+        changed = sorted(key for key in {*after, *before} if after.get(key) != before.get(key))
         if changed:
             raise TechniqueError(
                 f"the model is not what it was before attach: {', '.join(changed[:8])}",
@@ -194,7 +232,7 @@ class RunningRecipe:
                 fix="undo what was changed in between, or report this as a bug",
             )
         mask = self._mask_now()
-        revived = [] if mask is None else [n for n, p in mask.check(self.model).items() if bool(p[~mask[n].to(p.device)].any())]
+        revived = [] if mask is None else [n for n, p in mask.check(self.model).items() if _revived(p, mask[n])]
         if revived:
             raise TechniqueError(
                 f"pruned weights are not 0 in {', '.join(revived)}",
@@ -210,7 +248,40 @@ class RunningRecipe:
 
     def _ghost_names(self) -> set[str]:
         before = {key.removeprefix("module ") for key in self._before if key.startswith("module ")}
-        return {name for name, _ in self.model.named_modules(remove_duplicate=False)} - before
+        return {name for name, _ in self._context.model.named_modules(remove_duplicate=False)} - before
+
+
+def _refusal(refused: Mapping[str, TechniqueError], *, of: int, remedy: str) -> TechniqueError:
+    """One error for all techniques of a recipe that refused, with what to write instead."""
+    first = next(iter(refused.values()))
+    if of == 1:
+        return first
+    if len(refused) == 1:  # what it says itself, and the whole remedy
+        return TechniqueError(first.came, allowed=first.allowed, fix=f"{first.fix}; or {remedy}")
+    said = "; ".join(f"{e.came} (allowed: {e.allowed}; to do: {e.fix})" for e in refused.values())
+    return TechniqueError(
+        f"{len(refused)} of the {of} techniques cannot be attached: {said}",
+        allowed="a recipe whose techniques all find something to do",
+        fix=remedy,
+    )
+
+
+def _revived(parameter: Tensor, kept: Tensor) -> bool:
+    here = local(parameter)
+    return bool(here[~shard(kept, parameter).to(here.device)].any())
+
+
+def _spread(model: nn.Module) -> str:
+    """How a model is spread over ranks by its wrapper, or ""."""
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        return "within DistributedDataParallel"
+    return "cut by fully_shard" if any(hasattr(parameter, "to_local") for parameter in model.parameters()) else ""
+
+
+def _forget_graphs() -> None:
+    """Let torch.compile look again: its graphs do not notice a hook that came or went (skip_nnmodule_hook_guards)."""
+    if "torch._dynamo.eval_frame" in sys.modules:
+        torch.compiler.reset()
 
 
 def settings_of(techniques: Iterable[Technique]) -> list[dict[str, Any]]:

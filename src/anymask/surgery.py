@@ -1,13 +1,15 @@
 """Looking into models: what they are made of, how data flows through them, what they cost."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from anymask.errors import TechniqueError
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
@@ -59,6 +61,45 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def run(model: nn.Module, example: Any) -> Any:
+    """What `model` gives for `example`: one tensor, a tuple or list of positional inputs, or a mapping of keyword inputs.
+
+    Example:
+        >>> import torch
+        >>> run(nn.Identity(), {"input": torch.ones(1)}), run(nn.Identity(), (torch.ones(1),))
+        (tensor([1.]), tensor([1.]))
+    """
+    if isinstance(example, Mapping):
+        return model(**example)
+    return model(*example) if isinstance(example, (tuple, list)) else model(example)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The tensor that a loss takes: `output` itself, its `logits` (as Hugging Face calls them), or its first tensor.
+
+    Raises:
+        TechniqueError: when there is none.
+
+    Example:
+        >>> import torch
+        >>> logits_of({"loss": None, "logits": torch.ones(1)})
+        tensor([1.])
+    """
+    if isinstance(output, Tensor):
+        return output
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(named, Tensor):
+        return named
+    first = next((part for part in output if isinstance(part, Tensor)), None) if isinstance(output, (tuple, list)) else None
+    if first is None:
+        raise TechniqueError(
+            f"the model's output is a {type(output).__name__}",
+            allowed="a tensor, an output with logits, or a tuple with a tensor in it",
+            fix="give recipe.loss the tensor that the loss is of",
+        )
+    return first
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of a module while an example went through the model."""
@@ -97,7 +138,7 @@ def trace(model: nn.Module, example: Tensor) -> list[Call]:
         handles.append(module.register_forward_hook(note))
     try:
         with evaluating(model):
-            model(example)
+            run(model, example)
     finally:
         for handle in handles:
             handle.remove()

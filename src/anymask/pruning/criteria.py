@@ -174,8 +174,8 @@ def synflow(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, T
 
 
 def _note_input(calls: list[tuple[str, nn.Module, Tensor]], name: str, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-    value = args[0] if args else kwargs.get("input")
-    if isinstance(value, Tensor):
+    value = args[0] if args else next(iter(kwargs.values()), None)
+    if isinstance(value, Tensor) and value.is_floating_point():  # the numbers of words are nothing to weigh
         calls.append((name, module, value.detach()))
 
 

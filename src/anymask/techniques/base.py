@@ -99,28 +99,75 @@ class Ghost(nn.Module):
         self.register_buffer("strength", torch.ones((), dtype=torch.float32, device=device), persistent=False)
 
 
+class Haunted(nn.Module):
+    """The ghosts of one technique, as one child of a model that shows neither their parameters nor their buffers.
+
+    Whoever pairs `model.parameters()` or `buffers()` with those of a copy (torch.optim.swa_utils.AveragedModel, in
+    order, chained and counted) would else pair the wrong ones as ghosts come and go. They still move with the model,
+    follow its mode, are in its state dict, and are copied with it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ghosts: list[Ghost] = []  # a list, not a ModuleList: not registered
+
+    def train(self, mode: bool = True) -> "Haunted":
+        for ghost in self.ghosts:
+            ghost.train(mode)
+        return super().train(mode)
+
+    def share_strength(self) -> None:
+        """One tensor is the strength of all ghosts."""
+        for ghost in self.ghosts[1:]:
+            ghost.strength = self.ghosts[0].strength
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Haunted":
+        for ghost in self.ghosts:
+            ghost._apply(fn, recurse)
+        self.share_strength()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for i, ghost in enumerate(self.ghosts):
+            ghost.state_dict(destination=destination, prefix=f"{prefix}{i}.", keep_vars=keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, _metadata: Any, *rest: Any) -> None:
+        for i, ghost in enumerate(self.ghosts):
+            for name, module in ghost.named_modules():
+                at = f"{prefix}{i}.{name}." if name else f"{prefix}{i}."
+                module._load_from_state_dict(state_dict, at, {"version": module._version}, *rest)
+
+
 class AttachedGhosts(Attached):
-    """Ghosts hooked into a model, each a child of its host module under `child` while it is there."""
+    """Ghosts hooked into a model, together under the name `child` in the host of the first while they are there."""
 
     def __init__(self, *, child: str, found: str, added: Cost | None = None) -> None:
         self.child, self.found, self.added = child, found, added or Cost()
-        self._ghosts: list[tuple[nn.Module, Ghost, list[Any]]] = []
+        self._host: nn.Module | None = None
+        self._haunted = Haunted()
+        self._handles: list[Any] = []
 
     def add(self, host: nn.Module, ghost: Ghost, handles: list[Any]) -> None:
-        """Make `ghost` a child of `host`, to be removed with `handles` on detach."""
-        host.add_module(self.child, ghost)
-        self._ghosts.append((host, ghost, handles))
+        """Put `ghost` into a model that `host` is in, to be removed with `handles` on detach."""
+        if self._host is None:
+            self._host = host
+            self._haunted.train(host.training)
+            host.add_module(self.child, self._haunted)
+        ghost.train(self._haunted.training)
+        self._haunted.ghosts.append(ghost)
+        self._haunted.share_strength()
+        self._handles += handles
 
     def set_strength(self, strength: float) -> None:
-        for _, ghost, _ in self._ghosts:
-            ghost.strength.fill_(strength)
+        if self._haunted.ghosts:
+            self._haunted.ghosts[0].strength.fill_(strength)
 
     def detach(self) -> None:
-        for host, _, handles in self._ghosts:
-            delattr(host, self.child)
-            for handle in handles:
-                handle.remove()
-        self._ghosts = []
+        if self._host is not None:
+            delattr(self._host, self.child)
+        for handle in self._handles:
+            handle.remove()
+        self._host, self._haunted, self._handles = None, Haunted(), []
 
 
 def device_of(model: nn.Module) -> torch.device:

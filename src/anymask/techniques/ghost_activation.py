@@ -1,17 +1,25 @@
 """Ghost soft neurons: ReLU made smooth early in training, exact ReLU at the end."""
 
+import sys
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from anymask.errors import SettingError
+from anymask.errors import SettingError, TechniqueError
 from anymask.registry import lookup
+from anymask.surgery import evaluating
 from anymask.techniques.base import AttachedGhosts, Context, Ghost, Technique, device_of
 
 _CHILD = "ghost_activation"
+_CHECKPOINT = torch.utils.checkpoint.__file__
 
 
 def _swish(x: Tensor, beta: Tensor | float) -> Tensor:
@@ -25,12 +33,22 @@ def _mish(x: Tensor, beta: Tensor | float) -> Tensor:
 SOFT = {"swish": _swish, "mish": _mish}
 FADES = ("blend", "sharpen")
 
+# ReLU in all its spellings. A module's is one of them too: nn.ReLU calls F.relu, nn.ReLU6 calls F.hardtanh(x, 0, 6).
+_RELU = frozenset({F.relu, torch.relu, torch.Tensor.relu})
+_RELU_ = frozenset({F.relu_, torch.relu_, torch.Tensor.relu_})
+_HARDTANH = frozenset({F.hardtanh, F.hardtanh_})
+_SMOOTH = {F.gelu: "gelu", F.silu: "silu", F.mish: "mish", F.elu: "elu", F.selu: "selu", F.celu: "celu", F.softplus: "softplus"}
+_SMOOTH |= {torch.tanh: "tanh", F.tanh: "tanh", torch.Tensor.tanh: "tanh", torch.selu: "selu", torch.celu: "celu"}
+_OTHER = {F.hardswish: "hardswish", F.leaky_relu: "leaky_relu", F.prelu: "prelu", torch.prelu: "prelu", F.rrelu: "rrelu"}
+_LEFT = {**_SMOOTH, **_OTHER}
+_LEFT_MODULES = (nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.SELU, nn.CELU, nn.Softplus, nn.Tanh, nn.Hardswish, nn.LeakyReLU, nn.PReLU, nn.RReLU)
+
 
 @dataclass(frozen=True)
 class GhostActivation(Technique):
     r"""Each ReLU of the model becomes a soft activation that fades back to exact ReLU.
 
-    With strength s falling from 1 to 0, each `nn.ReLU` (and `nn.ReLU6`, whose output stays capped at 6) gives
+    With strength s falling from 1 to 0, each ReLU (and ReLU6, whose output stays capped at 6) gives
 
         blend:    s * soft(x) + (1 - s) * relu(x)
         sharpen:  soft(x) with beta / s in place of beta, which tends to relu(x)
@@ -38,13 +56,22 @@ class GhostActivation(Technique):
     where soft is Swish, x * sigmoid(beta * x), or Mish, x * tanh(softplus(beta * x)). Units that a ReLU would silence
     pass gradients while s > 0. At s = 0 the output is relu(x), bit for bit, and then the hooks are gone.
 
+    A ReLU is found however it is written: `nn.ReLU` and `nn.ReLU6` modules, and, where there is an example input, in the
+    code of any module that calls F.relu, torch.relu, Tensor.relu, F.relu6, F.hardtanh(x, 0, 6) or one of their in-place
+    forms, in whichever branch. Modules that the example does not reach in eval mode are left out unless they are of
+    the class of one that it does reach. Not seen: clamp(min=0), and whole recurrent layers (nn.RNN).
+
+    Smooth activations (GELU, SiLU, Mish, ELU, Softplus, tanh) have from the start what this gives to a ReLU. A network
+    that has no others is refused; in a mixed one `found` names what was left as it is.
+
     Args:
         soft: "swish" (arXiv 1710.05941) or "mish" (arXiv 1908.08681).
         beta: steepness, > 0; the larger the nearer to ReLU.
         fade: "blend" or "sharpen".
 
     Raises:
-        TechniqueError: on attach, when the model has no ReLU module.
+        TechniqueError: on attach, when the model has no ReLU; in the first training step, when a ReLU runs inside
+            torch.utils.checkpoint of a function, whose second run could not be softened.
 
     Example:
         >>> import torch
@@ -76,43 +103,189 @@ class GhostActivation(Technique):
             raise SettingError(f"beta came as {self.beta}", allowed="a number > 0", fix="1.0 is Swish as published")
 
     def attach(self, context: Context) -> AttachedGhosts:
-        relus = [m for m in context.model.modules() if isinstance(m, (nn.ReLU, nn.ReLU6))]
+        model = context.model
+        owners, relus, left = _found(model, context.example)
         if not relus:
-            raise self.nothing("nn.ReLU or nn.ReLU6 modules", context.model, fix="write ReLUs as modules")
-        ghosts = AttachedGhosts(child=_CHILD, found=f"{len(relus)} ReLU modules")
-        for relu in relus:
-            ghost = _SoftReLU(self, device=device_of(context.model), cap=6.0 if isinstance(relu, nn.ReLU6) else None)
-            # A hook on the output needs the input as it was, which an in-place ReLU would overwrite.
-            handles: list[Any] = [_OutOfPlace(relu), relu.register_forward_hook(ghost.soften)]
-            ghosts.add(relu, ghost, handles)
+            raise self._nothing_soft(model, left, traced=context.example is not None)
+        more = ", ".join(f"{count} {name}" for name, count in left.items())
+        ghosts = AttachedGhosts(child=_CHILD, found=f"{relus} ReLU" + (f", {more} left as they are" if more else ""))
+        ghost = _SoftReLU(self, device=device_of(model))
+        handles: list[Any] = []
+        for owner in owners:
+            # Entered after, and left before, whatever else is hooked there. On the owners, not once on the model:
+            # torch.utils.checkpoint runs modules again on their own.
+            handles.append(owner.register_forward_pre_hook(ghost.enter))
+            handles.append(owner.register_forward_hook(ghost.leave, prepend=True, always_call=True))
+        ghosts.add(_host(model), ghost, handles)
         return ghosts
 
+    def _nothing_soft(self, model: nn.Module, left: Mapping[str, int], *, traced: bool) -> TechniqueError:
+        if not left:
+            fix = "see that the example reaches its ReLUs" if traced else "pass example=x, which shows ReLUs that are no modules"
+            return self.nothing("ReLUs", model, fix=fix)
+        seen = ", ".join(f"{count} {name}" for name, count in left.items())
+        what = "smooth already" if all(name in _SMOOTH.values() for name in left) else "no ReLUs"
+        return TechniqueError(
+            f"{self.name} found nothing to apply to in {type(model).__name__}: its activations are {what}: {seen}",
+            allowed="a model with ReLUs, which a soft activation can stand in for",
+            fix=f'leave it out, as in Recipe.preset("tost:-{self.name}")' + ("" if traced else ", or pass example=x to see its code"),
+        )
 
-class _OutOfPlace:
-    """A ReLU that works out of place until `remove`."""
 
-    def __init__(self, relu: nn.Module) -> None:
-        self.relu, self.was = relu, relu.inplace
-        relu.inplace = False  # type: ignore[assignment]
-
-    def remove(self) -> None:
-        self.relu.inplace = self.was
+# -- what is called ------------------------------------------------------------------------------------------------
+def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, *, name: str, default: Any = None) -> Any:
+    return args[place] if len(args) > place else kwargs.get(name, default)
 
 
+def _relu_call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[bool, bool] | None:
+    """(capped at 6, in place) of a call that is a ReLU; None of any other."""
+    if func in _RELU_:
+        return False, True
+    if func in _RELU:
+        return False, bool(_argument(args, kwargs, 1, name="inplace", default=False))
+    if func is F.relu6:
+        return True, bool(_argument(args, kwargs, 1, name="inplace", default=False))
+    if func in _HARDTANH:
+        low, high = _argument(args, kwargs, 1, name="min_val", default=-1.0), _argument(args, kwargs, 2, name="max_val", default=1.0)
+        inplace = func is F.hardtanh_ or bool(_argument(args, kwargs, 3, name="inplace", default=False))
+        return (True, inplace) if low == 0 and high == 6 else None
+    return None
+
+
+def _is_relu(module: nn.Module) -> bool:
+    return isinstance(module, nn.ReLU) or (isinstance(module, nn.Hardtanh) and module.min_val == 0 and module.max_val == 6)
+
+
+# -- where they are ------------------------------------------------------------------------------------------------
+def _found(model: nn.Module, example: Any) -> tuple[list[nn.Module], int, dict[str, int]]:
+    """The modules whose own code calls a ReLU, how many calls there are, and how many of other activations."""
+    modules = list(model.modules())
+    owners = {id(m) for m in modules if _is_relu(m)}
+    if example is None:
+        left = Counter(type(m).__name__.lower() for m in modules if type(m) in _LEFT_MODULES)
+        named = {name.replace("leakyrelu", "leaky_relu"): count for name, count in left.items()}
+        return [m for m in modules if id(m) in owners], len(owners), named
+    traced = _Tracing()
+    traced.run(model, example)
+    owners |= {id(m) for m in traced.owners}
+    kinds = {type(m) for m in traced.owners}  # a block that runs in training only is like those that run always
+    return [m for m in modules if id(m) in owners or type(m) in kinds], traced.relus, dict(traced.left)
+
+
+class _Tracing(TorchFunctionMode):
+    """Sees which module runs while an activation is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: list[nn.Module] = []
+        self.owners: list[nn.Module] = []
+        self.relus, self.left = 0, Counter[str]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        x = _argument(args, kwargs, 0, name="input")
+        if _relu_call(func, args, kwargs) is not None and x.is_floating_point():
+            self.relus += 1
+            self.owners.append(self.running[-1])
+        elif func in _LEFT:
+            self.left[_LEFT[func]] += 1
+        return func(*args, **kwargs)
+
+    def run(self, model: nn.Module, example: Any) -> None:
+        model = _unwrapped(model)
+        handles: list[Any] = []
+        for module in model.modules():
+            handles.append(module.register_forward_pre_hook(lambda m, _args: self.running.append(m)))
+            handles.append(module.register_forward_hook(lambda _m, _args, _out: (self.running.pop(), None)[1], always_call=True))
+        positional = example if isinstance(example, (tuple, list)) else () if isinstance(example, Mapping) else (example,)
+        named = example if isinstance(example, Mapping) else {}
+        try:
+            with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"), self:
+                model(*positional, **named)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """What torch.compile wraps."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _host(model: nn.Module) -> nn.Module:
+    """Where a ghost can live: the model, unless it is one that runs each of its children."""
+    lists = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    model = _unwrapped(model)
+    return model if not isinstance(model, lists) else [m for m in model.modules() if not isinstance(m, lists)][-1]
+
+
+# -- the ghost -----------------------------------------------------------------------------------------------------
 class _SoftReLU(Ghost):
-    def __init__(self, settings: GhostActivation, *, device: torch.device, cap: float | None) -> None:
-        super().__init__(device)
-        self.soft, self.beta, self.fade, self.cap = SOFT[settings.soft], settings.beta, settings.fade, cap
-        self.silu = settings.soft == "swish" and settings.beta == 1.0 and settings.fade == "blend"
+    """What each ReLU gives instead, while one of the modules that call them runs."""
 
-    def soften(self, _relu: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        x, strength = args[0], self.strength
+    def __init__(self, settings: GhostActivation, *, device: torch.device) -> None:
+        super().__init__(device)
+        self.soft, self.beta, self.fade = SOFT[settings.soft], settings.beta, settings.fade
+        self.silu = settings.soft == "swish" and settings.beta == 1.0 and settings.fade == "blend"
+        self.modes: list[_Softened] = []
+        self.checked: set[int] = set()  # owners that trained a step
+
+    def enter(self, owner: nn.Module, _args: Any) -> None:
+        mode = _Softened(self, owner)
+        mode.__enter__()
+        self.modes.append(mode)
+
+    def leave(self, owner: nn.Module, _args: Any, _out: Any) -> None:
+        if not self.modes:
+            return
+        self.modes.pop().__exit__(None, None, None)
+        if not torch.compiler.is_compiling() and owner.training:
+            self.checked.add(id(owner))
+
+    def soften(self, x: Tensor, *, capped: bool) -> Tensor:
+        """`x` (any shape) through a ReLU as soft as the strength says."""
+        # Operators, which the mode of a module around this one does not take for a ReLU of its own.
+        out = torch.ops.aten.hardtanh.default(x, 0.0, 6.0) if capped else torch.ops.aten.relu.default(x)
+        strength = self.strength
         if self.fade == "sharpen":
             # No 1/0: below 1e-6 the swish is ReLU to float32 precision for |x| > 1e-4, and at 0 exactly ReLU is taken.
             soft = self.soft(x, (self.beta / strength.clamp(min=1e-6)).to(x.dtype))
-            return torch.where(strength > 0, self._capped(soft), out)
+            return torch.where(strength > 0, soft.clamp(max=6.0) if capped else soft, out)
         soft = F.silu(x) if self.silu else self.soft(x, self.beta)  # silu: one fused pass instead of three
-        return torch.lerp(out, self._capped(soft), strength.to(out.dtype))
+        return torch.lerp(out, soft.clamp(max=6.0) if capped else soft, strength.to(out.dtype))
 
-    def _capped(self, soft: Tensor) -> Tensor:
-        return soft if self.cap is None else soft.clamp(max=self.cap)
+
+class _Softened(TorchFunctionMode):
+    """Softens the ReLUs that are called while it is entered."""
+
+    def __init__(self, ghost: _SoftReLU, owner: nn.Module) -> None:
+        super().__init__()
+        self.ghost, self.owner = ghost, owner
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        call = _relu_call(func, args, kwargs)
+        if call is None:
+            return func(*args, **kwargs)
+        x = _argument(args, kwargs, 0, name="input")
+        if not x.is_floating_point():
+            return func(*args, **kwargs)
+        if not torch.compiler.is_compiling() and self.owner.training and id(self.owner) not in self.ghost.checked:
+            _refuse_checkpointed(self.owner)
+        capped, inplace = call
+        # In place stays in place: what reads the tensor afterwards (a shortcut) must see what the ReLU wrote.
+        return x.copy_(self.ghost.soften(x.clone(), capped=capped)) if inplace else self.ghost.soften(x, capped=capped)
+
+
+def _refuse_checkpointed(owner: nn.Module) -> None:
+    """Raises where torch.utils.checkpoint runs the ReLU, but not all of `owner`: its second run would be a plain one."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and not (frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is owner):
+        if frame.f_code.co_filename == _CHECKPOINT:
+            raise TechniqueError(
+                f"a ReLU of {type(owner).__name__} runs inside torch.utils.checkpoint of a function",
+                allowed="checkpoints of whole modules, which are softened in their second run, too",
+                fix="put the function's code into a module and checkpoint that, or leave ghost_activation out of the recipe",
+            )
+        frame = frame.f_back

@@ -9,11 +9,12 @@ module is in eval mode, so there is no dropout. Buffers, modes, `.grad` and torc
 before at the end; so are the parameters, the same objects, until the one multiplication in place.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, cycle, islice
 from math import isfinite
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +22,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_leaves, tree_map
 
 from anymask.errors import SettingError, TechniqueError
 from anymask.mask import Mask
+from anymask.prunables import bare
+from anymask.ranks import from_rank
+from anymask.surgery import logits_of
 
-Batch = Sequence[Tensor]  # (inputs, targets)
+Batch = Sequence[Any]  # (inputs, targets); inputs: a tensor, a tuple of positional ones or a mapping of keyword ones
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -119,17 +124,21 @@ def rescale(
     step, but its scale stays at 1. Pruned weights are 0 afterwards.
 
     Args:
-        model: gives the output that `loss` takes from the inputs alone; twice differentiable where the norm is over gamma.
-        batches: (inputs, targets) pairs on any device, the first dimension being the image, in a list or a loader; gone
-            round again as often as `iterations` needs.
+        model: gives the output that `loss` takes (or one with `logits`, or a tuple that begins with them) from the inputs
+            alone; twice differentiable where the norm is over gamma.
+        batches: (inputs, targets) pairs on any device, in a list or a loader; gone round again as often as `iterations`
+            needs. Inputs are a tensor, a tuple of positional inputs or a mapping of keyword inputs. The first dimension is
+            the sample; tensors of another length and values of other types are passed on as they are.
         mask: the pruned network to fit the scales to; None = nothing is pruned.
         loss: `loss(output, targets)`, a scalar, a mean over the batch.
         settings: see `RescaleSettings`.
 
+    On several ranks of torch.distributed each has to call this, and the scales of rank 0 are used.
+
     Raises:
         MaskError: when the mask does not fit the model.
-        TechniqueError: when no parameter requires a gradient, batches run out, a loss, norm or scale is not finite,
-            or no scale moved. The model is then as before.
+        TechniqueError: when no parameter requires a gradient, batches run out or cannot be joined, a loss, norm or scale
+            is not finite, or no scale moved. The model is then as before.
 
     Example:
         >>> import torch
@@ -147,7 +156,14 @@ def rescale(
     in the step and in the norm. GradInit's batches are two loader batches joined, B1 = b1 + b2, B2 = b1 + b3; here they
     are half as large. Its code never moves a bias again that has reached 0.
     """
-    done = _learn(_Network(model, loss, mask), batches, settings)
+    model = bare(model)
+    if any(hasattr(p, "to_local") for p in model.parameters()):
+        raise TechniqueError(
+            f"the parameters of {type(model).__name__} are cut by fully_shard",
+            allowed="a model that is whole on each rank",
+            fix="call anymask.techniques.rescale.rescale(model, batches, mask=mask) before fully_shard, and leave lrsi out of the recipe",
+        )
+    done = from_rank(_learn(_Network(model, loss, mask), batches, settings))  # each rank has other batches, and needs the same scales
     with torch.no_grad():
         parameters = dict(model.named_parameters())
         for name, scale in done.scales.items():
@@ -195,9 +211,10 @@ class _Network:
 
     def loss_at(self, weights: dict[str, Tensor], batch: Batch) -> Tensor:
         """Loss of `batch` with `weights` for the parameters."""
-        inputs, targets = (t.to(self.device) for t in batch)
+        inputs, targets = (tree_map(lambda t: t.to(self.device) if isinstance(t, Tensor) else t, part) for part in batch)
+        args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
         buffers = {name: b.clone() for name, b in self.model.named_buffers()}  # batch norm writes into these, in place
-        return self.loss(functional_call(self.model, {**self.frozen, **buffers, **weights}, (inputs,)), targets)
+        return self.loss(logits_of(functional_call(self.model, {**self.frozen, **buffers, **weights}, args, kwargs)), targets)
 
     def gradient(self, weights: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Loss of `batch`, its masked gradient, and that gradient's norm; all differentiable."""
@@ -270,12 +287,57 @@ def _measuring(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 def _pairs(batches: Iterable[Batch], overlap: float) -> Iterator[tuple[Batch, Batch]]:
     """B1 and B2, for ever."""
-    stream = _endless(batches)
+    stream = (_plain(batch) for batch in _endless(batches))
     here = next(stream)
     for there in stream:
-        shared = round(overlap * len(here[0]))
-        yield here, [torch.cat([a[:shared], b[: len(a) - shared]]) for a, b in zip(here, there, strict=True)]
+        yield here, _joined(here, there, round(overlap * _samples(here[0])))
         here = there
+
+
+def _joined(here: Batch, there: Batch, shared: int) -> Batch:
+    """The first `shared` samples of `here`, then the first of `there`, as many as `here` has."""
+    many, more = _samples(here[0]), _samples(there[0])
+
+    def join(a: Any, b: Any) -> Any:
+        if not (_by_sample(a, many) and _by_sample(b, more)):
+            return a
+        return torch.cat([a[:shared], b[: many - shared]]) if shared else b[:many]
+
+    try:
+        return tree_map(join, here, there)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise TechniqueError(
+            f"two batches cannot be joined: {error}",
+            allowed="batches of the same kinds and shapes but for the number of samples",
+            fix='pad them to one length (a tokenizer: padding="max_length"), or set overlap = 0 in RescaleSettings',
+        ) from error
+
+
+def _halves(batch: Batch) -> list[Batch]:
+    """The two halves of a lone batch."""
+    batch, many = _plain(batch), _samples(batch[0])
+    parts = torch.arange(many).chunk(2)
+    return [tree_map(lambda t, i=part: t[i[0] : i[-1] + 1] if _by_sample(t, many) else t, batch) for part in parts]
+
+
+def _plain(batch: Batch) -> Batch:
+    """The pair with tuples for lists and dicts for other mappings (such as a tokenizer's), which torch knows how to walk."""
+    return tuple(tuple(p) if isinstance(p, list) else dict(p) if isinstance(p, Mapping) else p for p in batch)
+
+
+def _samples(inputs: Any) -> int:
+    sizes = [len(t) for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.ndim]
+    if not sizes:
+        raise TechniqueError(
+            f"inputs came as {type(inputs).__name__} without a tensor of samples",
+            allowed="a tensor (N, ...), or a tuple or mapping that holds one",
+            fix="give batches of (inputs, targets)",
+        )
+    return sizes[0]
+
+
+def _by_sample(value: Any, samples: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == samples
 
 
 def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -283,7 +345,7 @@ def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:
     source = iter(batches)
     first = list(islice(source, 2))
     if len(first) == 1:
-        yield from cycle(list(zip(*(t.chunk(2) for t in first[0]), strict=True)))
+        yield from cycle(_halves(first[0]))
     more: Iterable[Batch] = chain(first, source)
     while True:
         ended = True

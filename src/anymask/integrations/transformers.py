@@ -1,0 +1,176 @@
+"""A callback for the Trainer of Hugging Face transformers: `pip install anymask[transformers]`."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from anymask.errors import FileFormatError, SettingError
+from anymask.integrations.shared import Batch, Session, Wanted, taken
+from anymask.mask import Mask
+from anymask.recipe import Recipe
+from anymask.techniques import Loss
+
+FILE = "anymask.pt"  # beside the trainer's own files in each checkpoint
+
+
+class AnyMask(TrainerCallback):
+    """Hold a mask and train with a recipe under `transformers.Trainer`; checkpoints stay those of the plain network.
+
+    Steps are counted as the trainer counts them; outside its training steps (evaluation, checkpoints) the network is the plain
+    one; a resumed training goes on where it was, from the file `anymask.pt` in the checkpoint. The same seed gives the
+    same batches with and without a recipe.
+
+    Args:
+        mask: a Mask, the path of one, "zeros" (the weights that are 0 at the beginning stay 0), or None: the one that is
+            held already, if any.
+        recipe: a Recipe, the name of a preset such as "tost" or "tost:-lrsi", or None: the mask alone. One that changes the
+            loss needs `Trainer(..., compute_loss_func=callback.loss)`.
+        split: batch -> (inputs, target); by default "labels" is the target, and all else the inputs.
+        loss: (logits, labels) -> mean loss, which `self.loss` begins with.
+        checkpoint: the folder that is resumed from, where it is not `output_dir/checkpoint-N`.
+        seed: for what techniques draw at random.
+
+    Raises:
+        MaskError, TechniqueError, SettingError: when the training begins, as `anymask.hold` and `Recipe.attach` do.
+
+    Example:
+        >>> sparse = AnyMask("zeros", "tost:ghost_activation")
+        >>> sparse.wanted.recipe_itself().name
+        'tost:ghost_activation'
+    """
+
+    def __init__(
+        self,
+        mask: Mask | str | Path | None = None,
+        recipe: Recipe | str | None = None,
+        *,
+        split: Callable[[Any], Batch] | None = None,
+        loss: Loss = F.cross_entropy,
+        checkpoint: str | Path | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.wanted = Wanted(mask, recipe, loss, seed)
+        self.wanted.recipe_itself()  # an unknown name is refused now
+        self._split, self._checkpoint = split or without_labels, checkpoint
+        self.session: Session | None = None
+
+    def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """For `Trainer(compute_loss_func=callback.loss)`: the base loss as the recipe changes it.
+
+        Args:
+            outputs: the model's, with logits (N, C) or (N, T, C).
+            labels: (N,) or (N, T); -100 is ignored.
+            num_items_in_batch: labels of all the batches that make up one step; the loss is then this batch's share of theirs.
+        """
+        logits = outputs if isinstance(outputs, Tensor) else outputs["logits"]
+        if labels.dim() == logits.dim() - 1 and labels.dim() > 1:
+            logits, labels = logits.flatten(0, -2), labels.flatten()
+        value = self.wanted.loss(logits, labels) if self.session is None else self.session.loss(logits, labels)
+        return value if num_items_in_batch is None else value * ((labels != -100).sum() / num_items_in_batch)
+
+    def close(self) -> bool:
+        """Leave a training that was interrupted; True when ghosts were cut off. The next training does so by itself."""
+        session, self.session = self.session, None
+        return False if session is None else session.close()
+
+    # -- the trainer's events --------------------------------------------------------------------------------------
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Hold the mask and attach the recipe: weights and optimiser are restored by now."""
+        self.close()
+        model, loader = kwargs["model"], kwargs["train_dataloader"]
+        # Accelerate's loader tells the accelerator how far it is; the one inside does not.
+        base = getattr(loader, "base_dataloader", loader)
+        self.session = Session(
+            self.wanted,
+            model,
+            _innermost(kwargs["optimizer"]),
+            total_steps=state.max_steps,
+            steps_per_epoch=max(1, -(-len(loader) // args.gradient_accumulation_steps)) if hasattr(loader, "__len__") else None,
+            batches=taken(base, self.wanted.batches, split=self._split, move=lambda batch: _moved(batch, args.device)),
+            state=self._resumed(args, state) if state.global_step else None,
+        )
+        self.session.plain(True)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The ghosts act inside training steps alone: the trainer has no event before an evaluation."""
+        if self.session is not None:
+            self.session.plain(False)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The optimiser made a step."""
+        if self.session is not None:
+            self.session.check_loss("add Trainer(..., compute_loss_func=callback.loss)")
+            self.session.step()
+            self.session.plain(True)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add strengths and sparsity to what is logged."""
+        if self.session is not None:
+            for place in (kwargs.get("logs"), state.log_history[-1] if state.log_history else None):
+                if place is not None and "loss" in place:
+                    place.update(self.session.numbers())
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write what a resumed training needs beside the trainer's own files."""
+        folder = _folder(args, state)
+        if self.session is not None and state.is_world_process_zero and folder.is_dir():
+            made = folder / f".{FILE}"
+            torch.save(self.session.state_dict(), made)
+            made.replace(folder / FILE)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leave: the model is the plain one again."""
+        if self.close():
+            warnings.warn("the training ended before the ghosts of the recipe had faded; they were cut off", stacklevel=2)
+
+    def _resumed(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+        places = [Path(p) for p in (self._checkpoint, args.resume_from_checkpoint) if isinstance(p, str | Path)]
+        file = next((p / FILE for p in [*places, _folder(args, state)] if (p / FILE).is_file()), None)
+        if file is None:
+            raise SettingError(
+                f"the trainer resumed at step {state.global_step}, and no {FILE} is in {_folder(args, state)}",
+                allowed="a checkpoint that was saved under this callback",
+                fix="name its folder: AnyMask(..., checkpoint=path)",
+            )
+        saved: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        if saved["recipe"]["position"] != state.global_step:
+            raise FileFormatError(
+                f"{file} is of step {saved['recipe']['position']} and the trainer resumed at {state.global_step}",
+                allowed="the file of this very checkpoint",
+                fix="name the folder that is resumed from: AnyMask(..., checkpoint=path)",
+            )
+        return saved
+
+
+def without_labels(batch: Any) -> Batch:
+    """(inputs, target) of a batch that is a mapping with "labels"."""
+    if not hasattr(batch, "items") or "labels" not in batch:
+        raise SettingError(
+            f"a batch of the train dataloader came without labels, as {type(batch).__name__}",
+            allowed='a mapping with "labels"',
+            fix="tell which is which: AnyMask(..., split=lambda batch: (inputs, target))",
+        )
+    return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
+
+
+def _innermost(optimizer: Any) -> Optimizer:
+    while not isinstance(getattr(optimizer, "optimizer", None), type(None)):  # Accelerate's wrapper steps the one inside
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    return {k: _moved(v, device) for k, v in batch.items()} if hasattr(batch, "items") else batch
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"

@@ -1,0 +1,54 @@
+"""The table of docs/networks.md, from the rows of tools/networks.py."""
+
+from typing import Any
+
+CHECKS = ("changed", "equal_at_zero", "three_steps", "nothing_left", "zeros")
+SHOWN = {"ghost_activation": "ghost activation", "ghost_skip": "ghost skip", "lrsi": "LRsI", "label_smoothing": "label smoothing"}
+
+
+def good(row: dict[str, Any]) -> bool:
+    """Whether a technique did all that it promises on a network, or said that there is nothing for it."""
+    if "refused" in row:
+        return row["untouched"] and "nothing" in row["refused"]
+    return "failed" not in row and all(row.get(key, True) for key in CHECKS)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line a network: what each technique found; then the counts of every check."""
+    by_network: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by_network.setdefault(row["network"], {})[row["technique"]] = row
+    lines = [f"| network | family | parameters | {' | '.join(SHOWN.values())} |", "|" + "---|" * (3 + len(SHOWN))]
+    for name, found in sorted(by_network.items(), key=lambda item: (next(iter(item[1].values()))["family"].lower(), item[0])):
+        first = next(iter(found.values()))
+        cells = [_cell(found[technique]) if technique in found else "not tried" for technique in SHOWN]
+        lines.append(f"| {name} ({first['source']}) | {first['family']} | {first['parameters']:,} | {' | '.join(cells)} |")
+    families = {next(iter(found.values()))["family"] for found in by_network.values()}
+    return "\n".join([*lines, "", f"{len(by_network)} networks of {len(families)} families.", "", *_counts(rows)]) + "\n"
+
+
+def _cell(row: dict[str, Any]) -> str:
+    if "refused" in row:
+        return "nothing"
+    if "failed" in row:
+        return "**failed**"
+    said = row["found"].split(", ")[0] if row["technique"] in {"lrsi", "label_smoothing"} else row["found"]
+    missed = [key.replace("_", " ") for key in CHECKS if not row.get(key, True)]
+    return f"{said} **not: {', '.join(missed)}**" if missed else said
+
+
+def _counts(rows: list[dict[str, Any]]) -> list[str]:
+    heads = ("technique", "applied", "nothing to apply to", "failed", *(check.replace("_", " ") for check in CHECKS))
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for technique in dict.fromkeys(row["technique"] for row in rows):
+        mine = [row for row in rows if row["technique"] == technique]
+        applied = [row for row in mine if "found" in row]
+        refused, failed = (sum(key in row for row in mine) for key in ("refused", "failed"))
+        checks = [_of(applied, check) for check in CHECKS]
+        lines.append(f"| {technique.replace('_', ' ')} | {len(applied)} | {refused} | {failed} | {' | '.join(checks)} |")
+    return lines
+
+
+def _of(applied: list[dict[str, Any]], check: str) -> str:
+    asked = [row[check] for row in applied if check in row]
+    return f"{sum(asked)} of {len(asked)}" if asked else "-"
