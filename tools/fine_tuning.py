@@ -18,10 +18,10 @@ from network_list import without_torchvisions_operators
 
 without_torchvisions_operators()
 
-from anymask.integrations.transformers import AnyMask  # noqa: E402
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments  # noqa: E402
 
 from anymask import data, prune  # noqa: E402
+from anymask.integrations.transformers import AnyMask  # noqa: E402
 from anymask.runlog import atomic  # noqa: E402
 
 FILE = Path(__file__).resolve().parent.parent / "results" / "fine_tuning.jsonl"

@@ -1,6 +1,5 @@
 """Looking into models: what they are made of, how data flows through them, what they cost."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from anymask.errors import TechniqueError
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
@@ -143,44 +141,6 @@ def trace(model: nn.Module, example: Tensor) -> list[Call]:
         for handle in handles:
             handle.remove()
     return calls
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A convolution and the norm that alone consumes what it gives."""
-
-    conv_name: str
-    norm_name: str
-    conv: nn.Module
-    norm: nn.Module
-    input_shape: tuple[int, ...]  # (N, C, H, W)
-    output_shape: tuple[int, ...]  # (N, C, H, W)
-    stem: bool  # whether it takes the model's own input
-
-
-def units(model: nn.Module, example: Tensor) -> list[Unit]:
-    """The conv + norm units of `model`, found by how data flows, not by names or classes of blocks.
-
-    Modules that are called more than once are left out: one call could not be told from another.
-    """
-    calls = trace(model, example)
-    times = Counter(id(call.module) for call in calls)
-    used = Counter(id(call.input) for call in calls)  # an activation in place uses, and gives, the very tensor it takes
-    once = [call for call in calls if times[id(call.module)] == 1]
-    made = {id(call.output): call for call in once if isinstance(call.module, CONVS) and used[id(call.output)] == 1}
-    return [
-        Unit(
-            conv.name,
-            call.name,
-            conv.module,
-            call.module,
-            tuple(conv.input.shape),
-            tuple(call.output.shape),
-            stem=conv.input is example,
-        )
-        for call in once
-        if isinstance(call.module, NORMS) and (conv := made.get(id(call.input))) is not None
-    ]
 
 
 @dataclass(frozen=True)

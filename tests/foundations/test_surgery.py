@@ -1,4 +1,4 @@
-"""Looking into models changes nothing, misses no change, and finds units by how data flows."""
+"""Looking into models changes nothing and misses no change."""
 
 import copy
 from itertools import pairwise
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from anymask.surgery import Cost, cost, evaluating, fingerprint, trace, units
+from anymask.surgery import Cost, cost, evaluating, fingerprint, trace
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -192,63 +192,6 @@ def test_evaluating_brings_back_each_mode_after_an_error():
     with pytest.raises(KeyError):
         fail()
     assert [module.training for module in model.modules()] == before
-
-
-# -- units -------------------------------------------------------------------------------------------------------------
-
-
-def found(forward, **modules):
-    return [(unit.conv_name, unit.norm_name, unit.stem) for unit in units(Flow(forward, **modules), IMAGES)]
-
-
-def test_a_unit_is_a_convolution_and_its_norm_whatever_they_are_called():
-    assert found("b(a(x))", b=nn.BatchNorm2d(3), a=conv()) == [("a", "b", True)]
-    assert found("b(a(x))", a=conv(3, 4), b=nn.GroupNorm(2, 4)) == [("a", "b", True)]
-
-
-def test_units_come_in_the_order_of_the_data_and_the_stem_is_flagged():
-    modules = {"d": nn.BatchNorm2d(3), "c": conv(), "b": nn.BatchNorm2d(3), "a": conv()}
-    assert found("d(c(b(a(x)).relu()))", **modules) == [("a", "b", True), ("c", "d", False)]
-
-
-def test_shapes_are_those_of_the_unit():
-    (unit,) = units(Flow("b(a(x))", a=nn.Conv2d(3, 5, 3, stride=2), b=nn.BatchNorm2d(5)), IMAGES)
-    assert (unit.input_shape, unit.output_shape) == ((2, 3, 8, 8), (2, 5, 3, 3))
-
-
-def test_pre_activation_order_has_no_unit_unless_a_norm_follows():
-    modules = {"n": nn.BatchNorm2d(3), "a": conv(), "m": nn.BatchNorm2d(3), "b": conv()}
-    assert found("b(m(a(n(x))))", **modules) == [("a", "m", False)]
-    assert found("a(n(x))", n=nn.BatchNorm2d(3), a=conv()) == []
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-def test_an_activation_in_between_is_no_unit(inplace):
-    assert found("b(r(a(x)))", a=conv(), r=nn.ReLU(inplace=inplace), b=nn.BatchNorm2d(3)) == []
-    assert found("r(b(a(x)))", a=conv(), r=nn.ReLU(inplace=inplace), b=nn.BatchNorm2d(3)) == [("a", "b", True)]
-
-
-def test_a_convolution_whose_output_two_modules_use_is_no_unit():
-    assert found("b(y) + c(y) if (y := a(x)) is not None else x", a=conv(), b=nn.BatchNorm2d(3), c=nn.BatchNorm2d(3)) == []
-    assert found("b(y) * g(y) if (y := a(x)) is not None else x", a=conv(), b=nn.BatchNorm2d(3), g=nn.Sigmoid()) == []
-
-
-def test_two_convolutions_on_one_input_are_two_units():
-    modules = {"a": conv(), "n": nn.BatchNorm2d(3), "b": conv(), "m": nn.BatchNorm2d(3)}
-    assert found("n(a(x)) + m(b(x))", **modules) == [("a", "n", True), ("b", "m", True)]
-
-
-def test_modules_that_are_called_twice_are_left_out():
-    assert found("b(a(b(a(x))))", a=conv(), b=nn.BatchNorm2d(3)) == []
-    assert found("c(a(b(a(x))))", a=conv(), b=nn.BatchNorm2d(3), c=nn.BatchNorm2d(3)) == []
-    assert found("n(b(n(a(x))))", a=conv(), b=conv(), n=nn.BatchNorm2d(3)) == []
-    shared = conv()
-    assert found("m(b(n(a(x))))", a=shared, b=shared, n=nn.BatchNorm2d(3), m=nn.BatchNorm2d(3)) == []
-
-
-def test_linear_layers_and_transposed_convolutions_are_no_units():
-    assert found("b(a(x))", a=nn.ConvTranspose2d(3, 3, 1), b=nn.BatchNorm2d(3)) == []
-    assert found("b(a(x))", a=nn.Linear(8, 8), b=nn.LayerNorm(8)) == []
 
 
 # -- cost --------------------------------------------------------------------------------------------------------------

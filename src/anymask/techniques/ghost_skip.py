@@ -1,5 +1,6 @@
-"""Ghost skip connections: extra shortcuts around conv + norm units early in training, gone at the end."""
+"""Ghost skip connections: extra shortcuts around layers and their norms early in training, gone at the end."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -8,21 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from anymask.dataflow import Unit, units
 from anymask.errors import SettingError, TechniqueError
 from anymask.registry import lookup
-from anymask.surgery import Cost, Unit, units
+from anymask.surgery import Cost
 from anymask.techniques.base import AttachedGhosts, Context, Ghost, Technique, device_of
 
 _CHILD = "ghost_skip"
 KINDS = ("free", "learned")
-WHERE = ("spatial", "all")
+WHERE = ("auto", "spatial", "all")
 
 
 @dataclass(frozen=True)
 class GhostSkip(Technique):
-    r"""Each conv + norm unit gets an extra shortcut that fades to nothing.
+    r"""Each unit of a layer and its norm gets an extra shortcut that fades to nothing.
 
-    With strength s falling from 1 to 0, a unit y = norm(conv(x)) gives
+    With strength s falling from 1 to 0, a unit y = norm(layer(x)), or y = layer(activation(norm(x))), gives
 
         y + s * scale * skip(x)
 
@@ -30,14 +32,15 @@ class GhostSkip(Technique):
     channels grow, groups of channels averaged where they shrink) or learned (1x1 convolution + batch norm). At s = 0
     the output is y, bit for bit; then the branch, its weights and its buffers are gone.
 
-    Learned weights join the optimiser (in the group that holds the convolution's weight) and leave it at the end. They
+    Learned weights join the optimiser (in the group that holds the layer's weight) and leave it at the end. They
     are never masked: `added` says what they cost while they exist.
 
     Args:
         kind: "free" or "learned".
         scale: factor of the branch at full strength, > 0.
-        where: "spatial" (convolutions with a kernel larger than 1) or "all"; the unit that takes the model's input and
-            units whose input cannot be brought to the output's shape are left out.
+        where: "spatial" (convolutions with a kernel larger than 1), "all" (linear layers, too), or "auto": the spatial ones,
+            and all in a network that has none. The unit that takes the model's input and units whose input cannot be
+            brought to the output's shape are left out.
 
     Raises:
         TechniqueError: on attach, when there is no such unit, no example, or (learned) no optimiser.
@@ -63,7 +66,7 @@ class GhostSkip(Technique):
 
     kind: str = "free"
     scale: float = 1.0
-    where: str = "spatial"
+    where: str = "auto"
 
     def __post_init__(self) -> None:
         lookup(dict.fromkeys(KINDS), self.kind, what="kind of ghost skip")
@@ -72,24 +75,27 @@ class GhostSkip(Technique):
             raise SettingError(f"scale came as {self.scale}", allowed="a number > 0", fix="1.0 is the full branch")
 
     def attach(self, context: Context) -> AttachedGhosts:
-        example = context.needs_example(self.name)
-        chosen = [unit for unit in units(context.model, example) if self._wanted(unit)]
+        chosen = self._chosen(units(context.model, context.needs_example(self.name)))
         if not chosen:
-            raise self.nothing("convolutions followed by a norm", context.model, fix='try where="all"')
+            raise self.nothing(
+                "convolutions or linear layers that go with a norm (norms may come before or after)", context.model, fix='try where="all"'
+            )
         made = _make(chosen, self, context)
         added = sum((_cost(unit, ghost) for unit, ghost in made), Cost())
-        ghosts = AttachedGhosts(child=_CHILD, found=f"{len(made)} conv + norm units", added=added)
+        counts = Counter(unit.kind for unit, _ in made)
+        found = ", ".join(f"{count} {kind} units" for kind, count in counts.items())
+        ghosts = AttachedGhosts(child=_CHILD, found=found, added=added)
         for unit, ghost in made:
-            handles: list[Any] = [_Joined(context.optimizer, unit.conv, ghost)] if self.kind == "learned" else []
-            handles += [unit.conv.register_forward_pre_hook(ghost.enter), unit.norm.register_forward_hook(ghost.leave)]
-            ghosts.add(unit.norm, ghost, handles)
+            handles: list[Any] = [_Joined(context.optimizer, unit.layer, ghost)] if self.kind == "learned" else []
+            handles.append(unit.entry.register_forward_pre_hook(ghost.enter, with_kwargs=True))
+            handles.append(unit.exit.register_forward_hook(ghost.leave))
+            ghosts.add(unit.exit, ghost, handles)
         return ghosts
 
-    def _wanted(self, unit: Unit) -> bool:
-        kernel: tuple[int, ...] = unit.conv.kernel_size  # type: ignore[assignment]
-        spatial = any(k > 1 for k in kernel)
-        shrinks = all(a >= b for a, b in zip(unit.input_shape[2:], unit.output_shape[2:], strict=True))
-        return not unit.stem and shrinks and (spatial or self.where == "all")
+    def _chosen(self, found: list[Unit]) -> list[Unit]:
+        fit = [unit for unit in found if not unit.stem]
+        spatial = [unit for unit in fit if unit.spatial]
+        return fit if self.where == "all" or (self.where == "auto" and not spatial) else spatial
 
 
 def _make(chosen: list[Unit], settings: GhostSkip, context: Context) -> list[tuple[Unit, "_Skip"]]:
@@ -106,27 +112,33 @@ class _Skip(Ghost):
     def __init__(self, settings: GhostSkip, unit: Unit, *, device: torch.device) -> None:
         super().__init__(device)
         self.scale, self.size, self.channels = settings.scale, unit.output_shape[2:], unit.output_shape[1]
+        self.entry_dim, self.exit_dim = unit.entry_dim, unit.exit_dim
         self.entered: Tensor | None = None
         self.branch: nn.Module | None = None
         if settings.kind == "learned":
             self.branch = _learned(unit.input_shape[1], self.channels, dims=len(self.size)).to(device)
 
-    def enter(self, _conv: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.entered = args[0]
+    def enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.entered = args[0] if args else next(iter(kwargs.values()))
 
-    def leave(self, _norm: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    def leave(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:
         x, self.entered = self.entered, None  # not kept: the graph would outlive the step
         if x is None:
             return out
-        skip = _shrink(x, out.shape[2:])
+        skip = _shrink(x.movedim(self.entry_dim, 1), out.movedim(self.exit_dim, 1).shape[2:])
         skip = _match_channels(skip, self.channels) if self.branch is None else self.branch(skip)
-        return out + skip * (self.strength * self.scale).to(out.dtype)
+        return out + skip.movedim(1, self.exit_dim) * (self.strength * self.scale).to(out.dtype)
 
 
 def _learned(inputs: int, outputs: int, *, dims: int) -> nn.Sequential:
-    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](inputs, outputs, 1, bias=False)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(conv, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1](outputs))
+    if dims == 0:
+        layer: nn.Module = nn.Linear(inputs, outputs, bias=False)
+        norm: nn.Module = nn.LayerNorm(outputs)
+    else:
+        layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](inputs, outputs, 1, bias=False)
+        norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1](outputs)
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")  # type: ignore[arg-type]
+    return nn.Sequential(layer, norm)
 
 
 def _shrink(x: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -156,23 +168,30 @@ def _cost(unit: Unit, ghost: _Skip) -> Cost:
 
 
 class _Joined:
-    """Ghost weights as guests of the optimiser, in the group of their unit's convolution, until `remove`.
+    """Ghost weights as guests of the optimiser, in the group of their unit's layer, until `remove`.
 
     A group of their own would not be known to a learning-rate scheduler that was made before.
     """
 
-    def __init__(self, optimizer: Optimizer | None, conv: nn.Module, ghost: nn.Module) -> None:
+    def __init__(self, optimizer: Optimizer | None, layer: nn.Module, ghost: nn.Module) -> None:
         assert optimizer is not None  # _make raised before
         self.optimizer, self.guests = optimizer, list(ghost.parameters())
         self.group = next(
-            (g for g in optimizer.param_groups if any(p is conv.weight for p in g["params"])),
+            (g for g in optimizer.param_groups if any(p is layer.weight for p in g["params"])),
             optimizer.param_groups[0],
         )
         self.group["params"].extend(self.guests)
         if "param_names" in self.group:
             self.group["param_names"].extend(f"{_CHILD}.{id(ghost)}.{i}" for i in range(len(self.guests)))
+        # `model.zero_grad()` does not know them (see Haunted).
+        self.handle = optimizer.register_step_post_hook(self._forget_gradients)
+
+    def _forget_gradients(self, *_: Any) -> None:
+        for guest in self.guests:
+            guest.grad = None
 
     def remove(self) -> None:
+        self.handle.remove()
         gone = {id(p) for p in self.guests}
         stay = [i for i, p in enumerate(self.group["params"]) if id(p) not in gone]
         for key in ("params", "param_names"):

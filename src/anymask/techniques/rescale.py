@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from anymask.errors import SettingError, TechniqueError
@@ -267,6 +268,15 @@ def _pruned(model: nn.Module, mask: Mask | None) -> dict[int, Tensor]:
     return found
 
 
+class _TwiceDifferentiable(TorchFunctionMode):
+    """Hard sigmoid out of parts: torch's own (2.13) has no second derivative, and MobileNet v3 is full of them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.hardsigmoid:
+            return F.relu6((args[0] if args else kwargs["input"]) + 3) / 6
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def _measuring(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Norms on batch statistics, all else in eval mode, gradients on, the global generators given back as they were."""
@@ -278,6 +288,7 @@ def _measuring(model: nn.Module, device: torch.device) -> Iterator[None]:
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             torch.enable_grad(),
             sdpa_kernel(SDPBackend.MATH),  # the fused attentions have no second derivative
+            _TwiceDifferentiable(),
         ):
             yield
     finally:
