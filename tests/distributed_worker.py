@@ -107,7 +107,7 @@ def fsdp2(model: nn.Module) -> nn.Module:
 def refusals(rank: int) -> dict[str, torch.Tensor]:
     """What cannot work on a model that is spread already says so, and leaves it as it was."""
     learned, scaled = Recipe((GhostSkip(kind="learned"),)), Recipe((LRsI(settings=RescaleSettings(iterations=2)),))
-    for wrap, chosen, said in ((ddp, learned, "within DistributedData"), (fsdp2, scaled, "cut by fully_shard"), (fsdp2, learned, "cut by")):
+    for wrap, chosen, said in ((ddp, learned, "several ranks"), (fsdp2, scaled, "cut by fully_shard"), (fsdp2, learned, "several ranks")):
         model = wrap(network())
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         groups = len(optimizer.param_groups)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from anymask.dataflow import Unit, units
 from anymask.errors import SettingError, TechniqueError
+from anymask.ranks import together
 from anymask.registry import lookup
 from anymask.surgery import Cost
 from anymask.techniques.base import AttachedGhosts, Context, Ghost, Technique, device_of
@@ -102,6 +103,12 @@ def _make(chosen: list[Unit], settings: GhostSkip, context: Context) -> list[tup
     if settings.kind == "learned" and context.optimizer is None:
         raise TechniqueError(
             "learned ghost skips got no optimizer", allowed="an optimizer that they can join", fix="pass optimizer=, or use kind='free'"
+        )
+    if settings.kind == "learned" and together():
+        raise TechniqueError(
+            "learned ghost skips on several ranks, whose gradients nobody would average (they are hidden from parameters())",
+            allowed="learned ghost skips in one process",
+            fix='use kind="free"',
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.seed)
