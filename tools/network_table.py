@@ -7,9 +7,9 @@ SHOWN = {"ghost_activation": "ghost activation", "ghost_skip": "ghost skip", "lr
 
 
 def good(row: dict[str, Any]) -> bool:
-    """Whether a technique did all that it promises on a network, or said that there is nothing for it."""
+    """Whether a technique did all that it promises on a network, or said why not and left it as it was."""
     if "refused" in row:
-        return row["untouched"] and "nothing" in row["refused"]
+        return row["untouched"]
     return "failed" not in row and all(row.get(key, True) for key in CHECKS)
 
 
@@ -29,7 +29,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _cell(row: dict[str, Any]) -> str:
     if "refused" in row:
-        return "nothing"
+        return "nothing" if "nothing" in row["refused"] else "refused"
     if "failed" in row:
         return "**failed**"
     said = row["found"].split(", ")[0] if row["technique"] in {"lrsi", "label_smoothing"} else row["found"]
@@ -38,7 +38,7 @@ def _cell(row: dict[str, Any]) -> str:
 
 
 def _counts(rows: list[dict[str, Any]]) -> list[str]:
-    heads = ("technique", "applied", "nothing to apply to", "failed", *(check.replace("_", " ") for check in CHECKS))
+    heads = ("technique", "applied", "refused", "failed", *(check.replace("_", " ") for check in CHECKS))
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for technique in dict.fromkeys(row["technique"] for row in rows):
         mine = [row for row in rows if row["technique"] == technique]

@@ -48,6 +48,10 @@ def try_one(network: Network, technique: Technique) -> dict[str, Any]:
     """Attach, compare at strengths 1 and 0, train three steps under a mask, finish."""
     torch.manual_seed(0)
     model, example, target = network.build(), network.example(BATCH), torch.arange(BATCH) % 10
+    with torch.no_grad():
+        for parameter in model.parameters():  # heads and last norms that begin at 0 would hide what is before them
+            if not parameter.any():
+                parameter.normal_(std=0.1)
     generator = torch.Generator().manual_seed(0)
     mask = Mask({name: torch.rand(p.shape, generator=generator) >= SPARSITY for name, p in prunable(model).items()})
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)

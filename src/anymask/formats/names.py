@@ -7,6 +7,8 @@ from difflib import SequenceMatcher
 
 from torch import nn
 
+from anymask import prunables
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # torch.compile, FSDP, checkpointing: at any place
@@ -43,7 +45,7 @@ def matched(shapes: Shapes, model: nn.Module, *, loose: bool = False) -> dict[st
         >>> matched({"module.fc.weight": (2, 3)}, nn.Sequential(nn.Linear(3, 2)), loose=True)
         {'module.fc.weight': '0.weight'}
     """
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    wanted = {name: tuple(p.shape) for name, p in prunables.bare(model).named_parameters(remove_duplicate=False)}
     found = {name: name for name in shapes if name in wanted and (not loose or shapes[name] == wanted[name])}
     by_core = _by_core(wanted)
     for name in shapes:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from anymask import prunables
 from anymask.formats.families import find, named_leaves, unwrapped, without_marks
 from anymask.formats.names import matched
 from anymask.formats.opening import SAFETENSORS, file_in, kind_of, opened
@@ -102,5 +103,5 @@ def _fitted(kept: Mapping[str, Tensor], info: Mapping[str, Any], model: nn.Modul
 def _check_layout(path: Path, kept: Mapping[str, Tensor], model: nn.Module) -> None:
     """flax's transposed convolutions are laid out, and flipped, in other ways than torch's."""
     for name in matched({name: tuple(tensor.shape) for name, tensor in kept.items()}, model, loose=True).values():
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), _TRANSPOSED):
+        if isinstance(prunables.bare(model).get_submodule(name.rpartition(".")[0]), _TRANSPOSED):
             raise refusal(path, f"{name} is of a transposed convolution, whose layout is not translated", fix="leave it dense")
