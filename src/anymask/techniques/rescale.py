@@ -232,7 +232,10 @@ def _learn(network: _Network, batches: Iterable[Batch], settings: RescaleSetting
     history = []
     with _measuring(network.model, network.device):
         for now, ahead in islice(_pairs(batches, settings.overlap), settings.iterations):
-            loss, norm, scales.grad = _direction(network, scales, now, ahead, settings)
+            try:
+                loss, norm, scales.grad = _direction(network, scales, now, ahead, settings)
+            except RuntimeError as error:
+                raise _undifferentiable(network.model, error) from None
             history.append((loss, norm))
             adam[norm > settings.gamma].step()
             with torch.no_grad():
@@ -381,6 +384,14 @@ def _check(scales: Tensor) -> None:
             allowed="a network whose loss has a gradient",
             fix="check that the mask leaves a path from input to output (mask.collapsed())",
         )
+
+
+def _undifferentiable(model: nn.Module, error: RuntimeError) -> RuntimeError:
+    """What to raise for `error`: itself, unless it is about derivatives."""
+    if not any(part in str(error) for part in ("derivative for", "a second time")):
+        return error
+    said = f"{type(model).__name__} cannot be differentiated twice ({error})"
+    return TechniqueError(said, allowed="a forward pass that can, and keeps no tensor", fix="leave lrsi out of the recipe")
 
 
 def _not_finite(what: str) -> TechniqueError:
