@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -182,6 +183,20 @@ def test_a_copy_of_the_ghosted_model_computes_the_same_and_lives_by_itself(name:
     assert torch.equal(twin(x), model(x))
     running.finish(early=True)
     assert not torch.equal(twin(x), model(x))
+
+
+@pytest.mark.parametrize("first", ["ghost_activation", "ghost_skip learned"])
+def test_ghosts_that_leave_first_leave_the_others_where_they_are(first: str) -> None:
+    net = nn.Sequential(nn.Tanh(), nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(192, 5))
+    optimizer, x, y = torch.optim.SGD(net.parameters(), lr=0.05), torch.randn(8, 3, 8, 8), torch.arange(8) % 5
+    (second,) = {"ghost_activation", "ghost_skip learned"} - {first}
+    soon = Schedule("step", full="20%", end="20%")
+    recipe = Recipe((replace(VARIANTS[first], schedule=soon), VARIANTS[second]))
+    running = recipe.attach(net, optimizer, total_steps=10, example=x)
+    train(net, optimizer, running, x, y, steps=4)
+    assert [m.ghosts for m in net.modules() if hasattr(m, "ghosts")] == [running._live[VARIANTS[second].name][1]._haunted.ghosts]
+    train(net, optimizer, running, x, y, steps=6)
+    running.finish()
 
 
 @pytest.mark.parametrize("stop", [0, 1, 5, 6, 9])

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from anymask.errors import TechniqueError
+from anymask.surgery import evaluating, trace
 from anymask.techniques import Context, GhostSkip
 from tests.foundations.test_surgery import Flow, conv
 
@@ -80,3 +81,14 @@ def test_auto_takes_convolutions_that_look_around_and_all_where_there_are_none()
     assert GhostSkip().attach(Context(model, None, F.cross_entropy, example=IMAGES)).found == "1 conv + norm units"
     with pytest.raises(TechniqueError, match="found nothing"):
         GhostSkip(where="spatial").attach(Context(Flow("d(c(h(x)))", **modules), None, F.cross_entropy, example=IMAGES))
+
+
+def test_ghosts_go_back_to_the_mode_they_were_in_when_somebody_looks_at_the_model():
+    model = Flow("b(a(h(x)))", a=conv(4, 4), b=nn.BatchNorm2d(4), h=nn.Tanh())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    GhostSkip(kind="learned").attach(Context(model, optimizer, F.cross_entropy, example=IMAGES))
+    (ghost,) = model.ghost_skip.ghosts
+    with evaluating(model):  # which writes to each module that it knows
+        assert not ghost.branch[1].training
+    assert ghost.branch[1].training
+    assert [call.name for call in trace(model, IMAGES)] == ["h", "a", "b"]  # a norm with a ghost is still a leaf

@@ -95,11 +95,6 @@ class AnyMask(Callback):
             self.session.check_loss("return `callback.loss(output, target)` from training_step")
             self.session.step()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """After a validation Lightning restores the mode of each module that it knows."""
-        if self.session is not None:
-            self.session.follow_mode()
-
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log strengths and sparsity."""
         if self.session is not None:

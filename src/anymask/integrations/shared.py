@@ -22,7 +22,6 @@ from anymask.mask import Mask
 from anymask.prunables import prunable
 from anymask.recipe import Recipe
 from anymask.techniques import Loss
-from anymask.techniques.base import Haunted
 
 ZEROS = "zeros"  # in place of a mask: the weights that are 0 at the beginning
 Batch = tuple[Any, Tensor]  # (inputs, target)
@@ -141,8 +140,6 @@ class Session:
 
     def step(self) -> None:
         """The optimiser made a step."""
-        for guest in self._guests():
-            guest.grad = None  # a trainer that calls model.zero_grad() does not reach the parameters of ghosts
         if self.running.position >= self.running.total_steps:
             return  # some trainers finish the epoch that they are in
         self.running.step()
@@ -162,12 +159,6 @@ class Session:
         self._plain.close()
         if on:
             self._plain.enter_context(self.running.plain())
-
-    def follow_mode(self) -> None:
-        """Let ghosts train where their model does: a trainer that writes `training` to each module does not reach them."""
-        for module in self.network.modules():
-            if isinstance(module, Haunted):
-                module.train(module.training)
 
     def numbers(self) -> dict[str, float]:
         """What is logged."""

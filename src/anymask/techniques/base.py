@@ -111,10 +111,11 @@ class Haunted(nn.Module):
         super().__init__()
         self.ghosts: list[Ghost] = []  # a list, not a ModuleList: not registered
 
-    def train(self, mode: bool = True) -> "Haunted":
-        for ghost in self.ghosts:
-            ghost.train(mode)
-        return super().train(mode)
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "training":  # train() writes it, and so do `evaluating` and Lightning to each module, without train()
+            for ghost in self.ghosts:
+                ghost.train(value)
 
     def share_strength(self) -> None:
         """One tensor is the strength of all ghosts."""
@@ -139,20 +140,18 @@ class Haunted(nn.Module):
 
 
 class AttachedGhosts(Attached):
-    """Ghosts hooked into a model, together under the name `child` in the host of the first while they are there."""
+    """Ghosts hooked into `model`, together under the name `child` while they are there."""
 
-    def __init__(self, *, child: str, found: str, added: Cost | None = None) -> None:
+    def __init__(self, model: nn.Module, *, child: str, found: str, added: Cost | None = None) -> None:
         self.child, self.found, self.added = child, found, added or Cost()
-        self._host: nn.Module | None = None
+        self._host: nn.Module | None = _host(model)
         self._haunted = Haunted()
         self._handles: list[Any] = []
+        self._haunted.training = model.training
+        self._host.add_module(child, self._haunted)
 
-    def add(self, host: nn.Module, ghost: Ghost, handles: list[Any]) -> None:
-        """Put `ghost` into a model that `host` is in, to be removed with `handles` on detach."""
-        if self._host is None:
-            self._host = host
-            self._haunted.train(host.training)
-            host.add_module(self.child, self._haunted)
+    def add(self, ghost: Ghost, handles: list[Any]) -> None:
+        """Take in `ghost`, to be removed with `handles` on detach."""
         ghost.train(self._haunted.training)
         self._haunted.ghosts.append(ghost)
         self._haunted.share_strength()
@@ -168,6 +167,14 @@ class AttachedGhosts(Attached):
         for handle in self._handles:
             handle.remove()
         self._host, self._haunted, self._handles = None, Haunted(), []
+
+
+def _host(model: nn.Module) -> nn.Module:
+    """Where ghosts can live: the model, unless it is one that runs each of its children."""
+    lists = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    if not isinstance(model, lists):
+        return model
+    return [m for m in model.modules() if not isinstance(m, (*lists, Haunted))][-1]  # other ghosts may leave before these do
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from anymask.errors import SettingError, TechniqueError
+from anymask.prunables import bare
 from anymask.registry import lookup
-from anymask.surgery import evaluating
+from anymask.surgery import evaluating, run
 from anymask.techniques.base import AttachedGhosts, Context, Ghost, Technique, device_of
 
 _CHILD = "ghost_activation"
@@ -103,12 +104,12 @@ class GhostActivation(Technique):
             raise SettingError(f"beta came as {self.beta}", allowed="a number > 0", fix="1.0 is Swish as published")
 
     def attach(self, context: Context) -> AttachedGhosts:
-        model = context.model
+        model = bare(context.model)
         owners, relus, left = _found(model, context.example)
         if not relus:
             raise self._nothing_soft(model, left, traced=context.example is not None)
         more = ", ".join(f"{count} {name}" for name, count in left.items())
-        ghosts = AttachedGhosts(child=_CHILD, found=f"{relus} ReLU" + (f", {more} left as they are" if more else ""))
+        ghosts = AttachedGhosts(model, child=_CHILD, found=f"{relus} ReLU" + (f", {more} left as they are" if more else ""))
         ghost = _SoftReLU(self, device=device_of(model))
         handles: list[Any] = []
         for owner in owners:
@@ -116,7 +117,7 @@ class GhostActivation(Technique):
             # torch.utils.checkpoint runs modules again on their own.
             handles.append(owner.register_forward_pre_hook(ghost.enter))
             handles.append(owner.register_forward_hook(ghost.leave, prepend=True, always_call=True))
-        ghosts.add(_host(model), ghost, handles)
+        ghosts.add(ghost, handles)
         return ghosts
 
     def _nothing_soft(self, model: nn.Module, left: Mapping[str, int], *, traced: bool) -> TechniqueError:
@@ -192,32 +193,16 @@ class _Tracing(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def run(self, model: nn.Module, example: Any) -> None:
-        model = _unwrapped(model)
         handles: list[Any] = []
         for module in model.modules():
             handles.append(module.register_forward_pre_hook(lambda m, _args: self.running.append(m)))
             handles.append(module.register_forward_hook(lambda _m, _args, _out: (self.running.pop(), None)[1], always_call=True))
-        positional = example if isinstance(example, (tuple, list)) else () if isinstance(example, Mapping) else (example,)
-        named = example if isinstance(example, Mapping) else {}
         try:
             with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"), self:
-                model(*positional, **named)
+                run(model, example)
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """What torch.compile wraps."""
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model
-
-
-def _host(model: nn.Module) -> nn.Module:
-    """Where a ghost can live: the model, unless it is one that runs each of its children."""
-    lists = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    model = _unwrapped(model)
-    return model if not isinstance(model, lists) else [m for m in model.modules() if not isinstance(m, lists)][-1]
 
 
 # -- the ghost -----------------------------------------------------------------------------------------------------

@@ -85,12 +85,12 @@ class GhostSkip(Technique):
         added = sum((_cost(unit, ghost) for unit, ghost in made), Cost())
         counts = Counter(unit.kind for unit, _ in made)
         found = ", ".join(f"{count} {kind} units" for kind, count in counts.items())
-        ghosts = AttachedGhosts(child=_CHILD, found=found, added=added)
+        ghosts = AttachedGhosts(context.model, child=_CHILD, found=found, added=added)
         for unit, ghost in made:
             handles: list[Any] = [_Joined(context.optimizer, unit.layer, ghost)] if self.kind == "learned" else []
             handles.append(unit.entry.register_forward_pre_hook(ghost.enter, with_kwargs=True))
             handles.append(unit.exit.register_forward_hook(ghost.leave))
-            ghosts.add(unit.exit, ghost, handles)
+            ghosts.add(ghost, handles)
         return ghosts
 
     def _chosen(self, found: list[Unit]) -> list[Unit]:
