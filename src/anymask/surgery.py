@@ -72,6 +72,28 @@ def run(model: nn.Module, example: Any) -> Any:
     return model(*example) if isinstance(example, (tuple, list)) else model(example)
 
 
+def samples(inputs: Any) -> int:
+    """How many samples `inputs` (as `run` takes them) hold: the length of their first tensor.
+
+    Raises:
+        TechniqueError: when there is no tensor (N, ...).
+
+    Example:
+        >>> import torch
+        >>> samples({"input_ids": torch.ones(4, 7)})
+        4
+    """
+    parts = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    found = next((len(part) for part in parts if isinstance(part, Tensor) and part.ndim), None)
+    if found is None:
+        raise TechniqueError(
+            f"inputs came as {type(inputs).__name__} without a tensor of samples",
+            allowed="a tensor (N, ...), or a tuple or mapping that holds one",
+            fix="give batches of (inputs, targets)",
+        )
+    return found
+
+
 def logits_of(output: Any) -> Tensor:
     """The tensor that a loss takes: `output` itself, its `logits` (as Hugging Face calls them), or its first tensor.
 
@@ -109,14 +131,14 @@ class Call:
 
 
 @torch.no_grad()
-def trace(model: nn.Module, example: Tensor) -> list[Call]:
+def trace(model: nn.Module, example: Any) -> list[Call]:
     """Every call of a leaf module, in order, while `example` passes through `model` in eval mode.
 
     The tensors are kept, so that a consumer can be found by the identity of what it consumes; state is left alone.
 
     Args:
-        model: any module that takes one tensor.
-        example: a batch for it, (N, ...); two samples are enough.
+        model: any module.
+        example: a batch for it, as `run` takes it; two samples are enough.
 
     Example:
         >>> import torch
@@ -129,11 +151,12 @@ def trace(model: nn.Module, example: Tensor) -> list[Call]:
         if any(True for _ in module.children()):
             continue
 
-        def note(module: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:
-            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                calls.append(Call(name, module, args[0], output))
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, name: str = name) -> None:
+            given = next(iter((*args, *kwargs.values())), None)
+            if isinstance(given, Tensor) and isinstance(output, Tensor):
+                calls.append(Call(name, module, given, output))
 
-        handles.append(module.register_forward_hook(note))
+        handles.append(module.register_forward_hook(note, with_kwargs=True))
     try:
         with evaluating(model):
             run(model, example)
@@ -154,7 +177,7 @@ class Cost:
         return Cost(self.parameters + other.parameters, self.flops + other.flops)
 
 
-def cost(model: nn.Module, example: Tensor) -> Cost:
+def cost(model: nn.Module, example: Any) -> Cost:
     """What `model` costs dense: its parameters, and the FLOPs of its convolutions and linear layers per sample.
 
     Example:
@@ -163,7 +186,7 @@ def cost(model: nn.Module, example: Tensor) -> Cost:
         Cost(parameters=55, flops=100)
     """
     flops = sum(_flops(call) for call in trace(model, example))
-    return Cost(sum(p.numel() for p in model.parameters()), flops // len(example))
+    return Cost(sum(p.numel() for p in model.parameters()), flops // samples(example))
 
 
 def _flops(call: Call) -> int:

@@ -211,3 +211,17 @@ def test_a_shared_layer_costs_its_parameters_once_and_its_work_each_time():
 
 def test_costs_add_up():
     assert sum([Cost(1, 2), Cost(3, 4)], Cost()) == Cost(4, 6)
+
+
+def test_cost_is_per_sample_whatever_the_inputs_are_called():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 5)
+
+        def forward(self, image, other=None):
+            return self.fc(input=image)
+
+    x = torch.rand(4, 6)
+    for example in (x, (x, None), {"image": x, "other": None}):
+        assert cost(Named(), example) == Cost(35, 60)

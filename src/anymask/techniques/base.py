@@ -24,12 +24,12 @@ class Context:
     optimizer: Optimizer | None
     loss: Loss
     mask: Mask | None = None
-    example: Tensor | None = None  # a batch of inputs, (N, ...)
-    data: Iterable[tuple[Tensor, Tensor]] | None = None  # batches of (input, target)
+    example: Any = None  # a batch of inputs, as `surgery.run` takes them
+    data: Iterable[tuple[Any, Tensor]] | None = None  # batches of (inputs, target)
     total_steps: int = 1  # optimiser steps of the whole training
     seed: int = 0
 
-    def needs_example(self, technique: str) -> Tensor:
+    def needs_example(self, technique: str) -> Any:
         """The example; raises TechniqueError when there is none."""
         if self.example is None:
             raise TechniqueError(

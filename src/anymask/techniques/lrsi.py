@@ -1,19 +1,17 @@
 """Layer-wise re-scaled initialisation, as a technique."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from anymask.durations import Duration
 from anymask.errors import SettingError
 from anymask.schedules import Schedule
-from anymask.surgery import evaluating, logits_of, run
+from anymask.surgery import evaluating, logits_of, run, samples
 from anymask.techniques.base import Attached, Context, Technique
+from anymask.techniques.batches import cut, plain
 from anymask.techniques.rescale import RescaleSettings, rescale
 
 
@@ -75,16 +73,10 @@ class LRsI(Technique):
     def _batches(self, context: Context) -> tuple[list[Any], str]:
         if context.data is not None:
             return list(islice(context.data, self.batches)), "real labels"
-        x = context.needs_example(self.name)
-        samples = next((len(t) for t in tree_leaves(_walkable(x)) if isinstance(t, Tensor) and t.ndim), 0)
-        few = tree_map(lambda t: t[:2] if isinstance(t, Tensor) and t.ndim and len(t) == samples else t, _walkable(x))
+        (x,) = plain((context.needs_example(self.name),))
+        many = samples(x)
         with torch.no_grad(), evaluating(context.model):  # batch norm must not count it
-            logits = logits_of(run(context.model, few))
+            logits = logits_of(run(context.model, cut(x, 0, 2, of=many)))
         generator = torch.Generator().manual_seed(context.seed)
-        drawn = torch.randint(logits.shape[1], (samples, *logits.shape[2:]), generator=generator)
+        drawn = torch.randint(logits.shape[1], (many, *logits.shape[2:]), generator=generator)
         return [(x, drawn.to(logits.device))], "labels drawn: no data was given"
-
-
-def _walkable(inputs: Any) -> Any:
-    """Inputs as torch walks them: a dict for any other mapping, such as a tokenizer's."""
-    return dict(inputs) if isinstance(inputs, Mapping) else inputs

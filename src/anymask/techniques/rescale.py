@@ -9,10 +9,10 @@ module is in eval mode, so there is no dropout. Buffers, modes, `.grad` and torc
 before at the end; so are the parameters, the same objects, until the one multiplication in place.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, cycle, islice
+from itertools import islice
 from math import isfinite
 from typing import Any
 
@@ -23,15 +23,15 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from anymask.errors import SettingError, TechniqueError
 from anymask.mask import Mask
 from anymask.prunables import bare
 from anymask.ranks import from_rank
 from anymask.surgery import logits_of
+from anymask.techniques.batches import Batch, pairs
 
-Batch = Sequence[Any]  # (inputs, targets); inputs: a tensor, a tuple of positional ones or a mapping of keyword ones
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -231,7 +231,7 @@ def _learn(network: _Network, batches: Iterable[Batch], settings: RescaleSetting
     adam = {over: torch.optim.Adam([scales], lr=settings.lr) for over in (False, True)}  # as in GradInit, apart
     history = []
     with _measuring(network.model, network.device):
-        for now, ahead in islice(_pairs(batches, settings.overlap), settings.iterations):
+        for now, ahead in islice(pairs(batches, settings.overlap), settings.iterations):
             try:
                 loss, norm, scales.grad = _direction(network, scales, now, ahead, settings)
             except RuntimeError as error:
@@ -297,82 +297,6 @@ def _measuring(model: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def _pairs(batches: Iterable[Batch], overlap: float) -> Iterator[tuple[Batch, Batch]]:
-    """B1 and B2, for ever."""
-    stream = (_plain(batch) for batch in _endless(batches))
-    here = next(stream)
-    for there in stream:
-        yield here, _joined(here, there, round(overlap * _samples(here[0])))
-        here = there
-
-
-def _joined(here: Batch, there: Batch, shared: int) -> Batch:
-    """The first `shared` samples of `here`, then the first of `there`, as many as `here` has."""
-    many, more = _samples(here[0]), _samples(there[0])
-
-    def join(a: Any, b: Any) -> Any:
-        if not (_by_sample(a, many) and _by_sample(b, more)):
-            return a
-        return torch.cat([a[:shared], b[: many - shared]]) if shared else b[:many]
-
-    try:
-        return tree_map(join, here, there)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise TechniqueError(
-            f"two batches cannot be joined: {error}",
-            allowed="batches of the same kinds and shapes but for the number of samples",
-            fix='pad them to one length (a tokenizer: padding="max_length"), or set overlap = 0 in RescaleSettings',
-        ) from error
-
-
-def _halves(batch: Batch) -> list[Batch]:
-    """The two halves of a lone batch."""
-    batch, many = _plain(batch), _samples(batch[0])
-    parts = torch.arange(many).chunk(2)
-    return [tree_map(lambda t, i=part: t[i[0] : i[-1] + 1] if _by_sample(t, many) else t, batch) for part in parts]
-
-
-def _plain(batch: Batch) -> Batch:
-    """The pair with tuples for lists and dicts for other mappings (such as a tokenizer's), which torch knows how to walk."""
-    return tuple(tuple(p) if isinstance(p, list) else dict(p) if isinstance(p, Mapping) else p for p in batch)
-
-
-def _samples(inputs: Any) -> int:
-    sizes = [len(t) for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.ndim]
-    if not sizes:
-        raise TechniqueError(
-            f"inputs came as {type(inputs).__name__} without a tensor of samples",
-            allowed="a tensor (N, ...), or a tuple or mapping that holds one",
-            fix="give batches of (inputs, targets)",
-        )
-    return sizes[0]
-
-
-def _by_sample(value: Any, samples: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == samples
-
-
-def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches over and over; a lone one as its two halves."""
-    source = iter(batches)
-    first = list(islice(source, 2))
-    if len(first) == 1:
-        yield from cycle(_halves(first[0]))
-    more: Iterable[Batch] = chain(first, source)
-    while True:
-        ended = True
-        for batch in more:
-            ended = False
-            yield batch
-        if ended:
-            raise TechniqueError(
-                "no batches to learn the scales on, or none left",
-                allowed="a list or a loader of at least one (inputs, targets) pair that can be gone through again",
-                fix="give a list or a loader, not an iterator, and check that its data set is not empty",
-            )
-        more = batches
 
 
 def _check(scales: Tensor) -> None:
