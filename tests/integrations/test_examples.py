@@ -9,7 +9,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 MNIST = (ROOT / "examples" / "mnist.py").read_text(encoding="utf-8")
 MARKED = re.compile(r"# anymask (\d)/4$")
-PAGE = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8"), re.DOTALL)
+TEXT = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+PAGE = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 def run(script: str) -> torch.nn.Module:
@@ -34,9 +35,13 @@ def test_the_mnist_script_needs_four_lines_more(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.filterwarnings("ignore")  # advice of Lightning and transformers to the people who run this
-@pytest.mark.parametrize(("place", "package"), [(0, "lightning"), (1, "transformers")])
-def test_the_examples_of_the_page_run(place: int, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("place", "package", "lines"), [(0, "lightning", 4), (1, "transformers", 3)])
+def test_the_examples_of_the_page_run_and_take_as_many_lines_as_it_says(
+    place: int, package: str, lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     exec(compile(PAGE[place], f"docs/integrations.md-{package}", "exec"), {})
-    assert sum("integrations" in line for line in PAGE[place].splitlines()) == 1
+    ours = [line for line in PAGE[place].splitlines() if "AnyMask" in line or re.search(r"\bsparse\b", line)]
+    assert len(ours) == lines, ours  # added, or changed to name the callback
+    assert f"{({3: 'Three', 4: 'Four'})[lines]} lines are added or changed" in TEXT
