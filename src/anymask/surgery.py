@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from anymask.errors import TechniqueError
+from anymask.prunables import transposed_groups
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
@@ -180,6 +182,9 @@ class Cost:
 def cost(model: nn.Module, example: Any) -> Cost:
     """What `model` costs dense: its parameters, and the FLOPs of its convolutions and linear layers per sample.
 
+    Transposed convolutions and the `Conv1D` of transformers are among them. Padding counts as if it were pixels; biases,
+    norms, activations and the products inside attention do not count.
+
     Example:
         >>> import torch
         >>> cost(torch.nn.Linear(10, 5), torch.ones(1, 10))
@@ -191,6 +196,10 @@ def cost(model: nn.Module, example: Any) -> Cost:
 
 def _flops(call: Call) -> int:
     weight = getattr(call.module, "weight", None)
-    if isinstance(call.module, (*CONVS, nn.Linear)) and isinstance(weight, Tensor):
-        return 2 * call.output.numel() * weight[0].numel()
+    if not isinstance(weight, Tensor):
+        return 0
+    if isinstance(call.module, (*CONVS, nn.Linear)):
+        return 2 * call.output.numel() * weight[0].numel()  # (out, in / groups, *kernel): what each output takes
+    if isinstance(call.module, TRANSPOSED) or transposed_groups(call.module):
+        return 2 * call.input.numel() * weight[0].numel()  # (in, out / groups, *kernel): what each input gives to
     return 0

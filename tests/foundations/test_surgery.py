@@ -6,6 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
 from anymask.surgery import Cost, cost, evaluating, fingerprint, trace
 
@@ -203,6 +205,41 @@ def test_cost_by_hand():
     flops = 2 * (6 * 9) * (2 * 9) + 2 * 54 * 10  # outputs x weights that each output takes; 8 pixels give 3
     for samples in (1, 2, 5):
         assert cost(model, torch.ones(samples, 4, 8, 8)) == Cost(parameters, flops)
+
+
+def test_transposed_convolutions_cost_what_each_input_gives():
+    layer = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2)  # 5 pixels become 10
+    flops = 2 * (4 * 5 * 5) * (3 * 3 * 3)  # inputs x weights that each input meets: the 3 outputs of its group, 3 x 3 places
+    assert cost(layer, torch.ones(2, 4, 5, 5)) == Cost(4 * 3 * 9 + 6, flops)
+    prune.identity(layer, "weight")  # the weight is no parameter then
+    assert cost(layer, torch.ones(2, 4, 5, 5)).flops == flops
+
+
+TURNED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+
+
+@pytest.mark.parametrize("settings", [{}, {"stride": 2}, {"padding": 1}, {"groups": 2}, {"dilation": 2, "bias": False}], ids=str)
+@pytest.mark.parametrize("dimensions", TURNED)
+def test_transposed_convolutions_cost_what_torch_counts(dimensions, settings):
+    layer, x = TURNED[dimensions](4, 6, 3, **settings), torch.rand(3, 4, *(5, 4, 3)[:dimensions])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(x)
+    assert 3 * cost(layer, x).flops == counter.get_total_flops() > 0
+
+
+def test_an_encoder_and_its_mirror_image_cost_the_same():
+    down, up = nn.Conv2d(4, 6, 2, stride=2, bias=False), nn.ConvTranspose2d(6, 4, 2, stride=2, bias=False)
+    assert cost(down, torch.ones(1, 4, 8, 8)) == cost(up, torch.ones(1, 6, 4, 4)) == Cost(96, 2 * 16 * 96)
+
+
+def test_the_conv1d_of_transformers_costs_what_the_linear_layer_does():
+    utils = pytest.importorskip("transformers.pytorch_utils")
+    x = torch.rand(2, 7, 5)
+    assert cost(utils.Conv1D(3, 5), x) == cost(nn.Linear(5, 3), x) == Cost(18, 2 * 7 * 15)
+
+
+def test_a_norm_costs_its_parameters_alone():
+    assert cost(nn.BatchNorm2d(3), IMAGES) == Cost(6, 0)
 
 
 def test_a_shared_layer_costs_its_parameters_once_and_its_work_each_time():
