@@ -5,7 +5,7 @@ RUN    ?= runs/demo
 
 .PHONY: demo test lint networks clean
 
-.venv/done: pyproject.toml constraints.txt
+.venv/done: pyproject.toml constraints.txt setup.py $(wildcard src/anymask/kernels/*.[ch] src/anymask/kernels/*.inc)
 	$(PYTHON) -c "import sys; sys.exit('anymask needs Python 3.10 or newer, this is ' + sys.version.split()[0]) if sys.version_info < (3, 10) else None"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

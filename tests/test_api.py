@@ -7,7 +7,23 @@ import pytest
 
 import anymask
 
-NAMES = ["Hold", "Mask", "Recipe", "Rewiring", "__version__", "fit", "hold", "load_mask", "prunable", "prune", "rewire"]
+NAMES = [
+    "Hold",
+    "Mask",
+    "Recipe",
+    "Rewiring",
+    "__version__",
+    "fit",
+    "hold",
+    "load",
+    "load_mask",
+    "prunable",
+    "prune",
+    "rewire",
+    "ship",
+    "to_dense",
+    "to_sparse",
+]
 # torch alone takes a second to import: nothing that a command line's --help does not need may come with the package
 HEAVY = ["torch", "numpy", "scipy", "safetensors", "plotly", "rich", "cyclopts", "yaml", "PIL", "pooch", "tensorboard", "torchvision"]
 

@@ -23,6 +23,9 @@ OPTIONAL = {  # package: the one module that may import it
     "pytorch_lightning": None,
     "transformers": "integrations/transformers.py!",
     "torchvision": None,
+    "onnx": "shipping/onnxfile.py",
+    "onnxscript": "shipping/onnxfile.py",
+    "onnxruntime": "shipping/onnxfile.py",
 }
 
 

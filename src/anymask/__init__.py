@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from anymask.pruning import prune
     from anymask.pruning.rewiring import Rewiring, rewire
     from anymask.recipe import Recipe
+    from anymask.shipping.making import ship
+    from anymask.shipping.runtime import load
+    from anymask.sparse import to_dense, to_sparse
     from anymask.train import fit
 
 __version__ = "0.1.0"
@@ -25,12 +28,19 @@ _HOME = {
     "Rewiring": "pruning.rewiring",
     "fit": "train",
     "hold": "holding",
+    "load": "shipping.runtime",
     "load_mask": "formats",
     "prunable": "prunables",
     "prune": "pruning",
     "rewire": "pruning.rewiring",
+    "ship": "shipping.making",
+    "to_dense": "sparse",
+    "to_sparse": "sparse",
 }
-__all__ = ["Hold", "Mask", "Recipe", "Rewiring", "__version__", "fit", "hold", "load_mask", "prunable", "prune", "rewire"]
+__all__ = [
+    "Hold", "Mask", "Recipe", "Rewiring", "__version__", "fit", "hold", "load", "load_mask", "prunable", "prune", "rewire",
+    "ship", "to_dense", "to_sparse",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -18,8 +18,20 @@ _NORMS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.rms_norm}
 _NORMS |= {torch.batch_norm, torch.layer_norm, torch.group_norm, torch.rms_norm}
 _ACTIVATIONS = {F.relu, F.relu6, F.gelu, F.silu, F.hardswish, F.leaky_relu, F.elu, F.mish, F.selu, F.prelu, torch.relu, Tensor.relu}
 _ACTIVATIONS |= {torch.tanh, Tensor.tanh, torch.sigmoid, Tensor.sigmoid, F.hardtanh}
+_RELUS = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _SAME = {Tensor.permute, torch.permute, Tensor.transpose, torch.transpose, Tensor.movedim, torch.movedim, Tensor.contiguous}
-_SAME |= {Tensor.to, Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten, F.dropout, F.dropout2d, F.dropout3d}
+_SAME |= {
+    Tensor.to,
+    Tensor.view,
+    Tensor.reshape,
+    torch.reshape,
+    Tensor.flatten,
+    torch.flatten,
+    F.dropout,
+    F.dropout2d,
+    F.dropout3d,
+    Tensor.float,
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,7 @@ class _Call:
     kind: str = ""
     output: Tensor | None = None
     order: int = 0
+    used: int = 0  # how often what was given had been used before
 
 
 @dataclass
@@ -80,22 +93,36 @@ class _Watching(TorchFunctionMode):
         self.flow = flow
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        flow, out = self.flow, func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        # A norm of to_sparse gives its statistics, too.
+        self._note(func, args, kwargs or {}, out=out[0] if str(func) == "anymask.norm.default" else out)
+        return out
+
+    def _note(self, func: Any, args: Any, kwargs: Any, *, out: Any) -> None:
+        flow = self.flow
+        flow.alive.append(out)  # an id must not be used again
         if not isinstance(out, Tensor):
-            flow.alive.append(out)  # a tuple of chunks, say: seen by nobody as a unit, but an id must not be used again
-            return out
-        given = [t for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor)]
-        flow.alive.append((given, out))
+            return  # a tuple of chunks, say: seen by nobody as a unit
+        given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        flow.alive.append(given)
         if func in _SAME and given:
             flow.source[id(out)] = flow.root(given[0])
-            return out
+            return
         flow.uses.update({flow.root(t) for t in given})
         if func in _ACTIVATIONS:
             flow.activated[id(out)] = flow.root(given[0])
         if flow.stack and not flow.stack[-1].kind:
-            kinds = ((_CONVS, "conv"), (_LINEAR, "linear"), (_NORMS, "norm"))
-            flow.stack[-1].kind = next((kind for functions, kind in kinds if func in functions), "")
-        return out
+            flow.stack[-1].kind = _kind(func, flow.stack[-1].module)
+
+
+def _kind(func: Any, module: nn.Module) -> str:
+    """What `func`, called in the forward of `module`, makes it."""
+    kinds = ((_CONVS, "conv"), (_LINEAR, "linear"), (_NORMS, "norm"), (_RELUS, "relu"))
+    if str(func) == "anymask.conv.default":  # a layer of to_sparse; so is the next
+        return "linear" if isinstance(module, nn.Linear) else "conv"
+    if str(func) == "anymask.norm.default":
+        return "norm"
+    return next((kind for functions, kind in kinds if func in functions), "")
 
 
 @torch.no_grad()
@@ -134,12 +161,33 @@ def units(model: nn.Module, example: Any) -> list[Unit]:
     return [unit for _, unit in sorted(made, key=lambda item: item[0])]
 
 
+@torch.no_grad()
+def norms_with_relu(model: nn.Module, example: Any) -> list[tuple[nn.Module, nn.Module]]:
+    """(norm, `nn.ReLU`) for each norm whose output goes through that ReLU and nowhere else, both called once.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        >>> [(type(norm).__name__, type(relu).__name__) for norm, relu in norms_with_relu(net, torch.ones(1, 1, 8, 8))]
+        [('BatchNorm2d', 'ReLU')]
+    """
+    flow = _watch(model, example)
+    times = Counter(id(call.module) for call in flow.calls)
+    once = [call for call in flow.calls if times[id(call.module)] == 1]
+    norms = {id(call.output): call.module for call in once if call.kind == "norm"}
+    pairs: list[tuple[nn.Module, nn.Module]] = []
+    for call in once:
+        norm = norms.get(id(call.given))
+        if norm is not None and type(call.module) is nn.ReLU and call.used == 0 and (call.module.inplace or flow.uses[id(call.given)] == 1):
+            pairs.append((norm, call.module))
+    return pairs
+
+
 def _watch(model: nn.Module, example: Any) -> _Flow:
     flow, handles = _Flow(), []
 
     def enter(module: nn.Module, args: Any, kwargs: Any, name: str) -> None:
         given = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
-        flow.stack.append(_Call(module, name, given))
+        flow.stack.append(_Call(module, name, given, used=flow.uses[flow.root(given)]))
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
         call = flow.stack.pop()

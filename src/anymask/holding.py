@@ -14,9 +14,9 @@ class Hold:
     """A mask that is kept on a model and its optimiser. Made by `anymask.hold`; undone by `release`."""
 
     def __init__(self, mask: Mask, model: nn.Module, optimizer: Optimizer) -> None:
-        self.mask, self.optimizer = mask, optimizer
+        self.mask, self.model, self.optimizer = mask, model, optimizer
         self.parameters = mask.check(model)
-        self._kept = {name: _bits(mask, name, parameter) for name, parameter in self.parameters.items()}
+        self._kept = self._bits(mask)
         self._handles = [self._hold_gradient(name, parameter) for name, parameter in self.parameters.items()]
         self._handles += [optimizer.register_step_post_hook(self), optimizer.register_load_state_dict_post_hook(self)]
         self(optimizer)
@@ -55,8 +55,10 @@ class Hold:
                 allowed="the names and shapes of the mask that is held",
                 fix="release this hold and hold the new mask",
             )
+        mask.check(self.model)  # sparse layers have no place for other weights than theirs
+        bits = self._bits(mask)
         for name, parameter in self.parameters.items():
-            self._where(name, parameter).copy_(_bits(mask, name, parameter))
+            self._where(name, parameter).copy_(bits[name])
             self._mask_gradient(name, parameter)
         self.mask = mask
         self(self.optimizer)
@@ -89,9 +91,16 @@ class Hold:
             sharded = hasattr(parameter.grad, "to_local")
             _zero(local(parameter.grad) if sharded else parameter.grad, self._where(name, parameter))
 
+    def _bits(self, mask: Mask) -> dict[str, Tensor]:
+        """-1 where kept, every bit set: see `_zero`; of a sharded parameter the part of this rank."""
+        stored = mask.as_stored(self.model)
+        return {name: shard(-stored[name].to(torch.int8), parameter) for name, parameter in self.parameters.items()}
+
     def _where(self, name: str, parameter: Tensor) -> Tensor:
         """What is kept of this rank's part, on its device and in its memory layout (a model may be moved after `hold`)."""
         kept, here = self._kept[name], local(parameter)
+        if kept.shape != here.shape:  # converted by to_sparse or to_dense since
+            kept = self._kept[name] = self._bits(self.mask)[name]
         if kept.device != here.device or kept.stride() != here.stride():
             kept = self._kept[name] = torch.empty_like(here, dtype=torch.int8).copy_(kept)
         return kept
@@ -143,11 +152,6 @@ def held(optimizer: Optimizer) -> Hold | None:
     """The hold that `optimizer` carries, if any."""
     hooks = optimizer._optimizer_step_post_hooks.values()
     return next((hook for hook in hooks if isinstance(hook, Hold)), None)
-
-
-def _bits(mask: Mask, name: str, parameter: Tensor) -> Tensor:
-    """-1 where kept, every bit set: see `_zero`; of a sharded parameter the part of this rank."""
-    return shard(-mask[name].to(torch.int8), parameter)
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes

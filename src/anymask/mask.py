@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from anymask.errors import MaskError
-from anymask.prunables import bare, prunable
+from anymask.prunables import bare, compact, prunable
 from anymask.ranks import from_rank, together
 from anymask.registry import nearest
 
@@ -101,14 +101,27 @@ class Mask(Mapping[str, Tensor]):
         """
         model = bare(model)
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        odd = [name for name, t in self._kept.items() if name not in parameters or t.shape != parameters[name].shape]
+        layers = compact(model)
+        shapes = {name: tuple(layers[name].dense_shape if name in layers else p.shape) for name, p in parameters.items()}
+        odd = [name for name, t in self._kept.items() if name not in shapes or tuple(t.shape) != shapes[name]]
         if odd:
-            raise self._misfit(odd, parameters, model)
+            raise self._misfit(odd, shapes, model)
+        for name in layers.keys() & self._kept.keys():
+            self._check_stored(name, layers[name])
         return {name: parameters[name] for name in self._kept}
 
-    def _misfit(self, odd: list[str], parameters: Mapping[str, nn.Parameter], model: nn.Module) -> MaskError:
+    def _check_stored(self, name: str, layer: Any) -> None:
+        lost = int(self._kept[name].sum()) - int(layer.collect(self._kept[name]).sum())
+        if lost:
+            raise MaskError(
+                f"the mask keeps {lost} weights of {name} that the sparse layer does not store",
+                allowed="the mask that to_sparse was given, or one that keeps less",
+                fix="convert back with anymask.to_dense first",
+            )
+
+    def _misfit(self, odd: list[str], shapes: Mapping[str, tuple[int, ...]], model: nn.Module) -> MaskError:
         ours = {name: tuple(self._kept[name].shape) for name in odd}
-        theirs = {name: tuple(p.shape) for name, p in parameters.items() if name not in self._kept or name in ours}
+        theirs = {name: shape for name, shape in shapes.items() if name not in self._kept or name in ours}
         unexpected = {name: shape for name, shape in ours.items() if name not in theirs}
         said = {
             "not in the model": _listed(unexpected, lambda name, shape: f"{name} {shape} (nearest: {_nearest(name, shape, theirs)})"),
@@ -137,9 +150,15 @@ class Mask(Mapping[str, Tensor]):
         Raises:
             MaskError: when the mask does not fit the model.
         """
+        kept = self.as_stored(model)
         for name, parameter in self.check(model).items():
             here = local(parameter)
-            here.masked_fill_(~shard(self._kept[name], parameter).to(here.device), 0)
+            here.masked_fill_(~shard(kept[name], parameter).to(here.device), 0)
+
+    def as_stored(self, model: nn.Module) -> dict[str, Tensor]:
+        """The bits of this mask in the shapes of `model`'s parameters: of a sparse layer (`anymask.to_sparse`) those of its places."""
+        layers = compact(model)
+        return {name: layers[name].collect(kept) if name in layers else kept for name, kept in self._kept.items()}
 
     def broadcast(self, source: int = 0) -> "Mask":
         """The mask of rank `source`, on every rank of torch.distributed; this very mask where a process trains alone.

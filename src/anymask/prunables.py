@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -51,6 +52,12 @@ def prunable(model: nn.Module, *, kinds: Iterable[str] = ("conv", "linear"), exc
         if kind not in KINDS:
             raise SettingError(f"kinds holds {kind!r}", allowed=", ".join(KINDS), fix="choose among these")
     model = bare(model)
+    if sparse := compact(model):
+        raise MaskError(
+            f"{len(sparse)} layers of {type(model).__name__} store their kept weights alone",
+            allowed="a dense model",
+            fix="call anymask.to_dense first",
+        )
     kind_of = _kinds_of(model)
     named = {name: p for name, p in model.named_parameters() if kind_of.get(id(p)) in wanted}
     kept = dict(named)
@@ -83,6 +90,19 @@ def transposed_groups(model: nn.Module) -> dict[str, int]:
     groups = {id(m.weight): m.groups for m in model.modules() if isinstance(m, _TRANSPOSED)}
     groups |= {id(m.weight): 1 for m in model.modules() if isinstance(m, _imported(*_GPT_CONV))}
     return {name: groups[id(p)] for name, p in model.named_parameters() if id(p) in groups}
+
+
+def compact(model: nn.Module) -> dict[str, Any]:
+    """The layers of `model` that store their kept weights alone (`anymask.to_sparse`), by the name of the weight.
+
+    Each has `dense_shape`, and `collect(dense)`, which gives the values at its kept places.
+
+    Example:
+        >>> compact(nn.Linear(2, 2))
+        {}
+    """
+    named = bare(model).named_modules(remove_duplicate=False)
+    return {f"{name}.weight" if name else "weight": module for name, module in named if hasattr(module, "dense_shape")}
 
 
 def bare(model: nn.Module) -> nn.Module:

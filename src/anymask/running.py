@@ -232,7 +232,8 @@ class RunningRecipe:
                 fix="undo what was changed in between, or report this as a bug",
             )
         mask = self._mask_now()
-        revived = [] if mask is None else [n for n, p in mask.check(self.model).items() if _revived(p, mask[n])]
+        kept = {} if mask is None else mask.as_stored(self.model)
+        revived = [] if mask is None else [n for n, p in mask.check(self.model).items() if _revived(p, kept[n])]
         if revived:
             raise TechniqueError(
                 f"pruned weights are not 0 in {', '.join(revived)}",

@@ -130,6 +130,45 @@ Examples:
   anymask convert synflow.mask sparse.safetensors --to zeros --weights dense.pt
 """,
     ),
+    "ship": Command(
+        "anymask.cli.ship:ship",
+        "Write a trained network to a file of the size of what is kept.",
+        """\
+x.anymask holds the kept weights alone, with batch norms folded in, and is run
+by anymask.load with NumPy; x.onnx is dense, x.safetensors the state dict.
+Images go into each of them as they went into the network: normalised.
+
+Examples:
+
+  anymask train --mask snip --sparsity 0.98 --out runs/snip
+  anymask ship runs/snip --to small.anymask
+
+  # One byte a value, and a little more than one for where it is
+  anymask ship runs/snip --to small.anymask --values int8
+
+  # A checkpoint of your own; the zeros of its weights are what is left out
+  anymask ship net.pt --model resnet18 --input 3 32 32 --to net.onnx
+""",
+    ),
+    "bench": Command(
+        "anymask.cli.bench:bench",
+        "Time a shipped network here, beside PyTorch and ONNX Runtime.",
+        """\
+Random images go through each in turns. A batch for which ours is slower is said
+as plainly as one for which it is faster. int8 is calibrated on random images,
+too: its time counts here, and not its accuracy.
+
+Examples:
+
+  anymask bench small.anymask
+
+  # One image at a time on one thread, all numbers in a file
+  anymask bench small.anymask --batch 1 --threads 1 --json small.json
+
+  # Without torch.compile, which takes a while
+  anymask bench small.anymask --against eager channels-last onnx
+""",
+    ),
     "list": Command(
         "anymask.cli.listing:show",
         "Show the names that other commands take: masks, recipes, techniques, models, data.",

@@ -29,6 +29,7 @@ from anymask.errors import SettingError, TechniqueError
 from anymask.mask import Mask
 from anymask.prunables import bare
 from anymask.ranks import from_rank
+from anymask.sparse import as_dense
 from anymask.surgery import logits_of
 from anymask.techniques.batches import Batch, pairs
 
@@ -164,7 +165,8 @@ def rescale(
             allowed="a model that is whole on each rank",
             fix="call anymask.techniques.rescale.rescale(model, batches, mask=mask) before fully_shard, and leave lrsi out of the recipe",
         )
-    done = from_rank(_learn(_Network(model, loss, mask), batches, settings))  # each rank has other batches, and needs the same scales
+    with as_dense(model):  # sparse layers have no second derivatives
+        done = from_rank(_learn(_Network(model, loss, mask), batches, settings))  # each rank has other batches; all need the same scales
     with torch.no_grad():
         parameters = dict(model.named_parameters())
         for name, scale in done.scales.items():

@@ -1,0 +1,21 @@
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma")
+#include <immintrin.h>
+#define V 8
+#define TMAX 10 /* of 16 registers: a tile, its weight, and four sums in dot */
+#define NAME(x) am_avx2_##x
+typedef float vf8 __attribute__((vector_size(32)));
+static inline __attribute__((always_inline)) void reduce4(const vf8 *a, float *to) {
+  const __m256 s0 = _mm256_hadd_ps((__m256)a[0], (__m256)a[1]), s1 = _mm256_hadd_ps((__m256)a[2], (__m256)a[3]);
+  const __m256 s = _mm256_hadd_ps(s0, s1);
+  const __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+  _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), q));
+}
+#define STREAM(p, v) _mm256_stream_ps(p, (__m256)(v))
+#include "gather.inc"
+#include "norm.inc"
+#include "pool.inc"
+const am_isa am_avx2 = {"avx2", V, NAME(gather), NAME(dot), NAME(norm), NAME(norm_back), NAME(pool), NAME(pool_back)};
+#else
+typedef int am_empty;
+#endif

@@ -1,0 +1,25 @@
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512vl,avx512dq,avx2,fma")
+#include <immintrin.h>
+#define V 16
+#define TMAX 16
+#define NAME(x) am_avx512_##x
+typedef float vf16 __attribute__((vector_size(64)));
+static inline __attribute__((always_inline)) void reduce4(const vf16 *a, float *to) {
+  /* Four sums at once: transpose-add within 128-bit parts, then add the four parts. */
+  const __m512 a0 = (__m512)a[0], a1 = (__m512)a[1], a2 = (__m512)a[2], a3 = (__m512)a[3];
+  const __m512 s0 = _mm512_add_ps(_mm512_unpacklo_ps(a0, a1), _mm512_unpackhi_ps(a0, a1));
+  const __m512 s1 = _mm512_add_ps(_mm512_unpacklo_ps(a2, a3), _mm512_unpackhi_ps(a2, a3));
+  const __m512 s = _mm512_add_ps(_mm512_shuffle_ps(s0, s1, 0x44), _mm512_shuffle_ps(s0, s1, 0xEE));
+  const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
+  const __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), q));
+}
+#define STREAM(p, v) _mm512_stream_ps(p, (__m512)(v))
+#include "gather.inc"
+#include "norm.inc"
+#include "pool.inc"
+const am_isa am_avx512 = {"avx512", V, NAME(gather), NAME(dot), NAME(norm), NAME(norm_back), NAME(pool), NAME(pool_back)};
+#else
+typedef int am_empty;
+#endif

@@ -1,0 +1,70 @@
+/* Which instruction set, and scratch memory. The interface that src/anymask/kernels/native.py calls. */
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+#include "core.h"
+
+float *am_scratch(int slot, int64_t floats) {
+  static _Thread_local struct {
+    float *at;
+    int64_t size;
+  } slots[2];
+  if (slots[slot].size >= floats) return slots[slot].at;
+  free(slots[slot].at);
+  slots[slot].size = 0;
+  const size_t page = (size_t)2 << 20; /* huge pages: a tile touches thousands of small ones otherwise */
+  const size_t bytes = ((size_t)floats * sizeof(float) + page - 1) / page * page;
+  if (posix_memalign((void **)&slots[slot].at, page, bytes)) return slots[slot].at = NULL;
+#ifdef MADV_HUGEPAGE
+  madvise(slots[slot].at, bytes, MADV_HUGEPAGE);
+#endif
+  slots[slot].size = floats;
+  return slots[slot].at;
+}
+
+static const am_isa *chosen;
+
+/* Use the instruction set of this name, or the best one where it is NULL; its name, or NULL where this machine lacks it. */
+const char *am_use(const char *name) {
+  const am_isa *have[3];
+  int n = 0;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) have[n++] = &am_avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) have[n++] = &am_avx2;
+#endif
+  have[n++] = &am_portable;
+  for (int i = 0; i < n; i++)
+    if (!name || !strcmp(name, have[i]->name)) {
+      chosen = have[i];
+      return chosen->name;
+    }
+  return NULL;
+}
+
+int am_width(void) { return chosen->width; }
+
+int am_gather(const am_job *j, const float *src, const float *val, const float *bias, const float *add, int relu, float *dst, int threads) {
+  return chosen->gather(j, src, val, bias, add, relu, dst, threads);
+}
+
+int am_dot(const am_job *j, const float *src, const float *g, float *grad, int threads) { return chosen->dot(j, src, g, grad, threads); }
+
+int am_norm(int64_t channels, int64_t size, const float *x, const float *weight, const float *bias, float eps, int relu,
+            int use_stats, float *mean, float *var, float *y, int threads) {
+  return chosen->norm(channels, size, x, weight, bias, eps, relu, use_stats, mean, var, y, threads);
+}
+
+int am_norm_back(int64_t channels, int64_t size, const float *x, const float *g, const float *weight, const float *bias, const float *mean,
+                 const float *var, float eps, int relu, int use_stats, float *gx, float *gweight, float *gbias, int threads) {
+  return chosen->norm_back(channels, size, x, g, weight, bias, mean, var, eps, relu, use_stats, gx, gweight, gbias, threads);
+}
+
+int am_pooling(const am_pool *p, const float *x, float *y, int threads) { return chosen->pool(p, x, y, threads); }
+
+int am_pooling_back(const am_pool *p, const float *x, const float *y, const float *g, float *gx, int threads) {
+  return chosen->pool_back(p, x, y, g, gx, threads);
+}

@@ -1,0 +1,222 @@
+"""The native library by ctypes: no header of Python or PyTorch, so that one build serves every version of both."""
+
+import ctypes
+import os
+from dataclasses import dataclass
+from functools import cache
+from itertools import count
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anymask.errors import SettingError
+from anymask.kernels.plans import Conv, Job, backward, forward
+
+Floats = NDArray[np.float32]
+_INT, _POINTER, _C_INT, _C_FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+_SIZES = (
+    "images", "lanes", "src_channels", "src_rows", "src_cols", "dst_channels", "dst_rows", "dst_cols", "rows", "row_start", "row_step",
+    "src_row_start", "src_row_step", "ring", "cols", "packed_cols", "strips", "col_tiles", "kept",
+)  # fmt: skip
+_TABLES = ("col_map", "dst_map", "rowptr", "off")
+
+
+class _AmJob(ctypes.Structure):
+    _fields_ = (*((name, _INT) for name in _SIZES), *((name, _POINTER) for name in _TABLES))
+
+
+@cache
+def library() -> Any:
+    """The library, or None where it was not built; `ANYMASK_ISA` (avx512, avx2, portable) takes a lesser instruction set than the best."""
+    found = sorted(Path(__file__).parent.glob("*.clib"))
+    try:
+        loaded = ctypes.CDLL(str(found[0])) if found else None
+    except OSError:  # of another machine, or no OpenMP here
+        return None
+    if loaded is None:
+        return None
+    loaded.am_use.restype, loaded.am_use.argtypes = ctypes.c_char_p, [ctypes.c_char_p]
+    loaded.am_gather.argtypes = [_POINTER] * 5 + [_C_INT, _POINTER, _C_INT]
+    loaded.am_dot.argtypes = [_POINTER] * 4 + [_C_INT]
+    loaded.am_norm.argtypes = [*[_INT] * 2, *[_POINTER] * 3, _C_FLOAT, *[_C_INT] * 2, *[_POINTER] * 3, _C_INT]
+    loaded.am_norm_back.argtypes = [*[_INT] * 2, *[_POINTER] * 6, _C_FLOAT, *[_C_INT] * 2, *[_POINTER] * 3, _C_INT]
+    wanted = os.environ.get("ANYMASK_ISA")
+    if loaded.am_use(wanted.encode() if wanted else None) is None:
+        raise SettingError(f"ANYMASK_ISA is {wanted!r}", allowed="avx512, avx2 or portable, as far as this machine has it", fix="unset it")
+    loaded.am_pooling.argtypes = [_POINTER] * 3 + [_C_INT]
+    loaded.am_pooling_back.argtypes = [_POINTER] * 5 + [_C_INT]
+    return loaded
+
+
+def available() -> bool:
+    """Whether the native library is here."""
+    return library() is not None
+
+
+def isa() -> str:
+    """The instruction set in use: avx512, avx2 or portable."""
+    name: bytes = library().am_use(os.environ["ANYMASK_ISA"].encode() if os.environ.get("ANYMASK_ISA") else None)
+    return name.decode()
+
+
+def why_not() -> str:
+    """What to do where it is not."""
+    return "the native kernels were not built: install a C compiler (gcc or clang) and run pip install --force-reinstall --no-deps anymask"
+
+
+_HANDLES = count()
+_GATHERS: "WeakValueDictionary[int, Gather]" = WeakValueDictionary()
+
+
+def gather_of(handle: int) -> "Gather":
+    """The `Gather` that has this handle, for as long as somebody keeps it: operators take numbers, not objects."""
+    return _GATHERS[handle]
+
+
+class Gather:
+    """A convolution over kept weights: forward, gradient of the input, gradient of the kept weights.
+
+    Tensors are batch-last: (C, H, W, N), float32, C-contiguous. A linear layer is a 1x1 convolution of (C, 1, 1, N).
+
+    Args:
+        weight_shape: (O, C / groups, KH, KW) of the dense weight.
+        kept: flat places of the kept weights, rising. Shape (K,).
+        stride: of rows and columns; so are padding and dilation.
+
+    Example:
+        >>> import numpy as np
+        >>> double = Gather((1, 1, 1, 1), np.array([0]))
+        >>> double.forward(np.ones((1, 2, 2, 1), np.float32), np.array([2.0], np.float32)).ravel().tolist()
+        [2.0, 2.0, 2.0, 2.0]
+    """
+
+    def __init__(
+        self,
+        weight_shape: tuple[int, int, int, int],
+        kept: NDArray[np.int64],
+        *,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
+    ) -> None:
+        self.__setstate__(Conv(weight_shape, kept, stride, padding, dilation, groups))
+
+    def __getstate__(self) -> Conv:
+        return self.conv  # a copy makes its own tables, and has a handle of its own
+
+    def __setstate__(self, conv: Conv) -> None:
+        self.conv = conv
+        self._plans: dict[tuple[Any, ...], list[tuple[Job, _AmJob]]] = {}
+        self.handle = next(_HANDLES)
+        _GATHERS[self.handle] = self
+
+    def output_shape(self, rows: int, cols: int, *, images: int) -> tuple[int, int, int, int]:
+        """(O, OH, OW, N)."""
+        return (self.conv.weight_shape[0], *self.conv.output_size(rows, cols), images)
+
+    def forward(
+        self,
+        x: Floats,
+        values: Floats,
+        *,
+        bias: Floats | None = None,
+        add: Floats | None = None,
+        relu: bool = False,
+        out: Floats | None = None,
+        threads: int = 1,
+    ) -> Floats:
+        """`relu(conv(x) + bias + add)`: x (C, H, W, N), values (K,), bias (O,), add and out (O, OH, OW, N)."""
+        _, rows, cols, images = x.shape
+        out = np.empty(self.output_shape(rows, cols, images=images), np.float32) if out is None else out
+        ((_, job),) = self._plan("forward", rows, cols, images=images, threads=threads)
+        _call(library().am_gather, job, x, values, bias, add, int(relu), out, threads)
+        return out
+
+    def input_gradient(self, g: Floats, values: Floats, out: Floats, *, threads: int = 1) -> Floats:
+        """Into `out` (C, H, W, N), for the gradient g (O, OH, OW, N) of the output."""
+        _, rows, cols, images = out.shape
+        for plan, job in self._plan("backward", rows, cols, images=images, threads=threads):
+            _call(library().am_gather, job, g, values[plan.order], None, None, 0, out, threads)
+        return out
+
+    def weight_gradient(self, x: Floats, g: Floats, *, threads: int = 1) -> Floats:
+        """Of the kept weights alone. Shape (K,)."""
+        _, rows, cols, images = x.shape
+        out = np.empty(len(self.conv.kept), np.float32)
+        ((_, job),) = self._plan("forward", rows, cols, images=images, threads=threads)
+        _call(library().am_dot, job, x, g, out, threads)
+        return out
+
+    def _plan(self, kind: str, rows: int, cols: int, *, images: int, threads: int) -> list[tuple[Job, _AmJob]]:
+        width = library().am_width()
+        key = (kind, rows, cols, images, threads, width)
+        if key not in self._plans:
+            how = {"images": images, "width": width, "threads": threads}
+            jobs = [forward(self.conv, rows, cols, **how)] if kind == "forward" else list(backward(self.conv, rows, cols, **how))
+            if len(self._plans) > 7:  # sizes vary without end in some trainings; the tables are as large as the weights
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[key] = [(job, _struct(job)) for job in jobs]
+        return self._plans[key]
+
+
+class Pool(ctypes.Structure):
+    """A max or average (`mean`) pool of (C, H, W, N) to (C, OH, OW, N); windows are cut off where the input ends."""
+
+    _fields_ = tuple(
+        (name, _INT) for name in ("images", "channels", "rows", "cols", "out_rows", "out_cols", "kh", "kw", "sh", "sw", "ph", "pw", "mean")
+    )
+
+    def forward(self, x: Floats, out: Floats, *, threads: int) -> None:
+        """x (C, H, W, N) into out (C, OH, OW, N)."""
+        _call(library().am_pooling, self, x, out, threads)
+
+    def gradient(self, x: Floats, y: Floats, g: Floats, out: Floats, *, threads: int) -> None:
+        """Of x, into out: y is what `forward` gave, g its gradient."""
+        _call(library().am_pooling_back, self, x, y, g, out, threads)
+
+
+def _struct(job: Job) -> _AmJob:
+    return _AmJob(
+        job.images, job.lanes, *job.src, *job.dst, job.rows, job.row_start, job.row_step, job.src_row_start, job.src_row_step, job.ring,
+        job.dst_map.shape[1], job.col_map.shape[1], job.strips, len(job.col_map), job.off.shape[1],
+        *(getattr(job, name).ctypes.data for name in _TABLES),
+    )  # fmt: skip
+
+
+def _call(function: Any, *args: Any) -> None:
+    given = [a.ctypes.data if isinstance(a, np.ndarray) else ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in args]
+    if function(*given):
+        raise MemoryError("the native kernels found no memory")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A batch norm of (C, ...), contiguous, with a ReLU after it if asked: `relu(weight * (x - mean) / sqrt(var + eps) + bias)`.
+
+    Args:
+        weight: (C,), or None for 1; so is bias, for 0.
+        mean: (C,), written by `forward` unless it is `given`; so is var, the biased variance.
+    """
+
+    weight: Floats | None
+    bias: Floats | None
+    mean: Floats
+    var: Floats
+    eps: float
+    relu: bool
+    given: bool
+    threads: int
+
+    def forward(self, x: Floats, out: Floats) -> None:
+        """x into out."""
+        last = (self.eps, int(self.relu), int(self.given), self.mean, self.var, out, self.threads)
+        _call(library().am_norm, len(x), x.size // len(x), x, self.weight, self.bias, *last)
+
+    def gradient(self, x: Floats, g: Floats, out: tuple[Floats, Floats, Floats]) -> None:
+        """Of x, weight and bias, into out; g is the gradient of what `forward` gave, whose ReLU is done again here."""
+        last = (self.eps, int(self.relu), int(self.given), *out, self.threads)
+        _call(library().am_norm_back, len(x), x.size // len(x), x, g, self.weight, self.bias, self.mean, self.var, *last)

@@ -1,0 +1,107 @@
+"""What is known while the calls of a traced model are read: the steps so far, and the arguments of one call."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from anymask.errors import SettingError
+from anymask.shipping.ops import Op, Shape, Step, Wrong
+from anymask.shipping.plan import Array, Arrays
+
+
+@dataclass(frozen=True)
+class Value:
+    """What a step makes; 0 is the input."""
+
+    number: int
+
+
+@dataclass
+class Trace:
+    """The steps so far; what the handlers write into."""
+
+    model: str
+    input: Shape
+    steps: list[Step] = field(default_factory=list)
+    arrays: list[Arrays] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.shapes = [self.input]
+
+    def add(self, op: Op, *inputs: Value, **arrays: Array) -> Value:
+        """One more step.
+
+        Raises:
+            Wrong: when the operation cannot take its inputs.
+        """
+        self.shapes.append(op.shape(*map(self.shape, inputs)))
+        self.steps.append(Step(op, tuple(value.number for value in inputs)))
+        self.arrays.append(arrays)
+        return Value(len(self.steps))
+
+    def shape(self, value: Value) -> Shape:
+        """The shape of one sample of it."""
+        return self.shapes[value.number]
+
+
+@dataclass(frozen=True)
+class Given:
+    """The arguments of one call, by the names that PyTorch gives them: values, constant tensors, and plain numbers."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    node: fx.Node
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def get(self, name: str) -> Any:
+        """The argument, None when there is none of this name."""
+        return self.arguments.get(name)
+
+    def value(self, name: str = "input") -> Value:
+        """An argument that depends on the input; `input` is called `self` where PyTorch does."""
+        found = self.arguments[name if name in self.arguments else "self"]
+        if not isinstance(found, Value):
+            raise Wrong(f"{name} does not depend on the input")
+        return found
+
+    def array(self, name: str) -> Array | None:
+        """An argument that is constant, float32; None when it is left out."""
+        found = self.arguments[name]
+        if isinstance(found, Value):
+            raise Wrong(f"{name} depends on the input")
+        return None if found is None else np.ascontiguousarray(found.float().numpy())
+
+    def pair(self, name: str, *, default: Any = 0) -> tuple[int, int]:
+        """Two whole numbers, that are given as one, two or none."""
+        found = self.arguments[name]
+        numbers = [found] if isinstance(found, int) else list(found) or [default]
+        if not all(type(number) is int for number in (*numbers, *np.atleast_1d(default).tolist())):
+            raise Wrong(f"{name} depends on the batch")
+        if len(numbers) == 1 and isinstance(numbers[0], int):
+            numbers *= 2
+        return numbers[0], numbers[1]
+
+    def shape(self) -> Shape:
+        """The shape of one sample of what it gives."""
+        shape = tuple(self.node.meta["val"].shape[1:])
+        if not all(type(number) is int for number in shape):
+            raise Wrong(f"a shape {shape} that depends on the batch")
+        return shape
+
+
+def refused(model: str, name: str, node: fx.Node, *, known: Iterable[str], why: str = "") -> SettingError:
+    """The error for an operation that cannot be shipped, or not like this."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    path, kind = stack[-1] if stack else ("", model)
+    kind = kind if isinstance(kind, str) else kind.__qualname__
+    where = f"module {path!r}, a {kind.rpartition('.')[2]}" if path else "its own forward"
+    return SettingError(
+        f"{model} uses {name} in {where}, which cannot be shipped" + (f" ({why})" if why else ""),
+        allowed=f"in evaluation: {', '.join(sorted(name for name in known if not name.startswith('_')))}",
+        fix="ship to .onnx, dense, or leave that operation out of what you ship",
+    )

@@ -1,0 +1,157 @@
+"""`anymask.ship`: a trained network to a file."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from anymask.errors import AnymaskError, MaskError, SettingError
+from anymask.mask import Mask
+from anymask.runlog import atomic
+from anymask.shipping import file, onnxfile
+from anymask.shipping.fusing import fused
+from anymask.shipping.ops import VALUES
+from anymask.shipping.plan import stored
+from anymask.shipping.runtime import Program
+from anymask.shipping.tracing import plain, traced
+from anymask.surgery import logits_of
+
+_OFF = 1e-3  # of the largest output: what rounding of float32 never comes to
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """What was written.
+
+    Args:
+        path: the file.
+        bytes: its size.
+        dense_bytes: size of the model's parameters and buffers, dense, as they are.
+        kept: number of weights that are not 0, of convolutions and linear layers; in .anymask of those stored.
+        total: number of these weights with their zeros.
+        difference: largest difference between what the file and the model give for the example; None where the file was not run.
+    """
+
+    path: Path
+    bytes: int
+    dense_bytes: int
+    kept: int
+    total: int
+    difference: float | None
+
+
+def ship(
+    model: nn.Module,
+    mask: Mask | None,
+    *,
+    example: Tensor,
+    to: str | os.PathLike[str],
+    values: str | None = None,
+    info: dict[str, Any] | None = None,
+) -> Shipped:
+    """Write a trained network to the file `to`, whole or not at all; its name decides how.
+
+    `.anymask`: batch norms folded, kept weights alone; `anymask.load` runs it with NumPy. `.onnx`: dense with the zeros, for batches
+    of any size. `.safetensors`: the plain state dict. The model stays as it is; what is shipped is how it evaluates.
+
+    Args:
+        model: takes one tensor (N, C, H, W) or (N, D) and gives one.
+        mask: the mask it was trained with, to be checked: weights outside of it have to be 0. None: the zeros of the model count.
+        example: a batch of real inputs, on which the file is compared with the model.
+        to: the file; its folder is made when it is not there.
+        values: of .anymask: "float16" (as when it is left out), "float32", or "int8", of each output channel scaled to 127 steps.
+        info: plain JSON values that are kept in an .anymask file.
+
+    Raises:
+        SettingError: naming the operation that cannot be shipped, and its module; for other names, values and examples.
+        MaskError: when the mask does not fit, or weights outside of it are not 0.
+
+    Example:
+        >>> import tempfile
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+        >>> mask = Mask({"0.weight": torch.eye(3, 4)})
+        >>> mask.apply(net)
+        >>> done = ship(net, mask, example=torch.ones(2, 4), to=tempfile.mkdtemp() + "/small.anymask")
+        >>> done.kept, done.total, done.difference < 0.01
+        (3, 12, True)
+    """
+    path = Path(to)
+    write = _WRITERS.get(path.suffix)
+    if write is None:
+        raise SettingError(f"{path} came as the file to write", allowed=f"a name that ends in {', '.join(_WRITERS)}", fix="name it so")
+    if values not in (None, *VALUES) or (path.suffix != ".anymask" and values not in (None, "float32")):
+        allowed = ", ".join(VALUES) if path.suffix == ".anymask" else f"float32 in {path.suffix}"
+        raise SettingError(f"values came as {values!r}", allowed=allowed, fix="choose one of these, or leave it out")
+    if not isinstance(example, Tensor) or example.ndim < 2 or not len(example):
+        raise SettingError("the example came without samples", allowed="a tensor (N, C, H, W) or (N, D)", fix="give a batch of inputs")
+    model, example = plain(model), example.detach().to("cpu", torch.float32)
+    if mask is not None:
+        _check_zeros(model, mask)
+    return write(model, example, path, values=values or "float16", info=info or {})
+
+
+@torch.no_grad()
+def _check_zeros(model: nn.Module, mask: Mask) -> None:
+    odd = {name: int((p[~mask[name]] != 0).sum()) for name, p in mask.check(model).items()}
+    said = [f"{name} ({count:,})" for name, count in odd.items() if count]
+    if said:
+        raise MaskError(
+            f"weights that the mask leaves out are not 0: {', '.join(said)}",
+            allowed="zeros wherever the mask is False",
+            fix="hold the mask while training; mask.apply(model) sets them to 0 now",
+        )
+
+
+def _ship_sparse(model: nn.Module, example: Tensor, path: Path, *, values: str, info: dict[str, Any]) -> Shipped:
+    plan = stored(replace(fused(traced(model, example)), info=info), values)
+    blob = file.packed(plan)
+    program = Program(file.unpacked(blob, path=path))  # what will be read, and not what was meant
+    off = _difference(model, example, program, exact=values == "float32")
+    return _written(blob, path, model, kept=plan.kept, total=plan.total, difference=off)
+
+
+def _ship_onnx(model: nn.Module, example: Tensor, path: Path, *, values: str, info: dict[str, Any]) -> Shipped:
+    blob = onnxfile.onnx_bytes(model, example)
+    off = _difference(model, example, onnxfile.Session(blob, threads=1)) if onnxfile.has_runtime() else None
+    return _written(blob, path, model, **_counted(model), difference=off)
+
+
+def _ship_state(model: nn.Module, example: Tensor, path: Path, *, values: str, info: dict[str, Any]) -> Shipped:
+    state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in model.state_dict().items()}
+    return _written(to_bytes(state, metadata={"format": "pt"}), path, model, **_counted(model), difference=None)
+
+
+_WRITERS: dict[str, Callable[..., Shipped]] = {".anymask": _ship_sparse, ".onnx": _ship_onnx, ".safetensors": _ship_state}
+
+
+@torch.no_grad()
+def _difference(model: nn.Module, example: Tensor, run: Callable[[np.ndarray], np.ndarray], *, exact: bool = True) -> float:
+    """The largest difference on the example; with `exact` more than rounding is refused: nothing wrong is ever written."""
+    ours, theirs = logits_of(model(example)).numpy(), run(example.numpy())
+    off = float(np.abs(ours - theirs).max(initial=0.0))
+    if exact and not off <= _OFF * max(1.0, float(np.abs(ours).max(initial=0.0))):
+        raise AnymaskError(
+            f"the file gives other outputs than the model, by up to {off:.3g}",
+            allowed="equal up to rounding",
+            fix="tell us which model this is: what would have been written is wrong",
+        )
+    return off
+
+
+def _counted(model: nn.Module) -> dict[str, int]:
+    held = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    return {"kept": sum(int((weight != 0).sum()) for weight in held), "total": sum(weight.numel() for weight in held)}
+
+
+def _written(blob: bytes, path: Path, model: nn.Module, *, kept: int, total: int, difference: float | None) -> Shipped:
+    with atomic(path) as out:
+        out.write(blob)
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
+    dense = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return Shipped(path, len(blob), dense, kept, total, difference)

@@ -1,0 +1,107 @@
+"""Convolution over kept weights in NumPy and SciPy: for machines that have no native kernels, and to compare those with."""
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Gather:
+    """A convolution of which only some weights are kept; the same face as `anymask.kernels.Gather`.
+
+    Args:
+        weight_shape: (O, C / groups, KH, KW) of the dense weight; a linear layer has KH = KW = 1.
+        kept: int64 (kept,), ascending: positions in the flat dense weight.
+        stride, padding, dilation: (rows, columns); padding is by zeros.
+        groups: as in PyTorch.
+
+    Example:
+        >>> double = Gather(weight_shape=(1, 2, 1, 1), kept=np.array([1]))
+        >>> double.forward(np.ones((2, 1, 1, 1), np.float32), np.array([2.0], np.float32)).ravel()
+        array([2.], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        *,
+        weight_shape: tuple[int, int, int, int],
+        kept: Array,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
+    ) -> None:
+        self.weight_shape, self.stride, self.padding, self.dilation, self.groups = weight_shape, stride, padding, dilation, groups
+        outputs, inner, high, wide = weight_shape
+        row, channel, y, x = np.unravel_index(kept, weight_shape)
+        columns = channel + row // (outputs // groups) * inner
+        self._taps: list[tuple[tuple[int, int], Array, Array, Array]] = []  # place in the kernel; which values; columns and rows of CSR
+        for place in product(range(high), range(wide)):
+            chosen = np.flatnonzero((y == place[0]) & (x == place[1]))  # ascending, and so row by row
+            if len(chosen):
+                self._taps.append((place, chosen, columns[chosen], np.searchsorted(row[chosen], np.arange(outputs + 1))))
+
+    def forward(
+        self,
+        x: Array,
+        values: Array,
+        *,
+        bias: Array | None = None,
+        add: Array | None = None,
+        relu: bool = False,
+        out: Array | None = None,
+        threads: int = 1,
+    ) -> Array:
+        """(O, OH, OW, N) of `x` (C, H, W, N) with the `values` (kept,), float32; then plus `bias` (O,), plus `add`, then ReLU.
+
+        `out` is written into where it is given; `threads` has no effect here.
+        """
+        from scipy.sparse import csr_array  # here: who has the native kernels does not need it
+
+        channels, _, _, images = x.shape
+        size = self._size(x)
+        total = np.zeros((self.weight_shape[0], size[0] * size[1] * images), np.float32)
+        for place, chosen, columns, begins in self._taps:
+            weight = csr_array((values[chosen], columns, begins), shape=(self.weight_shape[0], channels))
+            total += weight @ self._under(x, place, size).reshape(channels, -1)
+        return _finish(total.reshape(-1, *size, images), bias=bias, add=add, relu=relu, out=out)
+
+    def _size(self, x: Array) -> tuple[int, int]:
+        sides = zip(x.shape[1:3], self.padding, self.dilation, self.weight_shape[2:], self.stride, strict=True)
+        high, wide = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in sides)
+        return high, wide
+
+    def _under(self, x: Array, place: tuple[int, int], size: tuple[int, int]) -> Array:
+        """What lies under one place of the kernel, (C, OH, OW, N)."""
+        spans = [self._span(x.shape[1 + axis], axis, place[axis], size[axis]) for axis in (0, 1)]
+        (to_y, from_y), (to_x, from_x) = spans
+        if (from_y, from_x) == (slice(0, x.shape[1], 1), slice(0, x.shape[2], 1)) and x.shape[1:3] == size:
+            return x
+        under = np.zeros((x.shape[0], *size, x.shape[3]), np.float32)
+        under[:, to_y, to_x] = x[:, from_y, from_x]
+        return under
+
+    def _span(self, length: int, axis: int, place: int, windows: int) -> tuple[slice, slice]:
+        """The outputs whose input is no padding, and those inputs, along one side."""
+        shift, stride = place * self.dilation[axis] - self.padding[axis], self.stride[axis]
+        first = max(0, -(shift // stride))
+        last = min(windows, (length - 1 - shift) // stride + 1)
+        if last <= first:
+            return slice(0, 0), slice(0, 0)
+        begin = first * stride + shift
+        return slice(first, last), slice(begin, begin + (last - first - 1) * stride + 1, stride)
+
+
+def _finish(total: Array, *, bias: Array | None, add: Array | None, relu: bool, out: Array | None) -> Array:
+    if bias is not None:
+        total += bias[:, None, None, None]
+    if add is not None:
+        total += add
+    if relu:
+        np.maximum(total, 0, out=total)
+    if out is None:
+        return total
+    np.copyto(out, total)
+    return out

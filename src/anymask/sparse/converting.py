@@ -1,0 +1,202 @@
+"""A model's layers to sparse ones, and back."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from anymask.dataflow import norms_with_relu
+from anymask.errors import SettingError
+from anymask.kernels import Gather, available, why_not
+from anymask.mask import Mask
+from anymask.prunables import compact
+from anymask.sparse import layers, memory
+from anymask.sparse.tuning import speedup
+from anymask.surgery import trace
+
+DENSE: dict[type, type] = {  # sparse class -> the class it was made of
+    layers.SparseConv2d: nn.Conv2d,
+    layers.SparseLinear: nn.Linear,
+    layers.BatchLastNorm2d: nn.BatchNorm2d,
+    layers.FusedReLU: nn.ReLU,
+    layers.BatchLastMaxPool2d: nn.MaxPool2d,
+    layers.BatchLastAvgPool2d: nn.AvgPool2d,
+}
+_SPARSE = {dense: sparse for sparse, dense in DENSE.items()}
+_PLAIN = (nn.MaxPool2d, nn.AvgPool2d)  # need nothing but another class
+
+
+def gather_for(layer: nn.Module, kept: Tensor) -> Gather | None:
+    """The tables of a Conv2d or Linear with the kept places `kept` (bool, of its weight's shape); None where they have no form."""
+    places = kept.flatten().nonzero().flatten().numpy()
+    if type(layer) is nn.Linear:
+        return Gather((layer.out_features, layer.in_features, 1, 1), places)
+    if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
+        padding = layer.padding
+        if isinstance(padding, str):
+            spans = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+            if padding == "same" and any(span % 2 for span in spans):
+                return None  # more on one side than on the other
+            padding = tuple(span // 2 if padding == "same" else 0 for span in spans)
+        how: dict[str, Any] = {"stride": layer.stride, "padding": padding, "dilation": layer.dilation, "groups": layer.groups}
+        return Gather(tuple(layer.weight.shape), places, **how)  # type: ignore[arg-type]
+    return None
+
+
+@torch.no_grad()
+def sparsify(layer: Any, gather: Gather, optimizer: Optimizer | None = None) -> None:
+    """Change one layer in place: its weight, gradient and optimiser slots keep their identity and become vectors (K,)."""
+    layer.gather, layer.dense_shape = gather, tuple(layer.weight.shape)
+    layer.__class__ = _SPARSE[type(layer)]
+    _reshape(layer.weight, layer.collect, layer.dense_shape, optimizer)
+
+
+@torch.no_grad()
+def densify(layer: Any, optimizer: Optimizer | None = None) -> None:
+    """Change one layer back."""
+    _reshape(layer.weight, layer.scatter, tuple(layer.weight.shape), optimizer)
+    layer.__class__ = DENSE[type(layer)]
+    del layer.gather, layer.dense_shape
+
+
+def _reshape(weight: nn.Parameter, change: Any, shape: tuple[int, ...], optimizer: Optimizer | None) -> None:
+    gradient, weight.grad = weight.grad, None
+    weight.data = change(weight.data)
+    if gradient is not None:
+        weight.grad = change(gradient)
+    slots = {} if optimizer is None else optimizer.state.get(weight, {})
+    for name, slot in slots.items():
+        if isinstance(slot, Tensor) and tuple(slot.shape) == shape:
+            slots[name] = change(slot)
+
+
+def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimizer | None = None, measure: bool = True) -> nn.Module:
+    """Let the masked layers of `model` store and compute their kept weights alone, in place, where that is faster on this machine.
+
+    Forward pass, input gradient and weight gradient of a Conv2d or Linear take time in proportion to what is kept, and its weight,
+    gradient and optimiser slots are vectors (K,) of that size. Parameters keep their identity and names, state dicts hold the dense
+    weights, hooks and techniques stay where they are. What lies between (batch norm with its ReLU, pools) follows the memory layout of
+    the kernels (C, H, W, N). Layers of other kinds, those that the mask leaves out, and those that are measured slower stay dense.
+
+    Args:
+        model: on the CPU, float32; changed in place.
+        mask: what is kept; must fit `model`. Pruned weights that are not 0 yet are dropped.
+        example: inputs as they will come, with their batch size, because that decides what is faster.
+        optimizer: one that has made steps already: its slots are converted, too.
+        measure: False converts every layer that can be.
+
+    Returns:
+        `model` itself. Second derivatives are refused; `rewire` needs a dense model.
+
+    Raises:
+        MaskError: when the mask does not fit.
+        SettingError: without the native kernels, on another device, or for a model that is sparse already.
+
+    Example:
+        >>> import torch, anymask
+        >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
+        >>> mask = anymask.prune(net, "magnitude", sparsity=0.9)
+        >>> net = anymask.to_sparse(net, mask, torch.ones(8, 64), measure=False)
+        >>> net[0].weight.shape, net.state_dict()["0.weight"].shape
+        (torch.Size([410]), torch.Size([64, 64]))
+    """
+    parameters = _check(model, mask)
+    memory.prepare()
+    owners = {f"{name}.weight" if name else "weight": module for name, module in model.named_modules()}
+    shapes = {id(call.module): tuple(call.input.shape) for call in trace(model, example)}
+    found = norms_with_relu(model, example)
+    converted = False
+    for name, parameter in parameters.items():
+        layer: Any = owners.get(name)
+        if layer is None or id(layer) not in shapes or _tied(model, parameter):
+            continue
+        gather = gather_for(layer, mask[name])
+        if gather is not None and (not measure or speedup(layer, gather, shapes[id(layer)]) > 1):
+            sparsify(layer, gather, optimizer)
+            converted = True
+    if converted:
+        _follow(model, found)
+    return model
+
+
+def to_dense(model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Module:
+    """Undo `to_sparse`, in place: the same layers, parameters and values as if it had never been.
+
+    Args:
+        model: any module; one without sparse layers stays as it is.
+        optimizer: its slots become dense, too.
+
+    Example:
+        >>> import torch, anymask
+        >>> net = torch.nn.Linear(8, 8)
+        >>> mask = anymask.prune(net, "magnitude", sparsity=0.5)
+        >>> to_dense(anymask.to_sparse(net, mask, torch.ones(2, 8), measure=False)).weight.shape
+        torch.Size([8, 8])
+    """
+    for layer in model.modules():
+        if isinstance(layer, layers.SparseWeight):
+            densify(layer, optimizer)
+        elif type(layer) in DENSE:
+            layer.__dict__.pop("relu", None)
+            layer.__dict__.pop("norm", None)
+            layer.__class__ = DENSE[type(layer)]
+    return model
+
+
+@contextmanager
+def as_dense(model: nn.Module) -> Iterator[None]:
+    """Inside the block the sparse layers of `model` are dense; afterwards they are sparse again, with the values that they have then.
+
+    Example:
+        >>> with as_dense(torch.nn.Linear(2, 2)):
+        ...     pass  # nothing to do
+    """
+    kinds = [(layer, type(layer)) for layer in model.modules() if type(layer) in DENSE]
+    tables = {layer: layer.gather for layer, _ in kinds if isinstance(layer, layers.SparseWeight)}
+    for layer, kind in kinds:
+        if layer in tables:
+            densify(layer)
+        else:
+            layer.__class__ = DENSE[kind]
+    try:
+        yield
+    finally:
+        for layer, kind in kinds:
+            if layer in tables:
+                sparsify(layer, tables[layer])
+            else:
+                layer.__class__ = kind
+
+
+def _check(model: nn.Module, mask: Mask) -> dict[str, nn.Parameter]:
+    if not available():
+        raise SettingError("to_sparse has no native kernels", allowed="a machine where they were built", fix=why_not())
+    if compact(model):
+        raise SettingError("this model is sparse already", allowed="a dense model", fix="call anymask.to_dense first")
+    parameters = mask.check(model)
+    odd = [name for name, p in parameters.items() if p.device.type != "cpu" or p.dtype != torch.float32]
+    if odd:
+        first = parameters[odd[0]]
+        raise SettingError(f"{odd[0]} is {first.dtype} on {first.device}", allowed="float32 on the CPU", fix="leave the model dense there")
+    return parameters
+
+
+def _tied(model: nn.Module, parameter: nn.Parameter) -> bool:
+    return sum(other is parameter for _, other in model.named_parameters(remove_duplicate=False)) > 1
+
+
+def _follow(model: nn.Module, pairs: list[tuple[nn.Module, nn.Module]]) -> None:
+    """Let the layers between sparse ones keep the memory layout."""
+    for layer in model.modules():
+        if type(layer) is nn.BatchNorm2d:
+            layer.__class__ = layers.BatchLastNorm2d
+            layer.__dict__["relu"] = ()
+        elif type(layer) in _PLAIN:
+            layer.__class__ = _SPARSE[type(layer)]
+    for norm, relu in pairs:
+        if isinstance(norm, layers.BatchLastNorm2d):
+            relu.__class__ = layers.FusedReLU
+            norm.__dict__["relu"], relu.__dict__["norm"] = (relu,), (norm,)

@@ -1,0 +1,152 @@
+"""Layers that store and compute kept weights alone. A layer becomes one by a change of its class: names, hooks and identity stay."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anymask.kernels import Gather
+from anymask.sparse import ops
+
+
+class SparseWeight:
+    """What sparse layers share: `weight` is the vector (K,) of the kept weights, state dicts hold the dense weight under its plain name."""
+
+    weight: Any
+    gather: Gather  # the tables
+    dense_shape: tuple[int, ...]  # of the dense weight
+
+    def dense_weight(self) -> Tensor:
+        """The dense weight with its zeros, of shape `dense_shape`; differentiable."""
+        return self.scatter(self.weight)
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """`values` (K,) at the kept places of a dense tensor of zeros."""
+        dense = values.new_zeros(self.dense_shape).flatten()
+        return dense.index_put((self.places(),), values).view(self.dense_shape)
+
+    def collect(self, dense: Tensor) -> Tensor:
+        """The values of a dense tensor at the kept places, (K,)."""
+        return dense.reshape(-1)[self.places()]
+
+    def places(self) -> Tensor:
+        """Flat places of the kept weights, (K,)."""
+        return torch.from_numpy(self.gather.conv.kept)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        destination[prefix + "weight"] = self.scatter(self.weight if keep_vars else self.weight.detach())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        given = state_dict.get(prefix + "weight")
+        if given is not None and tuple(given.shape) == self.dense_shape:
+            state_dict = {**state_dict, prefix + "weight": self.collect(given)}
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+
+    def extra_repr(self) -> str:
+        """As the dense layer's, and what is kept."""
+        return f"{super().extra_repr()}, kept={len(self.weight)}"  # type: ignore[misc]
+
+
+class SparseConv2d(SparseWeight, nn.Conv2d):
+    """A Conv2d of kept weights. Made by `to_sparse`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) or (C, H, W) to (N, O, OH, OW) or (O, OH, OW)."""
+        if input.ndim == 3:
+            return self.forward(input[None])[0]
+        return ops.conv(input.float(), self.weight, self.bias, self.gather.handle)
+
+
+class SparseLinear(SparseWeight, nn.Linear):
+    """A Linear of kept weights. Made by `to_sparse`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., D) to (..., O)."""
+        rows = input.reshape(-1, self.in_features)
+        out = ops.conv(rows.float()[:, :, None, None], self.weight, self.bias, self.gather.handle)
+        return out[:, :, 0, 0].reshape(*input.shape[:-1], self.out_features)
+
+
+class BatchLast:
+    """Layers without sparse weights that read and write batch-last tensors where they are given one; else they are what they were."""
+
+
+class BatchLastNorm2d(BatchLast, nn.BatchNorm2d):
+    """A BatchNorm2d, which takes the ReLU after it along (`relu`) while nobody hooks into either."""
+
+    relu: "tuple[FusedReLU, ...]"  # in a tuple, so that it is no child
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) to the same."""
+        if not ops.is_batch_last(input):
+            return super().forward(input)
+        batch = self.training or self.running_mean is None
+        given = (None, None) if batch else (self.running_mean, self.running_var)
+        y, mean, var = ops.norm(input, self.weight, self.bias, *given, self.eps, self.fuses(input))
+        if self.training and self.track_running_stats:
+            self._track(mean, var, input.numel() // input.shape[1])
+        return y
+
+    def fuses(self, input: Tensor) -> bool:
+        """Whether the ReLU is done here for this input."""
+        return bool(self.relu) and ops.is_batch_last(input) and not _hooked(self) and not _hooked(self.relu[0])
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
+        assert self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.num_batches_tracked.add_(1)
+        share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(var * (count / max(1, count - 1)), share)
+
+
+class FusedReLU(nn.ReLU):
+    """A ReLU after a batch norm, which has done it already unless somebody hooks into either."""
+
+    norm: tuple[BatchLastNorm2d, ...]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any shape to the same."""
+        return input if self.norm[0].fuses(input) else super().forward(input)
+
+
+class BatchLastMaxPool2d(BatchLast, nn.MaxPool2d):
+    """A MaxPool2d."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, OH, OW)."""
+        if not ops.is_batch_last(input) or self.return_indices or _pair(self.dilation) != (1, 1):
+            return super().forward(input)
+        return _pooled(self, input, mean=False)
+
+
+class BatchLastAvgPool2d(BatchLast, nn.AvgPool2d):
+    """An AvgPool2d; with padding or another divisor it is PyTorch's own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, OH, OW)."""
+        if not ops.is_batch_last(input) or _pair(self.padding) != (0, 0) or self.divisor_override is not None:
+            return super().forward(input)
+        return _pooled(self, input, mean=True)
+
+
+def _pooled(layer: Any, x: Tensor, *, mean: bool) -> Tensor:
+    kernel, stride, padding = (_pair(v) for v in (layer.kernel_size, layer.stride, layer.padding))
+    size = [_pool_size(n, k, s, p, ceil=layer.ceil_mode) for n, k, s, p in zip(x.shape[2:], kernel, stride, padding, strict=True)]
+    return ops.pool(x, size, [*kernel, *stride, *padding], mean)
+
+
+def _pool_size(n: int, kernel: int, stride: int, padding: int, *, ceil: bool) -> int:
+    size = (n + 2 * padding - kernel + (stride - 1 if ceil else 0)) // stride + 1
+    return size - 1 if ceil and (size - 1) * stride >= n + padding else size  # no window begins in the padding
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)

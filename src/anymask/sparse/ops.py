@@ -1,0 +1,217 @@
+"""The kernels as PyTorch operators: autograd, fake tensors (so `torch.compile` passes over them), threads of `torch.set_num_threads`.
+
+Tensors are (N, C, H, W) to whoever looks, and batch-last in memory: (C, H, W, N), contiguous. Elementwise operators keep that layout.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymask.errors import TechniqueError
+from anymask.kernels import native
+from anymask.sparse import memory
+
+
+def batch_last(x: Tensor) -> Tensor:
+    """`x` (N, C, H, W) as the contiguous tensor (C, H, W, N); copied only where memory is laid out otherwise.
+
+    Example:
+        >>> batch_last(torch.ones(2, 3, 4, 5)).shape
+        torch.Size([3, 4, 5, 2])
+    """
+    return x.permute(1, 2, 3, 0).contiguous()
+
+
+def is_batch_last(x: Tensor) -> bool:
+    """Whether `x` lies in memory as the kernels have it: (C, H, W, N), float32, on the CPU."""
+    return x.ndim == 4 and x.dtype == torch.float32 and x.device.type == "cpu" and x.permute(1, 2, 3, 0).is_contiguous()
+
+
+def _array(x: Tensor | None) -> Any:
+    return None if x is None else x.detach().numpy()
+
+
+def _empty(like: Tensor, shape: Any) -> Tensor:
+    """A tensor (N, C, H, W) that lies batch-last; of its own and no view, so that it may be written in place."""
+    n, c, h, w = shape
+    memory.follow()
+    return like.new_empty_strided((n, c, h, w), (1, h * w * n, w * n, n))
+
+
+def _into(out: Tensor) -> Any:
+    """The memory of what `_empty` gave, (C, H, W, N)."""
+    return out.permute(1, 2, 3, 0).numpy()
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+# -- convolution ----------------------------------------------------------------------------------------------------
+@torch.library.custom_op("anymask::conv", mutates_args=())
+def conv(x: Tensor, values: Tensor, bias: Tensor | None, handle: int) -> Tensor:
+    """The convolution that `handle` stands for, of x (N, C, H, W) with the kept weights `values` (K,)."""
+    out = _fake_conv(x, values, bias, handle)
+    how = {"bias": _array(bias), "out": _into(out), "threads": _threads()}
+    native.gather_of(handle).forward(_array(batch_last(x)), _array(values.contiguous()), **how)
+    return out
+
+
+@torch.library.custom_op("anymask::conv_input_gradient", mutates_args=())
+def conv_input_gradient(g: Tensor, values: Tensor, handle: int, rows: int, cols: int) -> Tensor:
+    """The gradient of the input, (N, C, rows, cols)."""
+    gather = native.gather_of(handle)
+    out = _empty(g, (g.shape[0], gather.conv.channels, rows, cols))
+    gather.input_gradient(_array(batch_last(g)), _array(values.contiguous()), _into(out), threads=_threads())
+    return out
+
+
+@torch.library.custom_op("anymask::conv_weight_gradient", mutates_args=())
+def conv_weight_gradient(x: Tensor, g: Tensor, handle: int) -> Tensor:
+    """The gradient of the kept weights, (K,)."""
+    return torch.from_numpy(native.gather_of(handle).weight_gradient(_array(batch_last(x)), _array(batch_last(g)), threads=_threads()))
+
+
+@conv.register_fake
+def _fake_conv(x: Tensor, values: Tensor, bias: Tensor | None, handle: int) -> Tensor:
+    o, rows, cols, n = native.gather_of(handle).output_shape(x.shape[2], x.shape[3], images=x.shape[0])
+    return _empty(x, (n, o, rows, cols))
+
+
+@conv_input_gradient.register_fake
+def _(g: Tensor, values: Tensor, handle: int, rows: int, cols: int) -> Tensor:
+    return _empty(g, (g.shape[0], native.gather_of(handle).conv.channels, rows, cols))
+
+
+@conv_weight_gradient.register_fake
+def _(x: Tensor, g: Tensor, handle: int) -> Tensor:
+    return x.new_empty(len(native.gather_of(handle).conv.kept))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, _, ctx.handle = inputs
+    ctx.save_for_backward(x, values)
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    x, values = ctx.saved_tensors
+    wants_x, wants_values, wants_bias, _ = ctx.needs_input_grad
+    return (
+        torch.ops.anymask.conv_input_gradient(g, values, ctx.handle, x.shape[2], x.shape[3]) if wants_x else None,
+        torch.ops.anymask.conv_weight_gradient(x, g, ctx.handle) if wants_values else None,
+        g.sum((0, 2, 3)) if wants_bias else None,
+        None,
+    )
+
+
+def _no_second(ctx: Any, *_: Any) -> Any:
+    raise TechniqueError(
+        "a sparse layer was differentiated twice",
+        allowed="one backward pass",
+        fix="convert the model back with anymask.to_dense for what needs second derivatives (LRsI and GraSP do so by themselves)",
+    )
+
+
+conv.register_autograd(_backward, setup_context=_save)
+conv_input_gradient.register_autograd(_no_second)
+conv_weight_gradient.register_autograd(_no_second)
+
+
+# -- batch norm -----------------------------------------------------------------------------------------------------
+@torch.library.custom_op("anymask::norm", mutates_args=())
+def norm(  # noqa: PLR0917  an operator's arguments are a list
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch norm of x (N, C, H, W), then ReLU if asked; statistics of the batch where mean and var are None. Gives (y, mean, var)."""
+    given = mean is not None
+    y = _empty(x, x.shape)
+    mean, var = (t.clone() if t is not None else x.new_empty(x.shape[1]) for t in (mean, var))
+    how = native.Norm(_array(weight), _array(bias), _array(mean), _array(var), eps=eps, relu=relu, given=given, threads=_threads())
+    how.forward(_array(batch_last(x)), _into(y))
+    return y, mean, var
+
+
+@torch.library.custom_op("anymask::norm_gradient", mutates_args=())
+def norm_gradient(  # noqa: PLR0917
+    x: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float, relu: bool, given: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias; g is that of what `norm` gave."""
+    gx, gweight, gbias = _empty(x, x.shape), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+    how = native.Norm(_array(weight), _array(bias), _array(mean), _array(var), eps=eps, relu=relu, given=given, threads=_threads())
+    how.gradient(_array(batch_last(x)), _array(batch_last(g)), (_into(gx), _array(gweight), _array(gbias)))
+    return gx, gweight, gbias
+
+
+@norm.register_fake
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(x, x.shape), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+
+
+@norm_gradient.register_fake
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(x, x.shape), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+
+
+def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias, mean, _, ctx.eps, ctx.relu = inputs
+    ctx.given = mean is not None
+    ctx.save_for_backward(x, weight, bias, output[1], output[2])
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+def _backward_norm(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    x, weight, bias, mean, var = ctx.saved_tensors
+    gx, gw, gb = torch.ops.anymask.norm_gradient(x, g, weight, bias, mean, var, ctx.eps, ctx.relu, ctx.given)
+    return (gx, gw if ctx.needs_input_grad[1] else None, gb if ctx.needs_input_grad[2] else None, None, None, None, None)
+
+
+norm.register_autograd(_backward_norm, setup_context=_save_norm)
+norm_gradient.register_autograd(_no_second)
+
+
+# -- pools ----------------------------------------------------------------------------------------------------------
+@torch.library.custom_op("anymask::pool", mutates_args=())
+def pool(x: Tensor, size: list[int], window: list[int], mean: bool) -> Tensor:
+    """Max or average pool of x (N, C, H, W) to `size` = (OH, OW); `window` is (KH, KW, SH, SW, PH, PW)."""
+    out = _empty(x, (*x.shape[:2], *size))
+    _pool(x.shape, size, window, mean=mean).forward(_array(batch_last(x)), _into(out), threads=_threads())
+    return out
+
+
+@torch.library.custom_op("anymask::pool_gradient", mutates_args=())
+def pool_gradient(x: Tensor, y: Tensor, g: Tensor, window: list[int], mean: bool) -> Tensor:
+    """The gradient of x."""
+    out = _empty(x, x.shape)
+    how = _pool(x.shape, list(y.shape[2:]), window, mean=mean)
+    how.gradient(_array(batch_last(x)), _array(batch_last(y)), _array(batch_last(g)), _into(out), threads=_threads())
+    return out
+
+
+def _pool(shape: Any, size: list[int], window: list[int], *, mean: bool) -> native.Pool:
+    n, c, rows, cols = shape
+    return native.Pool(n, c, rows, cols, *size, *window, int(mean))
+
+
+@pool.register_fake
+def _(x: Tensor, size: list[int], window: list[int], mean: bool) -> Tensor:
+    return _empty(x, (*x.shape[:2], *size))
+
+
+@pool_gradient.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return _empty(x, x.shape)
+
+
+def _save_pool(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, _, ctx.window, ctx.mean = inputs
+    ctx.save_for_backward(x, output)
+
+
+def _backward_pool(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    x, y = ctx.saved_tensors
+    return torch.ops.anymask.pool_gradient(x, y, g, ctx.window, ctx.mean), None, None, None
+
+
+pool.register_autograd(_backward_pool, setup_context=_save_pool)
+pool_gradient.register_autograd(_no_second)

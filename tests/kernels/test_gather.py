@@ -1,0 +1,193 @@
+"""The native kernels against PyTorch's dense convolution with the zeros in it."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from anymask.kernels import Gather, available, native
+
+pytestmark = pytest.mark.skipif(not available(), reason="the native kernels were not built here (no C compiler)")
+ISAS = [name for name in ("portable", "avx2", "avx512") if available() and native.library().am_use(name.encode()) is not None]
+CASES = int(os.environ.get("ANYMASK_KERNEL_CASES", "60"))  # the sanitizer run asks for as many
+
+
+@pytest.fixture(autouse=True)
+def _the_best_again():
+    yield
+    native.library().am_use(None)
+
+
+@st.composite
+def cases(draw: Any) -> dict[str, Any]:
+    """Shapes from a single pixel up; kernels larger than the input; strides beyond the kernel; densities 0 and 1."""
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    return {
+        "groups": groups,
+        "channels": groups * draw(st.integers(1, 5)),
+        "outputs": groups * draw(st.integers(1, 5)),
+        "kernel": draw(st.tuples(*[st.integers(1, 5)] * 2)),
+        "stride": draw(st.tuples(*[st.integers(1, 3)] * 2)),
+        "padding": draw(st.tuples(*[st.integers(0, 4)] * 2)),
+        "dilation": draw(st.tuples(*[st.integers(1, 3)] * 2)),
+        "size": draw(st.tuples(*[st.integers(1, 20)] * 2)),
+        "images": draw(st.sampled_from([1, 2, 3, 7, 8, 15, 16, 17, 33, 64, 70])),
+        "density": draw(st.sampled_from([0.0, 0.02, 0.1, 0.3, 1.0])),
+        "threads": draw(st.integers(1, 3)),
+        "seed": draw(st.integers(0, 99)),
+    }
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=CASES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases())
+def test_forward_and_both_gradients_are_those_of_the_dense_convolution(isa, case):
+    native.library().am_use(isa.encode())
+    spans = [d * (k - 1) + 1 for d, k in zip(case["dilation"], case["kernel"], strict=True)]
+    assume(all(n + 2 * p >= span for n, p, span in zip(case["size"], case["padding"], spans, strict=True)))
+    close(*both(case))
+
+
+def both(case: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    """What the kernels give and what PyTorch gives, in float64: output, input gradient, gradient of the kept weights."""
+    rng = np.random.default_rng(case["seed"])
+    shape = (case["outputs"], case["channels"] // case["groups"], *case["kernel"])
+    kept = np.flatnonzero(rng.random(int(np.prod(shape))) < case["density"])
+    how = {name: case[name] for name in ("stride", "padding", "dilation", "groups")}
+    gather = Gather(shape, kept, **how)
+    x = rng.standard_normal((case["channels"], *case["size"], case["images"])).astype(np.float32)
+    values = rng.standard_normal(len(kept)).astype(np.float32)
+    threads = case["threads"]
+    y = gather.forward(
+        x, values, out=np.full(gather.output_shape(*case["size"], images=case["images"]), np.nan, np.float32), threads=threads
+    )
+    g = rng.standard_normal(y.shape).astype(np.float32)
+    gx = gather.input_gradient(g, values, np.full_like(x, np.nan), threads=threads)
+    gv = gather.weight_gradient(x, g, threads=threads)
+    weight = np.zeros(int(np.prod(shape)))
+    weight[kept] = values
+    dense = torch.tensor(weight.reshape(shape), requires_grad=True)
+    tx = torch.tensor(x, dtype=torch.float64).permute(3, 0, 1, 2).contiguous().requires_grad_()
+    ty = F.conv2d(tx, dense, **how)
+    ty.backward(torch.tensor(g, dtype=torch.float64).permute(3, 0, 1, 2))
+    last = [t.detach().permute(1, 2, 3, 0).numpy() for t in (ty, tx.grad)]
+    return [y, gx, gv], [*last, dense.grad.numpy().ravel()[kept]]
+
+
+def close(ours: list[Any], theirs: list[Any]) -> None:
+    """To 1e-5 of the largest value."""
+    for mine, right in zip(ours, theirs, strict=True):
+        assert mine.shape == right.shape
+        if right.size:
+            assert np.abs(mine - right).max() <= 1e-5 * max(1.0, np.abs(right).max())
+
+
+REAL = {"padding": (0, 0), "stride": (1, 1), "groups": 1, "dilation": (1, 1), "density": 0.1, "threads": 2, "seed": 0}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"channels": 64, "outputs": 64, "kernel": (3, 3), "padding": (1, 1), "size": (32, 32), "images": 128},
+        {"channels": 64, "outputs": 128, "kernel": (1, 1), "stride": (2, 2), "padding": (0, 0), "size": (32, 32), "images": 32},
+        {"channels": 3, "outputs": 16, "kernel": (7, 7), "stride": (2, 2), "padding": (3, 3), "size": (64, 64), "images": 4},
+        {"channels": 64, "outputs": 512, "kernel": (3, 3), "padding": (1, 1), "size": (4, 4), "images": 1024},
+        {"channels": 1024, "outputs": 1000, "kernel": (1, 1), "stride": (1, 1), "size": (1, 1), "images": 1},
+        {
+            "channels": 96,
+            "outputs": 96,
+            "kernel": (3, 3),
+            "stride": (1, 1),
+            "padding": (1, 1),
+            "size": (14, 14),
+            "images": 100,
+            "groups": 96,
+        },
+    ],
+    ids=["resnet stage", "shortcut", "stem", "1024 images", "linear", "depthwise"],
+)
+def test_at_real_sizes(case):
+    close(*both({**REAL, **case}))
+
+
+def test_bias_addition_and_relu_at_the_end():
+    rng = np.random.default_rng(0)
+    gather = Gather((4, 3, 3, 3), np.arange(0, 108, 2), padding=(1, 1))
+    for images in (1, 16, 20):
+        x, values, bias = (rng.standard_normal(s).astype(np.float32) for s in ((3, 6, 6, images), 54, 4))
+        add = rng.standard_normal((4, 6, 6, images)).astype(np.float32)
+        plain = gather.forward(x, values)
+        fused = gather.forward(x, values, bias=bias, add=add, relu=True)
+        np.testing.assert_allclose(fused, np.maximum(plain + bias[:, None, None, None] + add, 0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=CASES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(size=st.integers(1, 9000), offset=st.sampled_from([0.0, 1e3]), how=st.tuples(st.booleans(), st.booleans()), seed=st.integers(0, 99))
+def test_batch_norm_and_its_gradient(isa, size, offset, how, seed):
+    relu, given_stats = how
+    size += 100 if offset else 0  # so that the variance is well above what float32 knows of a mean of 1,000
+    native.library().am_use(isa.encode())
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((3, size)) + offset).astype(np.float32)
+    weight, bias, mean, var = (rng.random(3).astype(np.float32) + 0.5 for _ in range(4))
+    mean += np.float32(offset)
+    y, g = np.empty_like(x), rng.standard_normal(x.shape).astype(np.float32)
+    ours = native.Norm(weight, bias, mean.copy(), var.copy(), eps=1e-5, relu=relu, given=given_stats, threads=2)
+    ours.forward(x, y)
+    out = np.empty_like(x), np.empty(3, np.float32), np.empty(3, np.float32)
+    ours.gradient(x, g, out)
+    tx, tw, tb = (torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in (x.T, weight, bias))
+    stats = (torch.tensor(mean).double(), torch.tensor(var).double()) if given_stats else (None, None)
+    if size == 1 and not given_stats:
+        return  # PyTorch refuses one value a channel
+    ty = F.batch_norm(tx, *stats, tw, tb, not given_stats, eps=1e-5)
+    if relu:
+        ty = ty * torch.tensor(y.T > 0)  # the sign of what rounds to 0 is a matter of rounding
+    ty.backward(torch.tensor(g.T).double())
+    scale = 1.0 if offset == 0 else 30.0  # float32 knows 1,000.0 to 6e-5
+    np.testing.assert_allclose(y, ty.detach().numpy().T, atol=2e-5 * scale, rtol=1e-4)
+    for mine, right in zip(out, (tx.grad.numpy().T, tw.grad.numpy(), tb.grad.numpy()), strict=True):
+        assert np.abs(mine - right).max() <= 2e-5 * scale * max(1.0, np.abs(right).max())
+
+
+def test_a_constant_channel_is_0_after_the_norm_bit_for_bit():
+    for constant in (0.1, -3.7, 1e5):
+        x = np.full((1, 5000), constant, np.float32)
+        y = np.empty_like(x)
+        native.Norm(None, None, np.empty(1, np.float32), np.empty(1, np.float32), eps=1e-5, relu=True, given=False, threads=1).forward(x, y)
+        assert not y.any()
+
+
+def test_nan_stays_nan_and_inf_goes_through():
+    gather = Gather((1, 1, 1, 1), np.array([0]))
+    x = np.array([np.nan, np.inf, -np.inf, -1.0] * 5, np.float32).reshape(1, 1, 1, 20)
+    out = gather.forward(x, np.ones(1, np.float32), relu=True).ravel()
+    np.testing.assert_array_equal(out, np.maximum(x.ravel(), 0))
+
+
+def test_a_copy_makes_its_own_tables():
+    import copy
+    import pickle
+
+    gather = Gather((2, 1, 3, 3), np.arange(18), padding=(1, 1))
+    x, values = np.ones((1, 4, 4, 2), np.float32), np.ones(18, np.float32)
+    expected = gather.forward(x, values)
+    for other in (copy.deepcopy(gather), pickle.loads(pickle.dumps(gather))):
+        assert other.handle != gather.handle
+        np.testing.assert_array_equal(other.forward(x, values), expected)
+
+
+def test_an_unknown_instruction_set_is_an_error_in_three_parts():
+    code = "from anymask.kernels import available; available()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "ANYMASK_ISA": "mmx"}, capture_output=True, text=True, check=False
+    )
+    assert "ANYMASK_ISA is 'mmx'. Allowed: avx512, avx2 or portable" in done.stderr

@@ -1,0 +1,256 @@
+"""Whole networks as files: the same outputs, the promised size, the same accuracy; nothing of PyTorch to run them."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+import anymask
+from anymask import Mask, data, models
+from anymask.errors import AnymaskError, MaskError, SettingError
+from anymask.shipping import Program, load, making, rebuilt, ship
+from anymask.shipping.tracing import plain
+from anymask.sparse import to_sparse
+from anymask.train import Protocol, accuracy
+from tests.shipping.nets import both, close, network, said
+
+NETWORKS = ("demonet", "resnet20-0.5x", "resnet18-0.125x", "resnet50-0.125x", "vgg11-0.25x", "mobilenet-0.25x", "mobilenetv2-0.25x")
+WITHIN = {"float32": 1e-4, "float16": 1e-2, "int8": 0.1}  # of the largest output; measured: 1e-6, 2e-3 and 0.04
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.usefixtures("gather")
+@both
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_gives_the_same_as_in_pytorch(name, batch, tmp_path):
+    model = network(name)
+    done = ship(model, None, example=batch[:1], to=tmp_path / "net.anymask", values="float32")
+    program = load(done.path, threads=1)
+    assert close(program(batch.numpy()), model(batch), within=1e-4)
+    assert close(program(batch[:1].numpy()), model(batch[:1]), within=1e-4)
+    assert close(rebuilt(program.plan)(batch).detach().numpy(), model(batch), within=1e-4)
+    assert done.kept == program.plan.kept
+    assert not [step for step in said(program.plan) if step in ("Scale", "Add")]  # all taken up by convolutions
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_every_network_of_the_table_ships(name, batch, tmp_path):
+    model = network(f"{name}-0.125x")
+    done = ship(model, None, example=batch[:2], to=tmp_path / "net.anymask", values="float32")
+    assert done.difference < 1e-5 * max(1, model(batch[:2]).abs().max().item())
+
+
+@pytest.mark.parametrize("values", WITHIN)
+@pytest.mark.parametrize("name", ["resnet20-0.5x", "vgg11-0.25x", "mobilenetv2-0.25x"])
+def test_fewer_bits_a_value_differ_by_no_more_than_is_stated(name, values, batch, tmp_path):
+    model = network(name)
+    done = ship(model, None, example=batch, to=tmp_path / "net.anymask", values=values)
+    assert done.difference <= WITHIN[values] * model(batch).abs().max().item()
+    assert done.bytes == done.path.stat().st_size
+    assert load(done.path).plan.values == values
+
+
+def test_resnet18_has_the_promised_size(tmp_path):
+    """Under 0.8 MB at 0.98 and 1.9 MB at 0.95 in float16, of 44.7 MB."""
+    for sparsity, most in ((0.98, 0.8e6), (0.95, 1.9e6)):
+        model = models.build("resnet18", classes=10, seed=0)
+        mask = anymask.prune(model, "random-erk", sparsity=sparsity)
+        mask.apply(model)
+        done = ship(model, mask, example=torch.randn(1, 3, 32, 32), to=tmp_path / "net.anymask")
+        assert done.kept == mask.kept
+        assert done.total == mask.total
+        assert 44.6e6 < done.dense_bytes < 44.8e6
+        assert done.bytes < most
+        assert done.bytes < 3.3 * done.kept  # two bytes a value, and a little more than one a position
+
+
+def test_the_accuracy_stays(tmp_path):
+    """In float16 to 0.1 point on 1,000 images of a network trained at 0.9."""
+    dataset = data.load("fashion-mnist-5k")
+    mean, std = data.statistics(dataset.train)
+    batches = [data.Batches(split, batch_size=100, mean=mean, std=std, device="cpu") for split in (dataset.train, dataset.test)]
+    model = models.build("demonet-0.5x", classes=10, channels=1, seed=0)
+    mask = anymask.prune(model, "random-erk", sparsity=0.9)
+    anymask.fit(model, batches[0], mask=mask, recipe=anymask.Recipe.preset("default"), protocol=Protocol(epochs=3, batch_size=100))
+    wanted = accuracy(model, batches[1])
+    assert wanted > 0.6  # it has learned something
+    images, labels = (torch.cat(part).numpy() for part in zip(*batches[1], strict=True))
+    for values, within in (("float16", 0.001), ("int8", 0.01)):
+        done = ship(model, mask, example=torch.from_numpy(images[:8]), to=tmp_path / "net.anymask", values=values)
+        found = (load(done.path)(images).argmax(1) == labels).mean()
+        assert abs(found - wanted) <= within + 1e-9
+
+
+# -- running -------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_runs_without_torch(batch, tmp_path):
+    """Neither `load` nor a call imports it, nor anything that trains."""
+    model = network("resnet20-0.25x")
+    ship(model, None, example=batch, to=tmp_path / "net.anymask", values="float32")
+    np.save(tmp_path / "batch.npy", batch.numpy())
+    code = """if True:
+        import sys, numpy
+        from anymask.shipping.runtime import load
+        out = load("net.anymask", threads=1)(numpy.load("batch.npy"))
+        numpy.save("out.npy", out)
+        print([name for name in ("torch", "anymask.mask", "anymask.pruning", "onnx") if name in sys.modules])"""
+    said = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert said.stdout.strip() == "[]"
+    assert close(np.load(tmp_path / "out.npy"), model(batch), within=1e-4)
+
+
+def test_what_a_call_gives_stays_after_the_next_one(batch, tmp_path):
+    program = Program(load(ship(network("demonet"), None, example=batch, to=tmp_path / "n.anymask").path).plan, threads=1)
+    first = program(batch.numpy())
+    kept = first.copy()
+    program(-batch.numpy())
+    program(batch[:1].numpy())
+    assert np.array_equal(first, kept)
+    assert np.array_equal(program(batch.numpy()), kept)
+
+
+def test_a_large_batch_goes_through_in_parts(batch, tmp_path, monkeypatch):
+    program = load(ship(network("demonet"), None, example=batch, to=tmp_path / "n.anymask").path, threads=1)
+    whole = program(batch.numpy())
+    monkeypatch.setattr("anymask.shipping.runtime._BYTES", 2 * 4 * sum(program._sizes))
+    assert np.allclose(program(batch.numpy()), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["demonet", "vgg11-0.25x", "mobilenetv2-0.25x"])
+def test_threads_change_nothing(name, batch, tmp_path, monkeypatch):
+    monkeypatch.setattr("anymask.shipping.runtime._PARTED", 1)
+    program = load(ship(network(name), None, example=batch, to=tmp_path / "n.anymask").path)
+    for _ in range(3):
+        assert np.allclose(program(batch.numpy(), threads=1), program(batch.numpy(), threads=3), atol=1e-5)
+
+
+def test_a_program_says_what_it_is(batch, tmp_path):
+    program = load(ship(network("demonet"), None, example=batch, to=tmp_path / "n.anymask").path)
+    assert repr(program).startswith("Program((3, 32, 32) -> (10,), 51,809 of 518,256 weights")
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 3, 32, 31), (2, 1, 32, 32), (2,), ()])
+def test_a_batch_of_another_shape_is_refused(shape, batch, tmp_path):
+    program = load(ship(network("demonet"), None, example=batch, to=tmp_path / "n.anymask").path)
+    with pytest.raises(SettingError, match=r"\(N, 3, 32, 32\)"):
+        program(np.zeros(shape, np.float32))
+    with pytest.raises(SettingError, match="threads came as 0"):
+        program(batch.numpy(), threads=0)
+
+
+# -- shipping ------------------------------------------------------------------------------------------------------
+
+
+def test_the_model_stays_as_it_is(batch, tmp_path):
+    model = network("resnet20-0.25x").train().double()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model[0].eval()
+    ship(model, None, example=batch, to=tmp_path / "net.anymask")
+    assert [module.training for module in model.children()] == [False] + [True] * 6
+    assert all(torch.equal(tensor, before[name]) and tensor.dtype == before[name].dtype for name, tensor in model.state_dict().items())
+
+
+def test_a_mask_of_torch_prune_is_shipped_as_the_zeros_that_it_makes(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 4))
+    prune.random_unstructured(model[0], "weight", amount=0.75)
+    done = ship(model, None, example=torch.randn(2, 8), to=tmp_path / "net.anymask", values="float32")
+    assert (done.kept, done.difference < 1e-6) == (8, True)
+
+
+def test_a_model_with_sparse_layers_is_shipped_as_the_dense_one_is_and_stays_sparse(batch, tmp_path):
+    kernels = pytest.importorskip("anymask.kernels")
+    if not kernels.available():
+        pytest.skip("the native kernels are not built here")
+    model = network("resnet20-0.5x")
+    mask = Mask({f"{name}.weight": m.weight != 0 for name, m in model.named_modules() if isinstance(m, nn.Conv2d)})
+    ship(model, mask, example=batch, to=tmp_path / "dense.anymask", values="float32")
+    to_sparse(model, mask, batch, measure=False)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    done = ship(model, mask, example=batch, to=tmp_path / "sparse.anymask", values="float32")
+    assert done.path.read_bytes() == (tmp_path / "dense.anymask").read_bytes()
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == shapes
+    assert any(len(shape) == 1 and "conv" in name for name, shape in shapes.items())
+
+
+def test_weights_that_the_mask_leaves_out_have_to_be_0(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    mask = Mask({"0.weight": torch.eye(3), "1.weight": torch.ones(3, 3)})
+    with pytest.raises(MaskError, match=r"0\.weight \(6\)\. "):
+        ship(model, mask, example=torch.ones(1, 3), to=tmp_path / "net.anymask")
+    mask.apply(model)
+    assert ship(model, mask, example=torch.ones(1, 3), to=tmp_path / "net.anymask").kept == 12
+    assert [path.name for path in tmp_path.iterdir()] == ["net.anymask"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"to": "net.pt"}, ".anymask, .onnx, .safetensors"),
+        ({"values": "int4"}, "float32, float16, int8"),
+        ({"to": "net.safetensors", "values": "int8"}, "float32 in .safetensors"),
+        ({"example": torch.ones(0, 3)}, "example came without samples"),
+        ({"example": [1.0]}, "example came without samples"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changed, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingError, match=words):
+        ship(nn.Linear(3, 3), None, **{"example": torch.ones(1, 3), "to": "net.anymask"} | changed)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("number", "words"), [(float("nan"), "not finite"), (1e6, "float16 cannot hold")])
+def test_numbers_that_a_file_cannot_hold_are_refused(number, words, tmp_path):
+    model = nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight[0, 0] = number
+    with pytest.raises(SettingError, match=words):
+        ship(model, None, example=torch.ones(1, 2), to=tmp_path / "net.anymask")
+
+
+def test_a_file_that_would_compute_something_else_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(making, "Program", lambda plan: lambda x: Program(plan)(x) + 1)
+    with pytest.raises(AnymaskError, match="gives other outputs than the model, by up to 1"):
+        ship(nn.Linear(2, 2), None, example=torch.ones(1, 2), to=tmp_path / "net.anymask", values="float32")
+    assert not list(tmp_path.iterdir())
+
+
+# -- the other formats ---------------------------------------------------------------------------------------------
+
+
+def test_safetensors_holds_the_plain_state_dict(batch, tmp_path):
+    from safetensors.torch import load_file
+
+    model = network("demonet")
+    done = ship(model, None, example=batch, to=tmp_path / "net.safetensors")
+    state = load_file(done.path)
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    kept = sum(int((weight != 0).sum()) for weight in state.values() if weight.ndim > 1)
+    assert (done.kept, done.difference, done.bytes) == (kept, None, done.path.stat().st_size)
+
+
+def test_onnx_runs_in_onnx_runtime_for_batches_of_any_size(batch, tmp_path):
+    pytest.importorskip("onnxscript", reason="pip install 'anymask[onnx]'")
+    pytest.importorskip("onnxruntime", reason="pip install 'anymask[onnx]'")
+    from anymask.shipping.onnxfile import Session
+
+    model = network("resnet20-0.5x")
+    done = ship(model, None, example=batch[:1], to=tmp_path / "net.onnx")
+    assert done.difference < 1e-4
+    assert close(Session(done.path, threads=1)(batch.numpy()), model(batch), within=1e-4)
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+
+
+def test_without_onnx_it_is_said_what_to_install(batch, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(SettingError, match=r"pip install 'anymask\[onnx\]'"):
+        ship(plain(network("demonet")), None, example=batch, to=tmp_path / "net.onnx")
