@@ -30,8 +30,12 @@ class _AmJob(ctypes.Structure):
 
 @cache
 def library() -> Any:
-    """The library, or None where it was not built; `ANYMASK_ISA` (avx512, avx2, portable) takes a lesser instruction set than the best."""
-    found = sorted(Path(__file__).parent.glob("*.clib"))
+    """The library, or None where it was not built.
+
+    ANYMASK_ISA (avx512, avx2, portable) takes a lesser instruction set than the best, ANYMASK_NATIVE another build of the library.
+    """
+    other = os.environ.get("ANYMASK_NATIVE")
+    found = [Path(other)] if other else sorted(Path(__file__).parent.glob("*.clib"))
     try:
         loaded = ctypes.CDLL(str(found[0])) if found else None
     except OSError:  # of another machine, or no OpenMP here
