@@ -3,9 +3,11 @@
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, and for the processes that tests start
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -22,3 +24,11 @@ if importlib.util.find_spec("torchvision") is not None:
         VISION = torch.library.Library("torchvision", "DEF")  # kept: the schemas go with this object
         VISION.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         VISION.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Which layers are faster sparse is measured for the tests, apart from what the user's cache holds; each worker has its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ANYMASK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from anymask import sweep
 from anymask.cli.outcome import LEDGER, show_table, write_outcome
 from anymask.cli.progress import watching
-from anymask.cli.settings import EXPERIMENT, GRID, PROTOCOL, RUN, ConfigFile
+from anymask.cli.settings import EXPERIMENT, GRID, PROTOCOL, RUN, ConfigFile, Sparse
 from anymask.config import Bench, Experiment
 from anymask.runlog import Ledger
 from anymask.sweep import Grid, Runner
@@ -24,17 +24,18 @@ def compare(
     out: Annotated[Path, Parameter(group=RUN, help="The run folder; trainings that it holds already are not run again.")] = Path(
         "runs/compare"
     ),
+    sparse: Sparse = "auto",
     dry_run: Annotated[bool, Parameter(group=RUN, negative=(), help="Only show which trainings would run.")] = False,
     config: ConfigFile = None,
 ) -> int:
     """Train each mask with each recipe, and report."""
     grid, experiment, protocol = grid or Grid(), experiment or Experiment(), protocol or Protocol()
     if dry_run:
-        return _show_plan(grid, Runner(Bench(experiment, protocol), out))
+        return _show_plan(grid, Runner(Bench(experiment, protocol), out, sparse=sparse))
     ledger, code = Ledger(out / LEDGER), 0
     try:
         with watching() as watcher:
-            sweep.compare(grid, out, experiment=experiment, protocol=protocol, watcher=watcher)
+            sweep.compare(grid, out, experiment=experiment, protocol=protocol, sparse=sparse, watcher=watcher)
     except KeyboardInterrupt:
         kept = f"{len(ledger.rows())} finished trainings are kept in {out}"
         print(f"\nStopped. {kept}; the same command goes on from there.", file=sys.stderr)

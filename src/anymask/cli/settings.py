@@ -24,6 +24,14 @@ METHOD = Group("Method", sort_key=2)
 EXPERIMENT = Group("Data and network", sort_key=3)
 PROTOCOL = Group("Protocol", sort_key=4)
 
+Sparse = Annotated[
+    str,
+    Parameter(
+        group=RUN,
+        help="Layers that compute kept weights alone: auto (on the CPU, where measured faster), on (all that can be), off. "
+        "The results are those of dense layers but for rounding.",
+    ),
+]
 ConfigFile = Annotated[
     Path | None,
     Parameter(group=RUN, help="File.toml or file.yaml with settings, named as the options are; options given here override it."),
@@ -57,6 +65,8 @@ def read_config(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
                 if taker is None:
                     raise unknown(str(key), known, what=f"setting in {path}:")
                 _check_value(path, key, value, many=get_origin(taker.hint) is tuple)
+                if isinstance(value, bool) and taker.hint is str:  # YAML takes the words on and off for these
+                    settings = {**settings, key: "on" if value else "off"}
             Dict(settings, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
 
 

@@ -2,12 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from anymask.cli.progress import watching
-from anymask.cli.settings import EXPERIMENT, PROTOCOL, RUN, ConfigFile
+from anymask.cli.settings import EXPERIMENT, PROTOCOL, RUN, ConfigFile, Sparse
 from anymask.config import Experiment
 from anymask.sweep import cell_of, train_one
 from anymask.train import Protocol
@@ -22,15 +22,17 @@ def train(
     seed: Annotated[int, Parameter(group=RUN, help="Gives the initialisation, mask, split and data order.")] = 0,
     experiment: Annotated[Experiment | None, Parameter(name="*", group=EXPERIMENT)] = None,
     protocol: Annotated[Protocol | None, Parameter(name="*", group=PROTOCOL)] = None,
+    sparse: Sparse = "auto",
     resume: Annotated[bool, Parameter(group=RUN, negative=(), help="Go on with the training that OUT holds.")] = False,
     tensorboard: Annotated[bool, Parameter(group=RUN, negative=(), help="Log to OUT/tensorboard.")] = False,
     config: ConfigFile = None,
 ) -> int:
     """Train one network, and keep its weights."""
     cell = cell_of(mask, sparsity=sparsity, recipe=recipe, seed=seed)
+    how: dict[str, Any] = {"experiment": experiment, "protocol": protocol, "sparse": sparse, "resume": resume, "tensorboard": tensorboard}
     try:
         with watching() as watcher:
-            row = train_one(cell, out, experiment=experiment, protocol=protocol, resume=resume, tensorboard=tensorboard, watcher=watcher)
+            row = train_one(cell, out, **how, watcher=watcher)
     except KeyboardInterrupt:
         kept = "its last epoch is kept" if any((out / "unfinished").glob("*.pt")) else "no epoch was finished yet"
         print(f"\nStopped; {kept}. The same command with --resume goes on from there.", file=sys.stderr)

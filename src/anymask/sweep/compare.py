@@ -19,8 +19,8 @@ from anymask.errors import SettingError
 from anymask.mask import Mask
 from anymask.recipe import Recipe
 from anymask.runlog import Ledger, settings_id
-from anymask.sweep.masks import DENSE, Masks, Start, check_mask, file_hash, file_name, file_sparsity, is_mask_file
-from anymask.train import Protocol, fit
+from anymask.sweep.masks import DENSE, Masks, Start, check_mask, file_hash, file_name, file_sparsity, is_dynamic, is_mask_file
+from anymask.train import Protocol, fit, sparse_possible
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def compare(
     *,
     experiment: Experiment | None = None,
     protocol: Protocol | None = None,
+    sparse: str = "auto",
     watcher: Watcher | None = None,
 ) -> Ledger:
     """Train every cell of `grid` that is not in `folder`/ledger.jsonl yet; returns the ledger.
@@ -99,13 +100,15 @@ def compare(
         grid: masks, sparsities, recipes and seeds.
         folder: the run folder; made when it is not there.
         experiment, protocol: the data, the network and how it is trained.
+        sparse: as `fit` has it; the dense network is trained dense. It changes how long a training takes, and not which it is.
         watcher: told of progress.
 
     Raises:
         AnymaskError: for settings or data that do not fit; nothing is written before.
     """
     watcher, bench = watcher or Watcher(), Bench(experiment or Experiment(), protocol or Protocol())
-    runner = Runner(bench, folder)
+    moves = any(is_dynamic(mask) for mask in grid.masks)
+    runner = Runner(bench, folder, sparse=sparse, moves=moves)
     planned = [(cell, runner.name(cell)) for cell in cells(grid, bench.model(grid.first_seed))]
     done = runner.ledger.ids()
     watcher.begin(total=len(planned), done=sum(name in done for _, name in planned))
@@ -145,12 +148,17 @@ class Trained:
 
 
 class Runner:
-    """Trains cells in a run folder: ledger.jsonl, masks/ and, while a training runs, unfinished/."""
+    """Trains cells in a run folder: ledger.jsonl, masks/ and, while a training runs, unfinished/.
 
-    def __init__(self, bench: Bench, folder: str | Path) -> None:
-        self.bench, self.folder = bench, Path(folder)
+    Raises:
+        SettingError: for a value of `sparse` that there is not, or "on" where it cannot be, as where a mask `moves`.
+    """
+
+    def __init__(self, bench: Bench, folder: str | Path, *, sparse: str = "auto", moves: bool = False) -> None:
+        sparse_possible(sparse, device=bench.device, precision=bench.protocol.precision, moves=moves)  # fails now, not after work
+        self.bench, self.folder, self.sparse = bench, Path(folder), sparse
         self.ledger = Ledger(self.folder / "ledger.jsonl")
-        self.masks = Masks(bench, self.mask_file)
+        self.masks = Masks(bench, self.mask_file, sparse=sparse)
 
     def name(self, cell: Cell) -> str:
         """The id of the row of `cell`; equal for equal settings."""
@@ -188,6 +196,7 @@ class Runner:
             validation=validation,
             test=test,
             seed=cell.seed,
+            sparse="auto" if cell.mask == DENSE else self.sparse,
             checkpoint_file=self.checkpoint_file(name),
             log_dir=log_dir,
             on_epoch=watcher.epoch,
@@ -205,6 +214,7 @@ class Runner:
             "time": {"seconds": result.seconds, "mask_seconds": mask_seconds, "finished": _now()},
             "ghosts": result.added,
             "found": result.found,
+            "sparse_layers": result.sparse_layers,
         }
         return Trained(row, model, result.mask)
 

@@ -103,10 +103,11 @@ class Masks:
     Args:
         bench: data, network and protocol.
         file_of: where the mask of (name, sparsity, seed) is kept.
+        sparse: how the rounds of a lottery ticket are trained, as `fit` has it; "on" means all but the first, which has no mask.
     """
 
-    def __init__(self, bench: Bench, file_of: Callable[[str, float, int], Path]) -> None:
-        self.bench, self.file_of = bench, file_of
+    def __init__(self, bench: Bench, file_of: Callable[[str, float, int], Path], *, sparse: str = "auto") -> None:
+        self.bench, self.file_of, self.sparse = bench, file_of, sparse
 
     def start(self, mask: str, *, sparsity: float, seed: int, model: nn.Module) -> Start:
         """Where the trainings of this mask, sparsity and seed begin, with any recipe: made once on the initialisation, then read."""
@@ -156,8 +157,9 @@ class Masks:
         train, _, _ = self.bench.batches(seed)
 
         def trainer(model: nn.Module, mask: Mask | None, first: int, last: int | None) -> None:
-            protocol = self.bench.protocol
-            fit(model, train, mask=mask, recipe="default", protocol=protocol, seed=seed, first_step=first, last_step=last)
+            protocol, sparse = self.bench.protocol, "auto" if mask is None else self.sparse
+            how: dict[str, Any] = {"recipe": "default", "protocol": protocol, "seed": seed, "sparse": sparse}
+            fit(model, train, mask=mask, first_step=first, last_step=last, **how)
 
         return trainer
 

@@ -16,7 +16,7 @@ from anymask.mask import Mask
 from anymask.runlog import atomic
 from anymask.sweep.compare import Cell, Grid, Runner, Watcher
 from anymask.sweep.masks import DENSE, Masks, check_mask, file_sparsity, is_dynamic, is_mask_file
-from anymask.train import Protocol
+from anymask.train import Protocol, sparse_possible
 
 
 class _Single(Runner):
@@ -30,6 +30,7 @@ def train_one(
     *,
     experiment: Experiment | None = None,
     protocol: Protocol | None = None,
+    sparse: str = "auto",
     resume: bool = False,
     tensorboard: bool = False,
     watcher: Watcher | None = None,
@@ -40,16 +41,20 @@ def train_one(
         cell: what is trained.
         folder: of this training alone; made when it is not there.
         experiment, protocol: the data, the network and how it is trained.
+        sparse: as `fit` has it.
         resume: go on from the last epoch of a training that was stopped, to the same numbers bit for bit; without it a
             folder that holds one is refused.
         tensorboard: log to `folder`/tensorboard.
         watcher: told of progress.
 
     Raises:
-        SettingError: when `folder` holds a training that is not to be resumed, or one of other settings.
+        SettingError: when `folder` holds a training that is not to be resumed, or one of other settings, or sparse="on" cannot be.
     """
     Grid(masks=() if cell.mask == DENSE else (cell.mask,), sparsity=(cell.sparsity,), recipes=(cell.recipe,))  # checks the names
-    watcher, runner = watcher or Watcher(), _Single(Bench(experiment or Experiment(), protocol or Protocol()), folder)
+    bench = Bench(experiment or Experiment(), protocol or Protocol())
+    masked, moves = cell.mask != DENSE, is_dynamic(cell.mask)
+    sparse_possible(sparse, device=bench.device, precision=bench.protocol.precision, masked=masked, moves=moves)
+    watcher, runner = watcher or Watcher(), _Single(bench, folder, sparse=sparse)
     if is_mask_file(cell.mask):  # which tells its sparsity of this network only now
         cell = replace(cell, sparsity=file_sparsity(cell.mask, runner.bench.model(cell.seed)))
     name = runner.name(cell)

@@ -1,46 +1,18 @@
 """The reference trainer: one flat loop."""
 
-import math
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from anymask.data import Batches
-from anymask.errors import SettingError, TechniqueError
-from anymask.holding import hold
+from anymask.errors import SettingError
 from anymask.mask import Mask
-from anymask.pruning import rewiring
 from anymask.pruning.dynamic import Dynamic, dense_mask, dynamic_of
 from anymask.recipe import Recipe
-from anymask.train import checkpoint
-from anymask.train.settings import Protocol, accuracy, autocast_dtype, set_lr
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a training gave. Accuracies are shares in [0, 1]."""
-
-    validation: float | None  # accuracy of the chosen checkpoint on validation data
-    test: float | None  # accuracy of the chosen checkpoint on test data
-    best_epoch: int  # the epoch (from 1) whose checkpoint was chosen: highest validation accuracy, the later one of equals
-    last_validation: float | None
-    last_test: float | None
-    curves: dict[str, Any]  # one value an epoch: train_loss, validation_accuracy, lr, strength; density, moved where the mask moves
-    seconds: float  # of training and validation, over all resumed parts
-    found: dict[str, str] = field(default_factory=dict)  # what each technique applied to
-    added: dict[str, int] = field(default_factory=dict)  # what ghosts added while they lived
-    mask: Mask | None = None  # of the chosen checkpoint, whose zeros are the model's; None when it was trained dense
-
-    def accuracies(self) -> dict[str, Any]:
-        """The accuracies as plain values, for the ledger."""
-        names = ("validation", "test", "best_epoch", "last_validation", "last_test")
-        return {name: getattr(self, name) for name in names}
+from anymask.train.run import Result, Run
+from anymask.train.settings import Protocol
 
 
 def fit(
@@ -57,6 +29,7 @@ def fit(
     seed: int = 0,
     first_step: int = 0,
     last_step: int | None = None,
+    sparse: str = "auto",
     checkpoint_file: str | Path | None = None,
     checkpoint_every: int | None = None,
     log_dir: str | Path | None = None,
@@ -80,14 +53,18 @@ def fit(
         seed: for what techniques and dropout draw; data order is the business of `train`.
         first_step: the optimiser step to begin at (> 0 for a rewound lottery ticket).
         last_step: the step to stop before; None for the end of the protocol.
+        sparse: whether masked layers compute their kept weights alone meanwhile, which is to_sparse. "auto": those that are measured
+            faster, where it can be: a mask that stays, in float32, on the CPU, with the native kernels; "on": all that can be, and an
+            error where it cannot be; "off": none. Numbers differ by rounding, and the model ends dense.
         checkpoint_file: written atomically after every epoch, and every `checkpoint_every` steps; where it exists,
-            training goes on from it, and ends bit-equal to a training that was never stopped.
+            training goes on from it, and ends bit-equal to a training that was never stopped. It is the same file whether the
+            layers were sparse; with "auto" those are sparse again that were.
         log_dir: TensorBoard events go there (extra `tensorboard`).
         on_epoch: called with the epoch (from 1) and its figures.
 
     Raises:
         TechniqueError: when the loss becomes NaN or infinite, a technique does not fit, or gmp had no step left for its last update.
-        SettingError: when `rewire` and `mask` or `sparsity` do not go together.
+        SettingError: when `rewire` and `mask` or `sparsity` do not go together, or sparse="on" cannot be.
 
     Example:
         >>> from anymask import data, fit, models
@@ -104,32 +81,39 @@ def fit(
     recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
     moving = dynamic_of(rewire, {}) if rewire is not None else None
     mask = _first_mask(model, mask, moving=moving, sparsity=sparsity)
-    run = _Run(
-        model,
-        train,
-        mask=mask,
-        moving=moving,
-        sparsity=sparsity,
-        recipe=recipe,
-        protocol=protocol,
-        seed=seed,
-        first_step=first_step,
-        file=checkpoint_file,
-    )
-    writer = _writer(log_dir)
-    stop = run.total if last_step is None else min(last_step, run.total)
+    run = Run(model, train, mask=mask, protocol=protocol, first_step=first_step, file=checkpoint_file)
+    try:
+        run.begin(train, recipe=recipe, moving=moving, sparsity=sparsity, seed=seed, first_step=first_step, sparse=sparse)
+        stop = run.total if last_step is None else min(last_step, run.total)
+        _train(run, train, stop=stop, validation=validation, every=checkpoint_every, writer=_writer(log_dir), on_epoch=on_epoch)
+        return run.finish(stop=stop, validation=validation, test=test)
+    finally:
+        run.layers.leave()
+
+
+def _train(
+    run: Run,
+    train: Batches,
+    *,
+    stop: int,
+    validation: Batches | None,
+    every: int | None,
+    writer: Any,
+    on_epoch: Callable[[int, dict[str, float]], None] | None,
+) -> None:
+    """The loop."""
     while run.step < stop:
         epoch = run.step // run.per_epoch
-        model.train()
+        run.model.train()
         for index, (x, y) in enumerate(train.epoch(epoch, start=run.first_batch), run.first_batch + 1):
             with run.autocast():
-                loss = run.recipe.loss(model(x), y)
+                loss = run.recipe.loss(run.model(x), y)
             run.backward(loss)
-            if index % protocol.accumulate == 0 or index == len(train):
+            if index % run.protocol.accumulate == 0 or index == len(train):
                 run.update()
                 if run.step == stop:
                     break
-                if checkpoint_every and run.step % checkpoint_every == 0 and run.step % run.per_epoch:
+                if every and run.step % every == 0 and run.step % run.per_epoch:
                     run.save()
         run.end_epoch(epoch, validation=validation)
         figures = {name: values[-1] for name, values in run.progress["curves"].items() if name != "strength"}
@@ -140,7 +124,6 @@ def fit(
                 if value is not None:
                     writer.add_scalar(name, value, epoch + 1)
             writer.flush()
-    return run.finish(stop=stop, validation=validation, test=test)
 
 
 def _first_mask(model: nn.Module, mask: Mask | None, *, moving: Dynamic | None, sparsity: float | None) -> Mask | None:
@@ -160,196 +143,6 @@ def _first_mask(model: nn.Module, mask: Mask | None, *, moving: Dynamic | None, 
             fix=f"give mask=prune(model, {moving.start!r}, sparsity=0.9)",
         )
     return dense_mask(model)
-
-
-class _Run:
-    """The moving parts of one training, and how they are saved and brought back."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        train: Batches,
-        *,
-        mask: Mask | None,
-        moving: Dynamic | None,
-        sparsity: float | None,
-        recipe: Recipe,
-        protocol: Protocol,
-        seed: int,
-        first_step: int,
-        file: str | Path | None,
-    ) -> None:
-        self.model, self.protocol = model, protocol
-        self.file = None if file is None else Path(file)
-        example, _ = next(iter(train))
-        self.device = str(example.device)
-        self.dtype = autocast_dtype(protocol.precision)
-        self.per_epoch = math.ceil(len(train) / protocol.accumulate)
-        self.total = protocol.epochs * self.per_epoch
-        self.first_batch, self.batches = 0, len(train)
-        self.loss = torch.zeros((), device=self.device)  # summed on the device: nothing waits for it inside an epoch
-        self.progress: dict[str, Any] = {
-            "step": first_step,
-            "seconds": 0.0,
-            "best": None,
-            "curves": {"epoch": [], "train_loss": [], "validation_accuracy": [], "lr": [], "strength": {}},
-        }
-        self.optimizer = protocol.make_optimizer(model)
-        self.hold = None if mask is None else hold(mask, model, self.optimizer)
-        self.scaler = torch.amp.GradScaler(self.device, enabled=protocol.precision == "float16")
-        saved = checkpoint.load(self.file, device=self.device) if self.file is not None and self.file.exists() else None
-        torch.manual_seed(seed)
-        self.recipe = recipe.attach(
-            model,
-            self.optimizer,
-            total_steps=self.total,
-            steps_per_epoch=self.per_epoch,
-            start=first_step,
-            example=example[:2],
-            data=train,
-            seed=seed,
-            state=saved["recipe"] if saved else None,
-        )
-        self.rewiring = self._rewire(moving, sparsity=sparsity, seed=seed, start=first_step, saved=saved)
-        if saved is not None:
-            self._restore(saved)
-        self.strengths = self.recipe.strengths
-        self.began = time.monotonic() - self.progress["seconds"]
-
-    @property
-    def step(self) -> int:
-        """Optimiser steps done."""
-        return int(self.progress["step"])
-
-    def autocast(self) -> Any:
-        """Mixed precision, where the protocol asks for it."""
-        return nullcontext() if self.dtype is None else torch.autocast(self.device.split(":")[0], self.dtype)
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one batch."""
-        self.loss += loss.detach()
-        self.scaler.scale(loss / self.protocol.accumulate).backward()
-
-    def update(self) -> None:
-        """One step of the optimiser and of the recipe."""
-        set_lr(self.optimizer, self.protocol.lr_at(self.step, total=self.total, per_epoch=self.per_epoch))
-        if self.protocol.clip:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.protocol.clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        self.strengths = self.recipe.strengths  # of the step that was just made
-        self.recipe.step()
-        self.progress["step"] += 1
-        self.first_batch = self.step % self.per_epoch * self.protocol.accumulate
-
-    def end_epoch(self, epoch: int, *, validation: Batches | None) -> None:
-        """Evaluate the plain network, remember the best one, and save."""
-        curves = self.progress["curves"]
-        loss = float(self.loss) / self.batches
-        if not math.isfinite(loss):
-            raise TechniqueError(
-                f"the training loss became {loss} in epoch {epoch + 1}",
-                allowed="a finite loss",
-                fix="lower lr, set clip=1, or leave out the techniques you added last",
-            )
-        self.loss.zero_()
-        score = None
-        if validation is not None:
-            with self.recipe.plain() as plain:
-                score = accuracy(plain, validation)
-        self._remember(score, epoch=epoch + 1)
-        for name, value in {"epoch": epoch + 1, "train_loss": loss, "validation_accuracy": score, "lr": self._lr()}.items():
-            curves[name].append(value)
-        for name, value in self.strengths.items():
-            curves["strength"].setdefault(name, []).append(value)
-        if self.rewiring is not None:
-            moved = sum(move.dropped for move in self.rewiring.history) - sum(curves.setdefault("moved", []))
-            curves["moved"].append(moved)
-            curves.setdefault("density", []).append(self.rewiring.mask.density)
-        self.save()
-
-    def _remember(self, score: float | None, *, epoch: int) -> None:
-        """Keep the weights, and a mask that moves, where they are the best so far; not before a mask that shrinks has its sparsity."""
-        best = self.progress["best"]
-        if self.rewiring is not None and self.rewiring.row.shrinks and not self.rewiring.settled:
-            return
-        if score is None or best is None or score >= best["validation"]:
-            state = {k: v.detach().clone() for k, v in self.recipe.plain_state_dict().items()}
-            mask = None if self.rewiring is None else rewiring.packed(self.rewiring.mask)
-            self.progress["best"] = {"validation": score, "epoch": epoch, "model": state, "mask": mask}
-
-    def finish(self, *, stop: int, validation: Batches | None, test: Batches | None) -> Result:
-        """The plain model with the chosen checkpoint's weights, and what it is worth."""
-        self.recipe.finish(early=stop < self.total)
-        self._check_shrunk(whole=stop == self.total)
-        self.progress["seconds"] = time.monotonic() - self.began
-        best, curves = self.progress["best"], self.progress["curves"]
-        last_test = None if test is None else accuracy(self.model, test)
-        if best is not None:
-            if self.hold is not None and best.get("mask") is not None:
-                self.hold.move(rewiring.unpacked(best["mask"]))
-            self.model.load_state_dict(best["model"])
-        if self.hold is not None:
-            self.hold.release()
-        return Result(
-            validation=best["validation"] if best else None,
-            test=None if test is None else accuracy(self.model, test),
-            best_epoch=best["epoch"] if best else 0,
-            last_validation=curves["validation_accuracy"][-1] if curves["validation_accuracy"] else None,
-            last_test=last_test,
-            curves=curves,
-            seconds=self.progress["seconds"],
-            found=dict(self.recipe.found),
-            added={"extra_parameters": self.recipe.added.parameters, "extra_flops": self.recipe.added.flops},
-            mask=None if self.hold is None else self.hold.mask,
-        )
-
-    def save(self) -> None:
-        """Write the checkpoint file, if there is one."""
-        if self.file is None:
-            return
-        self.progress["seconds"] = time.monotonic() - self.began
-        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler, "recipe": self.recipe}
-        if self.rewiring is not None:
-            parts["rewiring"] = self.rewiring
-        state = {name: part.state_dict() for name, part in parts.items()}
-        checkpoint.save(self.file, {**state, "loss": self.loss, "progress": self.progress})
-
-    def _rewire(
-        self, moving: Dynamic | None, *, sparsity: float | None, seed: int, start: int, saved: dict[str, Any] | None
-    ) -> rewiring.Rewiring | None:
-        state = saved.get("rewiring") if saved is not None else None
-        if saved is not None and (moving is None) != (state is None):
-            raise SettingError(
-                f"the checkpoint {self.file} is of a training {'without' if state is None else 'with'} rewire",
-                allowed="the rewire that it was begun with",
-                fix="give the same one, or remove the file to train from the start",
-            )
-        if moving is None or self.hold is None:
-            return None
-        how: dict[str, Any] = {"total_steps": self.total, "steps_per_epoch": self.per_epoch, "start": start}
-        return rewiring.rewire(self.hold, moving, **how, sparsity=sparsity, seed=seed, state=state)
-
-    def _check_shrunk(self, *, whole: bool) -> None:
-        if whole and self.rewiring is not None and self.rewiring.row.shrinks and not self.rewiring.settled:
-            raise TechniqueError(
-                f"{self.rewiring.row.name} ended at sparsity {self.rewiring.mask.sparsity:.4f}, before its last update",
-                allowed="an end that leaves room for steps which GradScaler skips",
-                fix="give an earlier `end`, such as '75%'",
-            )
-
-    def _restore(self, saved: dict[str, Any]) -> None:
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
-        self.loss, self.progress = saved["loss"], saved["progress"]
-        self.first_batch = self.step % self.per_epoch * self.protocol.accumulate
-        checkpoint.restore_random(saved)
-
-    def _lr(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
 
 
 def _writer(log_dir: str | Path | None) -> Any:

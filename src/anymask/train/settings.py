@@ -11,6 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from anymask.durations import Duration
 from anymask.errors import SettingError
+from anymask.prunables import compact
 from anymask.registry import lookup
 from anymask.surgery import evaluating
 
@@ -63,8 +64,9 @@ class Protocol:
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
         """The optimiser for `model`; biases and norms are not decayed."""
-        decayed = [p for p in model.parameters() if p.ndim > 1]
-        others = [p for p in model.parameters() if p.ndim <= 1]
+        vectors = {id(layer.weight) for layer in compact(model).values()}  # weights, though they are stored as vectors
+        decayed = [p for p in model.parameters() if p.ndim > 1 or id(p) in vectors]
+        others = [p for p in model.parameters() if p.ndim <= 1 and id(p) not in vectors]
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
         if self.optimizer == "adamw":
