@@ -24,7 +24,8 @@ typedef struct {
   int64_t packed_cols;             /* positions of a packed row, likewise */
   int64_t strips, col_tiles;       /* row ranges and column ranges that are packed apart */
   int64_t kept;
-  const int32_t *col_map;          /* [col_tiles][packed_cols] source column, -1 for zeros */
+  const int32_t *run_ptr;          /* [col_tiles + 1] into runs */
+  const int32_t *runs;             /* [][3] of a packed row: source column (-1 for zeros), step to the next one, how many */
   const int32_t *dst_map;          /* [col_tiles][cols] destination column, -1 for what is not stored */
   const int32_t *rowptr;           /* [dst_channels + 1] */
   const int32_t *off;              /* [ring][kept] in floats */

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -21,7 +22,7 @@ _SIZES = (
     "images", "lanes", "src_channels", "src_rows", "src_cols", "dst_channels", "dst_rows", "dst_cols", "rows", "row_start", "row_step",
     "src_row_start", "src_row_step", "ring", "cols", "packed_cols", "strips", "col_tiles", "kept",
 )  # fmt: skip
-_TABLES = ("col_map", "dst_map", "rowptr", "off")
+_TABLES = ("run_ptr", "runs", "dst_map", "rowptr", "off")
 
 
 class _AmJob(ctypes.Structure):
@@ -71,6 +72,7 @@ def why_not() -> str:
     return "the native kernels were not built: install a C compiler (gcc or clang) and run pip install --force-reinstall --no-deps anymask"
 
 
+_WORTH_A_THREAD = 300_000  # multiply-adds; a second thread costs some microseconds to wake
 _HANDLES = count()
 _GATHERS: "WeakValueDictionary[int, Gather]" = WeakValueDictionary()
 
@@ -134,11 +136,27 @@ class Gather:
         threads: int = 1,
     ) -> Floats:
         """`relu(conv(x) + bias + add)`: x (C, H, W, N), values (K,), bias (O,), add and out (O, OH, OW, N)."""
-        _, rows, cols, images = x.shape
-        out = np.empty(self.output_shape(rows, cols, images=images), np.float32) if out is None else out
-        ((_, job),) = self._plan("forward", rows, cols, images=images, threads=threads)
-        _call(library().am_gather, job, x, values, bias, add, int(relu), out, threads)
+        out = np.empty(self.output_shape(x.shape[1], x.shape[2], images=x.shape[3]), np.float32) if out is None else out
+        self.bind(x, values, bias=bias, add=add, relu=relu, out=out, threads=threads)()
         return out
+
+    def bind(
+        self, x: Floats, values: Floats, *, bias: Floats | None, add: Floats | None, relu: bool, out: Floats, threads: int
+    ) -> Callable[[], None]:
+        """`forward` as a call without arguments, for as long as these arrays live: the addresses are taken once."""
+        _, rows, cols, images = x.shape
+        ((_, job),) = self._plan("forward", rows, cols, images=images, threads=threads)
+        positions = out.size // max(1, len(out))
+        if len(self.conv.kept) * positions < _WORTH_A_THREAD:
+            threads = 1
+        function, held = library().am_gather, (x, values, bias, add, out)
+        args = (ctypes.byref(job), *map(_address, (x, values, bias, add)), int(relu), _address(out), threads)
+
+        def call(_held: Any = held) -> None:
+            if function(*args):
+                raise MemoryError("the native kernels found no memory")
+
+        return call
 
     def input_gradient(self, g: Floats, values: Floats, out: Floats, *, threads: int = 1) -> Floats:
         """Into `out` (C, H, W, N), for the gradient g (O, OH, OW, N) of the output."""
@@ -186,13 +204,17 @@ class Pool(ctypes.Structure):
 def _struct(job: Job) -> _AmJob:
     return _AmJob(
         job.images, job.lanes, *job.src, *job.dst, job.rows, job.row_start, job.row_step, job.src_row_start, job.src_row_step, job.ring,
-        job.dst_map.shape[1], job.col_map.shape[1], job.strips, len(job.col_map), job.off.shape[1],
+        job.dst_map.shape[1], job.packed_cols, job.strips, len(job.dst_map), job.off.shape[1],
         *(getattr(job, name).ctypes.data for name in _TABLES),
     )  # fmt: skip
 
 
+def _address(array: Floats | None) -> int | None:
+    return None if array is None else array.ctypes.data
+
+
 def _call(function: Any, *args: Any) -> None:
-    given = [a.ctypes.data if isinstance(a, np.ndarray) else ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in args]
+    given = [_address(a) if isinstance(a, np.ndarray) else ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in args]
     if function(*given):
         raise MemoryError("the native kernels found no memory")
 

@@ -68,7 +68,9 @@ class Job:
     src_row_step: int
     ring: int
     strips: int
-    col_map: Ints
+    packed_cols: int
+    run_ptr: Ints
+    runs: Ints
     dst_map: Ints
     rowptr: Ints
     off: Ints
@@ -77,6 +79,8 @@ class Job:
 
 def forward(conv: Conv, rows: int, cols: int, *, images: int, width: int, threads: int) -> Job:
     """The job of the forward pass and of the weight gradient, for an input (C, rows, cols, images) and vectors of `width` floats."""
+    if images < width:
+        return _flat(conv, rows, cols, images=images, threads=threads)
     o, c, ky, kx = conv.places
     outputs, _, kh, kw = conv.weight_shape
     (sh, sw), (ph, pw), (dh, dw) = conv.stride, conv.padding, conv.dilation
@@ -91,6 +95,31 @@ def forward(conv: Conv, rows: int, cols: int, *, images: int, width: int, thread
     start = np.searchsorted(phases, kx * dw % sw) * tiles.packed.shape[1] + kx * dw // sw
     src, dst = (channels, rows, cols), (outputs, out_rows, out_cols)
     entries = _Entries(o, c, ky * dh, start)
+    return _job(src, dst, axis=axis, entries=entries, tiles=tiles, col=col, dst_map=tiles.cols, sizes=(images, threads))
+
+
+def _flat(conv: Conv, rows: int, cols: int, *, images: int, threads: int) -> Job:
+    """The same for few images: a run goes through the rows of the padded plane, and what it gives between them is not stored."""
+    o, c, ky, kx = conv.places
+    outputs, _, kh, kw = conv.weight_shape
+    (sh, sw), (ph, pw), (dh, dw) = conv.stride, conv.padding, conv.dilation
+    out_rows, out_cols = conv.output_size(rows, cols)
+    tall, wide = out_rows + dh * (kh - 1) // sh, out_cols + dw * (kw - 1) // sw  # of the plane of each phase of the stride
+    fy, fx = (sorted({t * d % s for t in range(k)}) for k, d, s in ((kh, dh, sh), (kw, dw, sw)))
+    y = np.concatenate([np.arange(tall) * sh + f - ph for f in fy])
+    x = np.concatenate([np.arange(wide) * sw + f - pw for f in fx])
+    inside = ((y >= 0) & (y < rows))[:, None] & ((x >= 0) & (x < cols))[None, :]
+    col = np.where(inside, y[:, None] * cols + x[None, :], -1)
+    col = np.concatenate([part for band in np.split(col, len(fy)) for part in np.split(band, len(fx), axis=1)], axis=None)[None, :]
+    plane = np.searchsorted(fy, ky * dh % sh) * len(fx) + np.searchsorted(fx, kx * dw % sw)
+    start = (plane * tall + ky * dh // sh) * wide + kx * dw // sw
+    to = np.full((out_rows, wide), -1)
+    to[:, :out_cols] = np.arange(out_rows * out_cols).reshape(out_rows, out_cols)
+    to = to.ravel()[: (out_rows - 1) * wide + out_cols][None, :]
+    axis = _Axis(rows=1, row_start=0, row_step=1, src_row_start=0, src_row_step=1, span=1)
+    src, dst = (conv.channels, 1, rows * cols), (outputs, 1, out_rows * out_cols)
+    tiles = _Tiles(images, _ints(to), _ints(col))
+    entries = _Entries(o, c, np.zeros_like(c), start)
     return _job(src, dst, axis=axis, entries=entries, tiles=tiles, col=col, dst_map=tiles.cols, sizes=(images, threads))
 
 
@@ -169,18 +198,37 @@ class _Entries:
 def _job(src: Shape, dst: Shape, *, axis: _Axis, entries: _Entries, tiles: _Tiles, col: Ints, dst_map: Ints, sizes: tuple[int, int]) -> Job:
     """`col` are the source columns of the packed ones, outside of the source where zeros stand."""
     images, threads = sizes
-    col_map = np.where((col >= 0) & (col < src[2]), col, -1)
+    run_ptr, runs = _runs(np.where((col >= 0) & (col < src[2]), col, -1))
     plane = col.shape[1] * tiles.lanes
     rotations = (entries.row[None, :] + np.arange(axis.span)[:, None]) % axis.span
     off = (entries.channel[None, :].astype(np.int64) * axis.span + rotations) * plane + entries.start * tiles.lanes
     tasks = -(-images // tiles.lanes) * len(col)
+    rowptr = np.searchsorted(entries.target, np.arange(dst[0] + 1))
     strips = 1 if tasks % threads == 0 or tasks >= 8 * threads else min(axis.rows, 4 * threads)
     return Job(
         src=src, dst=dst, images=images, lanes=tiles.lanes, rows=axis.rows, row_start=axis.row_start, row_step=axis.row_step,
         src_row_start=axis.src_row_start, src_row_step=axis.src_row_step, ring=axis.span, strips=strips,
-        col_map=_ints(col_map), dst_map=_ints(dst_map), rowptr=_ints(np.searchsorted(entries.target, np.arange(dst[0] + 1))),
+        packed_cols=col.shape[1], run_ptr=run_ptr, runs=runs, dst_map=_ints(dst_map), rowptr=_ints(rowptr),
         off=_ints(off), order=entries.order,
     )  # fmt: skip
+
+
+def _runs(col: Ints) -> tuple[Ints, Ints]:
+    """Each row of `col` as runs (first, step, how many) of columns with equal steps, or of -1: (pointers (T + 1,), runs (R, 3))."""
+    runs: list[tuple[int, int, int]] = []
+    ends = [0]
+    for row in col:
+        at = 0
+        while at < len(row):
+            first = int(row[at])
+            step = int(row[at + 1]) - first if at + 1 < len(row) and first >= 0 and row[at + 1] >= 0 else 1
+            step = 0 if first < 0 else max(step, 1)
+            alike = row[at:] == first + step * np.arange(len(row) - at)
+            many = len(alike) if alike.all() else int(np.argmin(alike))
+            runs.append((first, step, many))
+            at += many
+        ends.append(len(runs))
+    return _ints(np.array(ends)), _ints(np.array(runs).reshape(-1, 3))
 
 
 def _ints(values: NDArray[Any]) -> Ints:
