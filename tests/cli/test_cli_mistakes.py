@@ -27,6 +27,8 @@ MISTAKES = [
     ("train --mask snip --recipe tots --out t", "tost"),
     ("prune snp --sparsity 0.9 --out m.mask", "snip"),
     ("prune snip --sparsity 0.9 --model resnt18 --out m.mask", "resnet18"),
+    ("compare --sparse outo --dry-run", "auto"),
+    ("train --mask snip --sparse offf --out t", "off"),
     ("list mask", "masks"),
 ]
 WRONG = [
@@ -47,6 +49,10 @@ WRONG = [
     ("inspect nowhere/ledger.jsonl", "nowhere/ledger.jsonl"),
     ("prune snip --sparsity 0.9", "--out"),
     ("train --mask dense --sparsity 0.9 --out t", "0.9"),
+    ("train --mask dense --sparse on --out t", "without a mask"),
+    ("train --mask rigl --sparse on --out t", "with a mask that moves"),
+    ("compare --masks snip gmp --sparse on", "with a mask that moves"),
+    ("compare --precision bfloat16 --sparse on --dry-run", "with precision bfloat16"),
 ]
 
 

@@ -1,6 +1,12 @@
 """Where settings come from: the command line before the file, the file before the defaults."""
 
+import json
+
 import pytest
+
+from anymask.kernels import available
+
+needs_kernels = pytest.mark.skipif(not available(), reason="the native kernels were not built here (no C compiler)")
 
 GRID = "masks = ['snip']\nsparsity = [0.9]\nseeds = 1\nepochs = 5\n"
 
@@ -65,3 +71,45 @@ def test_train_and_prune_take_files_of_settings_too(anymask, tmp_path, small):
     said = anymask("prune", "random", "--config", tmp_path / "a.toml", "--out", tmp_path / "m.mask", *small)
     assert said.code == 0
     assert "sparsity 0.75, seed 3" in said.out
+
+
+@pytest.fixture
+def rows(anymask, tmp_path, small):
+    """The rows in the ledger that a command with a file of settings leaves."""
+
+    def train(command, name, text, *more):
+        (tmp_path / name).write_text(text)
+        options = ["--config", tmp_path / name, "--sparsity", "0.9", "--epochs", "1", "--out", tmp_path / f"run-{name}", *more]
+        said = anymask(command, *options, *small)
+        assert said.code == 0, said.err
+        return [json.loads(line) for line in (tmp_path / f"run-{name}" / "ledger.jsonl").read_text().splitlines()]
+
+    return train
+
+
+@needs_kernels
+def test_sparse_layers_are_chosen_by_file_or_option_said_in_the_row_and_change_no_id(rows):
+    ((on,), (off,), (yaml_on,), (yaml_off,), (option,)) = (
+        rows("train", "on.toml", 'sparse = "on"', "--mask", "random"),
+        rows("train", "off.toml", 'sparse = "off"', "--mask", "random"),
+        rows("train", "on.yaml", "sparse: on", "--mask", "random"),
+        rows("train", "off.yaml", "sparse: off", "--mask", "random"),
+        rows("train", "option.toml", 'sparse = "off"', "--mask", "random", "--sparse", "on"),
+    )
+    layers = len(on["density"]["layers"])
+    assert [row["sparse_layers"] for row in (on, off, yaml_on, yaml_off, option)] == [layers, 0, layers, 0, layers]
+    assert len({row["id"] for row in (on, off, yaml_on, yaml_off, option)}) == 1
+    assert on["accuracy"] == yaml_on["accuracy"] == option["accuracy"]
+    assert off["accuracy"] == yaml_off["accuracy"]
+
+
+@needs_kernels
+def test_a_comparison_on_sparse_layers_trains_its_dense_reference_dense(rows):
+    dense, masked = rows("compare", "a.toml", "sparse = 'on'", "--masks", "random", "--recipes", "tost", "--seeds", "1")
+    assert (dense["sparse_layers"], masked["sparse_layers"]) == (0, len(masked["density"]["layers"]))
+
+
+@needs_kernels
+def test_a_lottery_ticket_is_found_on_sparse_layers_but_for_its_first_round(rows):
+    (row,) = rows("train", "a.toml", "sparse = 'on'", "--mask", "lottery", "--recipe", "default")
+    assert row["sparse_layers"] == len(row["density"]["layers"])

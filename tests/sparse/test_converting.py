@@ -351,3 +351,30 @@ def test_without_the_native_library_it_says_what_is_missing(monkeypatch):
     model, mask, x, _ = made("plain")
     with pytest.raises(AnymaskError, match="C compiler"):
         anymask.to_sparse(model, mask, x)
+
+
+@pytest.mark.parametrize("kind", ["set", "rigl"])
+def test_a_mask_that_moves_takes_new_tables_when_it_moves(kind):
+    runs = []
+    for sparse in (True, False):
+        model, mask, x, y = made("resnet20")
+        optimizer = sgd(model)
+        held = anymask.hold(mask, model, optimizer)
+        if sparse:
+            anymask.to_sparse(model, mask, x, optimizer=optimizer, measure=False)
+        rewiring = anymask.rewire(held, kind, total_steps=9, every="3it", end="100%")
+        handles, losses = [], []
+        for _ in range(9):
+            losses += steps(model, optimizer, x, y, many=1)
+            layer = compact(model).get("fc.weight")
+            handles.append(layer.gather.handle if layer is not None else None)
+        runs.append((rewiring.mask, losses))
+        assert len(rewiring.history) == 2
+        if sparse:
+            assert handles[-1] is not None
+            assert len({handle for handle in handles if handle is not None}) == 3
+            assert all(len(model.get_parameter(n)) == int(rewiring.mask[n].sum()) for n in rewiring.mask)
+    (ours, losses), (theirs, right) = runs
+    assert losses == pytest.approx(right, abs=5e-3)
+    same = sum(int((ours[n] & theirs[n]).sum()) for n in ours)
+    assert same > 0.99 * theirs.kept  # what is nearly equal may fall on either side of the line

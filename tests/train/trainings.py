@@ -69,6 +69,8 @@ def train_once(
     file: Path | None = None,
     every: int | None = None,
     moving: str = "static",
+    sparse: str = "auto",
+    protocol: Protocol = PROTOCOL,
 ) -> Result:
     train, validation, test = batches()
     return fit(
@@ -78,9 +80,10 @@ def train_once(
         rewire=MOVING[moving],
         sparsity=0.6 if moving == "gmp" else None,
         recipe=recipe,
-        protocol=PROTOCOL,
+        protocol=protocol,
         validation=validation,
         test=test,
+        sparse=sparse,
         checkpoint_file=file,
         checkpoint_every=every,
     )

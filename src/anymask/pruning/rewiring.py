@@ -20,6 +20,7 @@ from anymask.pruning.dynamic import Dynamic, Times, cosine, cubic, dynamic_of, e
 from anymask.pruning.gradients import DenseGradients
 from anymask.pruning.patterns import pattern
 from anymask.ranks import on_any_rank
+from anymask.sparse import Pause
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Rewiring:
         self.history: list[Move] = []
         self._times, self._groups, self._waiting = times, groups, False
         self._gradients: DenseGradients | None = None
+        self._pause: Pause | None = None  # of sparse layers, which know nothing of other weights than theirs
         self._handle: Any = hold.optimizer.register_step_post_hook(self)
         hold.release_with(self)
         self._listen()
@@ -81,6 +83,9 @@ class Rewiring:
         """Move the mask no more; it stays held."""
         self._handle.remove()
         self._hear(False)
+        if self._pause is not None:
+            self._pause.resume(self.mask)
+            self._pause = None
 
     remove = release  # what a hold calls when it is released itself
 
@@ -95,6 +100,7 @@ class Rewiring:
         """Count a step of the optimiser, after which the hold has zeroed, and move the mask where that is due."""
         self.position += 1
         if self._due(self.position):
+            self._pause = self._pause or Pause(self.hold.model, optimizer)
             self._waiting = not self._update(optimizer)
         self._listen()
 
@@ -156,7 +162,13 @@ class Rewiring:
 
     def _listen(self) -> None:
         """Hear gradients of the coming step alone, and only where the mask moves after it."""
-        self._hear(self._looks and self._due(self.position + 1))
+        on = self._looks and self._due(self.position + 1)
+        if self._pause is not None and not on:
+            self._pause.resume(self.mask)
+            self._pause = None
+        if on:
+            self._pause = self._pause or Pause(self.hold.model, self.hold.optimizer)
+        self._hear(on)
 
     def _hear(self, on: bool) -> None:
         if self._gradients is not None:
@@ -191,6 +203,9 @@ class Rewiring:
                 allowed="the method, settings, seed and total_steps that the state was saved with",
                 fix="give the same ones, or begin anew without `state`",
             )
+        if self._pause is not None:
+            self._pause.resume(self.mask)
+        self._pause = Pause(self.hold.model, self.hold.optimizer)
         self.hold.move(unpacked(state["mask"]))
         self.position, self._waiting = int(state["position"]), bool(state["waiting"])
         self.history = [Move(**move) for move in state["history"]]

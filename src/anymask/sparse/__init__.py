@@ -1,5 +1,5 @@
 """Layers that store and compute kept weights alone."""
 
-from anymask.sparse.converting import as_dense, to_dense, to_sparse
+from anymask.sparse.converting import Pause, as_dense, to_dense, to_sparse
 
-__all__ = ["as_dense", "to_dense", "to_sparse"]
+__all__ = ["Pause", "as_dense", "to_dense", "to_sparse"]

@@ -89,7 +89,7 @@ def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimize
         measure: False converts every layer that can be.
 
     Returns:
-        `model` itself. Second derivatives are refused; `rewire` needs a dense model.
+        `model` itself. Second derivatives are refused. A mask that `rewire` moves takes new tables when it moves, and only then.
 
     Raises:
         MaskError: when the mask does not fit.
@@ -144,6 +144,34 @@ def to_dense(model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Modu
             layer.__dict__.pop("norm", None)
             layer.__class__ = DENSE[type(layer)]
     return model
+
+
+class Pause:
+    """Sparse layers that are dense for a while, because their mask is about to move; `resume` makes new tables for the new mask.
+
+    Example:
+        >>> import torch, anymask
+        >>> net = torch.nn.Linear(4, 4)
+        >>> net = to_sparse(net, anymask.Mask({"weight": torch.eye(4)}), torch.ones(2, 4), measure=False)
+        >>> pause = Pause(net, None)
+        >>> net.weight.shape
+        torch.Size([4, 4])
+        >>> pause.resume(anymask.Mask({"weight": torch.ones(4, 4)}))
+        >>> net.weight.shape
+        torch.Size([16])
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
+        self._layers, self._optimizer = compact(model), optimizer
+        for layer in self._layers.values():
+            densify(layer, optimizer)
+
+    def resume(self, mask: Mask) -> None:
+        """Sparse again, with what `mask` keeps."""
+        for name, layer in self._layers.items():
+            gather = gather_for(layer, mask[name])
+            assert gather is not None  # it had one before
+            sparsify(layer, gather, self._optimizer)
 
 
 @contextmanager

@@ -1,0 +1,247 @@
+"""One training: its moving parts, how they are saved and brought back, and what it gave."""
+
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anymask.data import Batches
+from anymask.errors import SettingError, TechniqueError
+from anymask.holding import hold
+from anymask.mask import Mask
+from anymask.prunables import bare
+from anymask.pruning import rewiring
+from anymask.pruning.dynamic import Dynamic
+from anymask.recipe import Recipe
+from anymask.train import checkpoint
+from anymask.train.settings import Protocol, accuracy, autocast_dtype, set_lr
+from anymask.train.sparsity import SparseLayers, slots_loaded, slots_stored, sparse_possible
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training gave. Accuracies are shares in [0, 1]."""
+
+    validation: float | None  # accuracy of the chosen checkpoint on validation data
+    test: float | None  # accuracy of the chosen checkpoint on test data
+    best_epoch: int  # the epoch (from 1) whose checkpoint was chosen: highest validation accuracy, the later one of equals
+    last_validation: float | None
+    last_test: float | None
+    curves: dict[str, Any]  # one value an epoch: train_loss, validation_accuracy, lr, strength; density, moved where the mask moves
+    seconds: float  # of training and validation, over all resumed parts
+    found: dict[str, str] = field(default_factory=dict)  # what each technique applied to
+    added: dict[str, int] = field(default_factory=dict)  # what ghosts added while they lived
+    mask: Mask | None = None  # of the chosen checkpoint, whose zeros are the model's; None when it was trained dense
+    sparse_layers: int = 0  # how many layers computed their kept weights alone while it trained; 0 for dense arithmetic
+
+    def accuracies(self) -> dict[str, Any]:
+        """The accuracies as plain values, for the ledger."""
+        names = ("validation", "test", "best_epoch", "last_validation", "last_test")
+        return {name: getattr(self, name) for name in names}
+
+
+class Run:
+    """The moving parts of one training, and how they are saved and brought back."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Batches,
+        *,
+        mask: Mask | None,
+        protocol: Protocol,
+        first_step: int,
+        file: str | Path | None,
+    ) -> None:
+        self.model, self.protocol = model, protocol
+        self.file = None if file is None else Path(file)
+        self.example, _ = next(iter(train))
+        self.device = str(self.example.device)
+        self.dtype = autocast_dtype(protocol.precision)
+        self.per_epoch = math.ceil(len(train) / protocol.accumulate)
+        self.total = protocol.epochs * self.per_epoch
+        self.first_batch, self.batches = 0, len(train)
+        self.loss = torch.zeros((), device=self.device)  # summed on the device: nothing waits for it inside an epoch
+        self.progress: dict[str, Any] = {
+            "step": first_step,
+            "seconds": 0.0,
+            "best": None,
+            "curves": {"epoch": [], "train_loss": [], "validation_accuracy": [], "lr": [], "strength": {}},
+        }
+        self.optimizer = protocol.make_optimizer(model)
+        self.hold = None if mask is None else hold(mask, model, self.optimizer)
+        self.scaler = torch.amp.GradScaler(self.device, enabled=protocol.precision == "float16")
+        self.layers = SparseLayers(model, self.optimizer)
+
+    def begin(
+        self, train: Batches, *, recipe: Recipe, moving: Dynamic | None, sparsity: float | None, seed: int, first_step: int, sparse: str
+    ) -> None:
+        """Convert the layers, attach the recipe, and go on from the checkpoint, if there is one. Then `layers.leave` is due."""
+        saved = checkpoint.load(self.file, device=self.device) if self.file is not None and self.file.exists() else None
+        # Before the recipe: its ghosts would hide which ReLU follows which norm, and LRsI makes the layers dense by itself.
+        self._convert(sparse, moves=moving is not None, known=saved.get("sparse") if saved else None)
+        torch.manual_seed(seed)
+        self.recipe = recipe.attach(
+            self.model,
+            self.optimizer,
+            total_steps=self.total,
+            steps_per_epoch=self.per_epoch,
+            start=first_step,
+            example=self.example[:2],
+            data=train,
+            seed=seed,
+            state=saved["recipe"] if saved else None,
+        )
+        self.rewiring = self._rewire(moving, sparsity=sparsity, seed=seed, start=first_step, saved=saved)
+        if saved is not None:
+            self._restore(saved)
+        self.strengths = self.recipe.strengths
+        self.began = time.monotonic() - self.progress["seconds"]
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done."""
+        return int(self.progress["step"])
+
+    def autocast(self) -> Any:
+        """Mixed precision, where the protocol asks for it."""
+        return nullcontext() if self.dtype is None else torch.autocast(self.device.split(":")[0], self.dtype)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one batch."""
+        self.loss += loss.detach()
+        self.scaler.scale(loss / self.protocol.accumulate).backward()
+
+    def update(self) -> None:
+        """One step of the optimiser and of the recipe."""
+        set_lr(self.optimizer, self.protocol.lr_at(self.step, total=self.total, per_epoch=self.per_epoch))
+        if self.protocol.clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.protocol.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.strengths = self.recipe.strengths  # of the step that was just made
+        self.recipe.step()
+        self.progress["step"] += 1
+        self.first_batch = self.step % self.per_epoch * self.protocol.accumulate
+
+    def end_epoch(self, epoch: int, *, validation: Batches | None) -> None:
+        """Evaluate the plain network, remember the best one, and save."""
+        curves = self.progress["curves"]
+        loss = float(self.loss) / self.batches
+        if not math.isfinite(loss):
+            raise TechniqueError(
+                f"the training loss became {loss} in epoch {epoch + 1}",
+                allowed="a finite loss",
+                fix="lower lr, set clip=1, or leave out the techniques you added last",
+            )
+        self.loss.zero_()
+        score = None
+        if validation is not None:
+            with self.recipe.plain() as plain:
+                score = accuracy(plain, validation)
+        self._remember(score, epoch=epoch + 1)
+        for name, value in {"epoch": epoch + 1, "train_loss": loss, "validation_accuracy": score, "lr": self._lr()}.items():
+            curves[name].append(value)
+        for name, value in self.strengths.items():
+            curves["strength"].setdefault(name, []).append(value)
+        if self.rewiring is not None:
+            moved = sum(move.dropped for move in self.rewiring.history) - sum(curves.setdefault("moved", []))
+            curves["moved"].append(moved)
+            curves.setdefault("density", []).append(self.rewiring.mask.density)
+        self.save()
+
+    def _remember(self, score: float | None, *, epoch: int) -> None:
+        """Keep the weights, and a mask that moves, where they are the best so far; not before a mask that shrinks has its sparsity."""
+        best = self.progress["best"]
+        if self.rewiring is not None and self.rewiring.row.shrinks and not self.rewiring.settled:
+            return
+        if score is None or best is None or score >= best["validation"]:
+            state = {k: v.detach().clone() for k, v in self.recipe.plain_state_dict().items()}
+            mask = None if self.rewiring is None else rewiring.packed(self.rewiring.mask)
+            self.progress["best"] = {"validation": score, "epoch": epoch, "model": state, "mask": mask}
+
+    def finish(self, *, stop: int, validation: Batches | None, test: Batches | None) -> Result:
+        """The plain model with the chosen checkpoint's weights, and what it is worth."""
+        self.recipe.finish(early=stop < self.total)
+        self.layers.leave()
+        self._check_shrunk(whole=stop == self.total)
+        self.progress["seconds"] = time.monotonic() - self.began
+        best, curves = self.progress["best"], self.progress["curves"]
+        last_test = None if test is None else accuracy(self.model, test)
+        if best is not None:
+            if self.hold is not None and best.get("mask") is not None:
+                self.hold.move(rewiring.unpacked(best["mask"]))
+            bare(self.model).load_state_dict(best["model"])
+        if self.hold is not None:
+            self.hold.release()
+        return Result(
+            validation=best["validation"] if best else None,
+            test=None if test is None else accuracy(self.model, test),
+            best_epoch=best["epoch"] if best else 0,
+            last_validation=curves["validation_accuracy"][-1] if curves["validation_accuracy"] else None,
+            last_test=last_test,
+            curves=curves,
+            seconds=self.progress["seconds"],
+            found=dict(self.recipe.found),
+            added={"extra_parameters": self.recipe.added.parameters, "extra_flops": self.recipe.added.flops},
+            mask=None if self.hold is None else self.hold.mask,
+            sparse_layers=self.layers.count,
+        )
+
+    def save(self) -> None:
+        """Write the checkpoint file, if there is one."""
+        if self.file is None:
+            return
+        self.progress["seconds"] = time.monotonic() - self.began
+        parts: dict[str, Any] = {"model": self.model, "scaler": self.scaler, "recipe": self.recipe}
+        if self.rewiring is not None:
+            parts["rewiring"] = self.rewiring
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state["optimizer"] = slots_stored(self.model, self.optimizer)
+        checkpoint.save(self.file, {**state, "loss": self.loss, "progress": self.progress, "sparse": self.layers.names})
+
+    def _convert(self, sparse: str, *, moves: bool, known: list[str] | None) -> None:
+        where: dict[str, Any] = {"device": self.device, "precision": self.protocol.precision, "model": self.model}
+        if sparse_possible(sparse, **where, masked=self.hold is not None, moves=moves) and self.hold is not None:
+            self.layers.enter(self.hold.mask, self.example, measure=sparse == "auto", known=known)
+
+    def _rewire(
+        self, moving: Dynamic | None, *, sparsity: float | None, seed: int, start: int, saved: dict[str, Any] | None
+    ) -> rewiring.Rewiring | None:
+        state = saved.get("rewiring") if saved is not None else None
+        if saved is not None and (moving is None) != (state is None):
+            raise SettingError(
+                f"the checkpoint {self.file} is of a training {'without' if state is None else 'with'} rewire",
+                allowed="the rewire that it was begun with",
+                fix="give the same one, or remove the file to train from the start",
+            )
+        if moving is None or self.hold is None:
+            return None
+        how: dict[str, Any] = {"total_steps": self.total, "steps_per_epoch": self.per_epoch, "start": start}
+        return rewiring.rewire(self.hold, moving, **how, sparsity=sparsity, seed=seed, state=state)
+
+    def _check_shrunk(self, *, whole: bool) -> None:
+        if whole and self.rewiring is not None and self.rewiring.row.shrinks and not self.rewiring.settled:
+            raise TechniqueError(
+                f"{self.rewiring.row.name} ended at sparsity {self.rewiring.mask.sparsity:.4f}, before its last update",
+                allowed="an end that leaves room for steps which GradScaler skips",
+                fix="give an earlier `end`, such as '75%'",
+            )
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        self.model.load_state_dict(saved["model"])
+        slots_loaded(self.model, self.optimizer, saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.loss, self.progress = saved["loss"], saved["progress"]
+        self.first_batch = self.step % self.per_epoch * self.protocol.accumulate
+        checkpoint.restore_random(saved)
+
+    def _lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
