@@ -93,11 +93,13 @@ def sgd(model):
 @pytest.mark.parametrize("optim", [sgd, lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3)], ids=["sgd", "adamw"])
 def test_training_is_that_of_the_dense_model_through_both_conversions(name, optim):
     model, mask, x, y = made(name)
+    model.to(memory_format=torch.channels_last)
     dense = copy.deepcopy(model)
     ours, theirs = optim(model), optim(dense)
     held = anymask.hold(mask, model, ours)
     anymask.hold(mask, dense, theirs)
     names, before = list(model.state_dict()), fingerprint(model)
+    strides = [p.stride() for p in model.parameters()]
     identity = {n: id(p) for n, p in model.named_parameters()}
     right = steps(dense, theirs, x, y, many=7)
     losses = steps(model, ours, x, y, many=2)
@@ -111,6 +113,7 @@ def test_training_is_that_of_the_dense_model_through_both_conversions(name, opti
     losses += steps(model, ours, x, y, many=2)
     assert losses == pytest.approx(right, abs=2e-3)
     assert fingerprint(model) == before
+    assert [p.stride() for p in model.parameters()] == strides
     assert {n: id(p) for n, p in model.named_parameters()} == identity
     assert all(not model.state_dict()[n][~mask[n]].any() for n in mask)
     held.release()

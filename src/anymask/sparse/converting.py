@@ -1,6 +1,6 @@
 """A model's layers to sparse ones, and back."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,20 +49,26 @@ def gather_for(layer: nn.Module, kept: Tensor) -> Gather | None:
 @torch.no_grad()
 def sparsify(layer: Any, gather: Gather, optimizer: Optimizer | None = None) -> None:
     """Change one layer in place: its weight, gradient and optimiser slots keep their identity and become vectors (K,)."""
-    layer.gather, layer.dense_shape = gather, tuple(layer.weight.shape)
+    layer.gather, layer.dense_shape, layer.dense_stride = gather, tuple(layer.weight.shape), layer.weight.stride()
+    places = torch.from_numpy(gather.conv.kept)
+    _reshape(layer.weight, lambda dense: dense.reshape(-1)[places], shape=layer.dense_shape, optimizer=optimizer)
     layer.__class__ = _SPARSE[type(layer)]
-    _reshape(layer.weight, layer.collect, layer.dense_shape, optimizer)
 
 
 @torch.no_grad()
 def densify(layer: Any, optimizer: Optimizer | None = None) -> None:
-    """Change one layer back."""
-    _reshape(layer.weight, layer.scatter, tuple(layer.weight.shape), optimizer)
+    """Change one layer back, with the memory layout that its weight had."""
+
+    def scatter(values: Tensor) -> Tensor:
+        dense = layer.scatter(values)
+        return dense.new_empty_strided(dense.shape, layer.dense_stride).copy_(dense)
+
+    _reshape(layer.weight, scatter, shape=tuple(layer.weight.shape), optimizer=optimizer)
     layer.__class__ = DENSE[type(layer)]
-    del layer.gather, layer.dense_shape
+    del layer.gather, layer.dense_shape, layer.dense_stride
 
 
-def _reshape(weight: nn.Parameter, change: Any, shape: tuple[int, ...], optimizer: Optimizer | None) -> None:
+def _reshape(weight: nn.Parameter, change: Callable[[Tensor], Tensor], *, shape: tuple[int, ...], optimizer: Optimizer | None) -> None:
     gradient, weight.grad = weight.grad, None
     weight.data = change(weight.data)
     if gradient is not None:

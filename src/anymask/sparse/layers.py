@@ -14,7 +14,8 @@ class SparseWeight:
 
     weight: Any
     gather: Gather  # the tables
-    dense_shape: tuple[int, ...]  # of the dense weight
+    dense_shape: tuple[int, ...]  # of the dense weight; so is the next
+    dense_stride: tuple[int, ...]
 
     def dense_weight(self) -> Tensor:
         """The dense weight with its zeros, of shape `dense_shape`; differentiable."""

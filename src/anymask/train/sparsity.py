@@ -62,7 +62,6 @@ class SparseLayers:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
-        self._strides = {name: p.stride() for name, p in model.named_parameters()}
         self._ours = not compact(model)  # a model that came sparse stays so
         self.count = len(compact(model))
         self.names: list[str] | None = None  # of the weights that were converted; None where that was not decided
@@ -84,17 +83,10 @@ class SparseLayers:
         self.names = list(compact(self.model))
         self.count = len(self.names)
 
-    @torch.no_grad()
     def leave(self) -> None:
-        """Make the model dense, with the memory layout it had; once is enough, and it may be at any moment."""
-        if not self._ours:
-            return
-        names = list(compact(self.model))
-        to_dense(self.model, optimizer=self.optimizer)
-        for name in names:
-            weight = self.model.get_parameter(name)
-            if weight.stride() != self._strides[name]:
-                weight.data = torch.empty_strided(weight.shape, self._strides[name]).copy_(weight)
+        """Make the model dense; once is enough, and it may be at any moment."""
+        if self._ours:
+            to_dense(self.model, optimizer=self.optimizer)
 
 
 def slots_stored(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
