@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 RUN    ?= runs/demo
 
-.PHONY: demo test lint networks clean
+.PHONY: demo test lint networks bench clean
 
 .venv/done: pyproject.toml constraints.txt setup.py $(wildcard src/anymask/kernels/*.[ch] src/anymask/kernels/*.inc)
 	$(PYTHON) -c "import sys; sys.exit('anymask needs Python 3.10 or newer, this is ' + sys.version.split()[0]) if sys.version_info < (3, 10) else None"
@@ -25,6 +25,14 @@ test: lint
 
 networks: .venv/done
 	$(BIN)/python tools/networks.py
+	$(BIN)/python tools/make_docs.py
+
+# On a quiet machine. OTHERS: a Python that has SparseProp and sparselab beside anymask (docs/speed.md).
+OTHERS ?= $(BIN)/python
+bench: .venv/done
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/inference.py
+	$(OTHERS) benchmarks/layers.py
 	$(BIN)/python tools/make_docs.py
 
 clean:

@@ -1,4 +1,4 @@
-"""Fill the parts of README.md and docs/ that are made from committed ledgers.
+"""Fill the parts of README.md and docs/ that are made from committed ledgers, and draw docs/figures/.
 
     python tools/make_docs.py            write them
     python tools/make_docs.py --check    exit 1 where a file is not what this would write
@@ -16,13 +16,14 @@ from statistics import fmean, stdev
 
 import method_tables
 import network_table
+import speed_tables
 
 from anymask.report import grid, paired, table
 from anymask.runlog import Ledger
 from anymask.techniques import TECHNIQUES
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("README.md", "docs/evidence.md", "docs/lab.md", "docs/masks.md", "docs/networks.md")
+FILES = ("README.md", "docs/evidence.md", "docs/lab.md", "docs/masks.md", "docs/networks.md", "docs/speed.md")
 PART = re.compile(r"(<!-- made by ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -182,6 +183,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "tuning-early": tuning_early,
     "references": references,
     "cifar100-table": lambda: table(rows("cifar100")) + "\n" + seconds("cifar100"),
+    **speed_tables.PARTS,
 }
 
 
@@ -190,15 +192,22 @@ def made(text: str) -> str:
     return PART.sub(lambda match: f"{match[1]}{PARTS[match[2]]()}{match[3]}", text)
 
 
+def written() -> dict[str, str]:
+    """What each file is to hold: the pages with their parts made anew, the figures of what was measured."""
+    pages = {name: made((ROOT / name).read_text(encoding="utf-8")) for name in FILES}
+    drawn = {name: draw() for name, draw in speed_tables.FIGURES.items()}
+    return {**pages, **{name: text for name, text in drawn.items() if text is not None}}
+
+
 def main() -> int:
     stale = []
-    for name in FILES:
+    for name, text in written().items():
         path = ROOT / name
-        text = path.read_text(encoding="utf-8")
-        if made(text) != text:
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
             stale.append(name)
             if "--check" not in sys.argv:
-                path.write_text(made(text), encoding="utf-8")
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(text, encoding="utf-8")
     if "--check" in sys.argv and stale:
         print(f"not what tools/make_docs.py writes: {', '.join(stale)}; run it")
         return 1

@@ -130,9 +130,14 @@ def test_bias_addition_and_relu_at_the_end():
 
 @pytest.mark.parametrize("isa", ISAS)
 @settings(max_examples=CASES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(size=st.integers(1, 9000), offset=st.sampled_from([0.0, 1e3]), how=st.tuples(st.booleans(), st.booleans()), seed=st.integers(0, 99))
+@given(
+    size=st.integers(1, 9000),
+    offset=st.sampled_from([0.0, 1e3]),
+    how=st.tuples(*[st.booleans()] * 3),
+    seed=st.integers(0, 99),
+)
 def test_batch_norm_and_its_gradient(isa, size, offset, how, seed):
-    relu, given_stats = how
+    relu, given_stats, adds = how
     size += 100 if offset else 8  # so that the variance is well above what float32 knows of the mean
     native.library().am_use(isa.encode())
     rng = np.random.default_rng(seed)
@@ -141,20 +146,28 @@ def test_batch_norm_and_its_gradient(isa, size, offset, how, seed):
     mean += np.float32(offset)
     y, g = np.empty_like(x), rng.standard_normal(x.shape).astype(np.float32)
     ours = native.Norm(weight, bias, mean.copy(), var.copy(), eps=1e-5, relu=relu, given=given_stats, threads=2)
-    ours.forward(x, y)
-    out = np.empty_like(x), np.empty(3, np.float32), np.empty(3, np.float32)
-    ours.gradient(x, g, out)
+    add = rng.standard_normal(x.shape).astype(np.float32) if adds else None
+    ours.forward(x, y, add=add)
+    out = np.empty_like(x), np.empty_like(x) if adds else None, np.empty(3, np.float32), np.empty(3, np.float32)
+    ours.gradient(x, g, out, add=add)
     tx, tw, tb = (torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in (x.T, weight, bias))
     stats = (torch.tensor(mean).double(), torch.tensor(var).double()) if given_stats else (None, None)
     if size == 1 and not given_stats:
         return  # PyTorch refuses one value a channel
     ty = F.batch_norm(tx, *stats, tw, tb, not given_stats, eps=1e-5)
+    ta = None if add is None else torch.tensor(add.T, dtype=torch.float64, requires_grad=True)
+    if ta is not None:
+        ty = ty + ta
     if relu:
         ty = ty * torch.tensor(y.T > 0)  # the sign of what rounds to 0 is a matter of rounding
     ty.backward(torch.tensor(g.T).double())
     scale = 1.0 if offset == 0 else 30.0  # float32 knows 1,000.0 to 6e-5
     np.testing.assert_allclose(y, ty.detach().numpy().T, atol=2e-5 * scale, rtol=1e-4)
-    for mine, right in zip(out, (tx.grad.numpy().T, tw.grad.numpy(), tb.grad.numpy()), strict=True):
+    for mine, right in zip(
+        out, (tx.grad.numpy().T, None if ta is None else ta.grad.numpy().T, tw.grad.numpy(), tb.grad.numpy()), strict=True
+    ):
+        if right is None:
+            continue
         assert np.abs(mine - right).max() <= 2e-5 * scale * max(1.0, np.abs(right).max())
 
 

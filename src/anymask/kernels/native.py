@@ -46,8 +46,8 @@ def library() -> Any:
     loaded.am_use.restype, loaded.am_use.argtypes = ctypes.c_char_p, [ctypes.c_char_p]
     loaded.am_gather.argtypes = [_POINTER] * 5 + [_C_INT, _POINTER, _C_INT]
     loaded.am_dot.argtypes = [_POINTER] * 4 + [_C_INT]
-    loaded.am_norm.argtypes = [*[_INT] * 2, *[_POINTER] * 3, _C_FLOAT, *[_C_INT] * 2, *[_POINTER] * 3, _C_INT]
-    loaded.am_norm_back.argtypes = [*[_INT] * 2, *[_POINTER] * 6, _C_FLOAT, *[_C_INT] * 2, *[_POINTER] * 3, _C_INT]
+    loaded.am_norm.argtypes = [*[_INT] * 2, *[_POINTER] * 4, _C_FLOAT, *[_C_INT] * 2, *[_POINTER] * 3, _C_INT]
+    loaded.am_norm_back.argtypes = [*[_INT] * 2, *[_POINTER] * 7, _C_FLOAT, *[_C_INT] * 2, *[_POINTER] * 4, _C_INT]
     wanted = os.environ.get("ANYMASK_ISA")
     if loaded.am_use(wanted.encode() if wanted else None) is None:
         raise SettingError(f"ANYMASK_ISA is {wanted!r}", allowed="avx512, avx2 or portable, as far as this machine has it", fix="unset it")
@@ -221,7 +221,7 @@ def _call(function: Any, *args: Any) -> None:
 
 @dataclass(frozen=True)
 class Norm:
-    """A batch norm of (C, ...), contiguous, with a ReLU after it if asked: `relu(weight * (x - mean) / sqrt(var + eps) + bias)`.
+    """A batch norm of (C, ...), contiguous, with a ReLU after it if asked: `relu(weight * (x - mean) / sqrt(var + eps) + bias + add)`.
 
     Args:
         weight: (C,), or None for 1; so is bias, for 0.
@@ -237,12 +237,12 @@ class Norm:
     given: bool
     threads: int
 
-    def forward(self, x: Floats, out: Floats) -> None:
-        """x into out."""
+    def forward(self, x: Floats, out: Floats, *, add: Floats | None = None) -> None:
+        """x, and what is added before the ReLU, into out."""
         last = (self.eps, int(self.relu), int(self.given), self.mean, self.var, out, self.threads)
-        _call(library().am_norm, len(x), x.size // len(x), x, self.weight, self.bias, *last)
+        _call(library().am_norm, len(x), x.size // len(x), x, add, self.weight, self.bias, *last)
 
-    def gradient(self, x: Floats, g: Floats, out: tuple[Floats, Floats, Floats]) -> None:
-        """Of x, weight and bias, into out; g is the gradient of what `forward` gave, whose ReLU is done again here."""
+    def gradient(self, x: Floats, g: Floats, out: tuple[Floats | None, ...], *, add: Floats | None = None) -> None:
+        """Into out = (of x, of add or None, of weight, of bias); g is that of what `forward` gave, whose ReLU is done again here."""
         last = (self.eps, int(self.relu), int(self.given), *out, self.threads)
-        _call(library().am_norm_back, len(x), x.size // len(x), x, g, self.weight, self.bias, self.mean, self.var, *last)
+        _call(library().am_norm_back, len(x), x.size // len(x), x, add, g, self.weight, self.bias, self.mean, self.var, *last)

@@ -5,7 +5,6 @@ Everything a convolution can be (stride, padding, dilation, groups, 1x1 and larg
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -45,7 +44,7 @@ class Conv:
         out = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in sizes)
         return out[0], out[1]
 
-    @cached_property
+    @property
     def places(self) -> tuple[Ints, Ints, Ints, Ints]:
         """Of each kept weight: output channel, input channel (of all), row and column of the kernel."""
         outputs, per_group, kh, kw = self.weight_shape
@@ -74,7 +73,7 @@ class Job:
     dst_map: Ints
     rowptr: Ints
     off: Ints
-    order: NDArray[np.int64] | None
+    order: Ints | None
 
 
 def forward(conv: Conv, rows: int, cols: int, *, images: int, width: int, threads: int) -> Job:
@@ -139,7 +138,7 @@ def backward(conv: Conv, rows: int, cols: int, *, images: int, width: int, threa
         n_rows, n_cols = (rows - fy + sh - 1) // sh, (cols - fx + sw - 1) // sw
         axis = _Axis(rows=n_rows, row_start=fy, row_step=sh, src_row_start=low_y, src_row_step=1, span=high_y - low_y + 1)
         tiles = _Tiles.choose(n_cols, high_x - low_x, outputs * axis.span, images=images, width=width)
-        entries = _Entries(c[mine], o[mine], shift_y - low_y, shift_x - low_x, order=mine)
+        entries = _Entries(c[mine], o[mine], shift_y - low_y, shift_x - low_x, order=_ints(mine))
         dst_map = np.where(tiles.cols < 0, -1, tiles.cols * sw + fx)
         src, dst = (outputs, out_rows, out_cols), (channels, rows, cols)
         col = tiles.packed + low_x
@@ -192,7 +191,7 @@ class _Entries:
     channel: NDArray[Any]
     row: NDArray[Any]
     start: NDArray[Any]
-    order: NDArray[np.int64] | None = None
+    order: Ints | None = None
 
 
 def _job(src: Shape, dst: Shape, *, axis: _Axis, entries: _Entries, tiles: _Tiles, col: Ints, dst_map: Ints, sizes: tuple[int, int]) -> Job:

@@ -45,6 +45,8 @@ def stack(inputs: int, convs: Sequence[Conv], *, act: type[nn.Module] = nn.ReLU,
 class Residual(nn.Module):
     """`act(body(x) + shortcut(x))`, with x of shape (N, C, H, W)."""
 
+    is_sum = True  # what forward does is what the line above says: sparse layers may do it in one go
+
     def __init__(self, body: nn.Module, shortcut: nn.Module, *, act: nn.Module) -> None:
         super().__init__()
         self.body, self.shortcut, self.act = body, shortcut, act

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,14 @@ DENSE: dict[type, type] = {  # sparse class -> the class it was made of
     layers.BatchLastMaxPool2d: nn.MaxPool2d,
     layers.BatchLastAvgPool2d: nn.AvgPool2d,
 }
+
+
+def dense_class(layer: nn.Module) -> type | None:
+    """The class that a converted layer had before; None for any other."""
+    kind = type(layer)
+    return kind.__mro__[2] if issubclass(kind, layers.FusedSum) else DENSE.get(kind)
+
+
 _SPARSE = {dense: sparse for sparse, dense in DENSE.items()}
 _PLAIN = (nn.MaxPool2d, nn.AvgPool2d)  # need nothing but another class
 
@@ -145,10 +153,10 @@ def to_dense(model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Modu
     for layer in model.modules():
         if isinstance(layer, layers.SparseWeight):
             densify(layer, optimizer)
-        elif type(layer) in DENSE:
+        elif kind := dense_class(layer):
             layer.__dict__.pop("relu", None)
             layer.__dict__.pop("norm", None)
-            layer.__class__ = DENSE[type(layer)]
+            layer.__class__ = kind
     return model
 
 
@@ -188,13 +196,13 @@ def as_dense(model: nn.Module) -> Iterator[None]:
         >>> with as_dense(torch.nn.Linear(2, 2)):
         ...     pass  # nothing to do
     """
-    kinds = [(layer, type(layer)) for layer in model.modules() if type(layer) in DENSE]
+    kinds = [(layer, type(layer)) for layer in model.modules() if dense_class(layer)]
     tables = {layer: layer.gather for layer, _ in kinds if isinstance(layer, layers.SparseWeight)}
-    for layer, kind in kinds:
+    for layer, _ in kinds:
         if layer in tables:
             densify(layer)
         else:
-            layer.__class__ = DENSE[kind]
+            layer.__class__ = cast("type[nn.Module]", dense_class(layer))
     try:
         yield
     finally:
@@ -230,6 +238,8 @@ def _follow(model: nn.Module, pairs: list[tuple[nn.Module, nn.Module]]) -> None:
             layer.__dict__["relu"] = ()
         elif type(layer) in _PLAIN:
             layer.__class__ = _SPARSE[type(layer)]
+        elif getattr(layer, "is_sum", False):
+            layer.__class__ = layers.fused_sum(type(layer))
     for norm, relu in pairs:
         if isinstance(norm, layers.BatchLastNorm2d):
             relu.__class__ = layers.FusedReLU

@@ -80,11 +80,13 @@ class BatchLastNorm2d(BatchLast, nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) to the same."""
-        if not ops.is_batch_last(input):
-            return super().forward(input)
+        return self.normed(input, None, relu=self.fuses(input)) if ops.is_batch_last(input) else super().forward(input)
+
+    def normed(self, input: Tensor, add: Tensor | None, *, relu: bool) -> Tensor:
+        """The norm of a batch-last tensor, plus `add`, then a ReLU if asked."""
         batch = self.training or self.running_mean is None
         given = (None, None) if batch else (self.running_mean, self.running_var)
-        y, mean, var = ops.norm(input, self.weight, self.bias, *given, self.eps, self.fuses(input))
+        y, mean, var = ops.norm(input, add, self.weight, self.bias, *given, self.eps, relu)
         if self.training and self.track_running_stats:
             self._track(mean, var, input.numel() // input.shape[1])
         return y
@@ -102,6 +104,39 @@ class BatchLastNorm2d(BatchLast, nn.BatchNorm2d):
         share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, share)
         self.running_var.lerp_(var * (count / max(1, count - 1)), share)
+
+
+class FusedSum:
+    """Made for a module that computes `act(body(x) + shortcut(x))` and says so by `is_sum`: the last norm of its body does all three."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """As the module's own."""
+        norm = self.body[-1] if isinstance(self.body, nn.Sequential) and len(self.body) else None
+        fits = isinstance(norm, BatchLastNorm2d) and not norm.relu and type(self.act) in {nn.ReLU, nn.Identity}
+        if norm is None or not fits or any(_hooked(module) for module in (self.body, norm, self.act)):
+            return super().forward(x)  # type: ignore[misc]
+        inner = x
+        for layer in self.body[:-1]:
+            inner = layer(inner)
+        other = self.shortcut(x)
+        if not ops.is_batch_last(inner) or other.shape != inner.shape or other.dtype != inner.dtype:
+            return self.act(norm(inner) + other)
+        return norm.normed(inner, other, relu=type(self.act) is nn.ReLU)
+
+    def __reduce__(self) -> Any:  # the class has no name by which pickle could find it
+        return _new_sum, (type(self).__mro__[2],), self.__dict__
+
+
+SUMS: dict[type, type] = {}  # the class of a sum -> its fused one, made when it is first met
+
+
+def fused_sum(kind: type) -> type:
+    """The class that `FusedSum` makes of `kind`."""
+    return SUMS.setdefault(kind, type(f"Fused{kind.__name__}", (FusedSum, kind), {"__module__": __name__}))
+
+
+def _new_sum(kind: type) -> Any:
+    return object.__new__(fused_sum(kind))
 
 
 class FusedReLU(nn.ReLU):

@@ -121,26 +121,47 @@ conv_weight_gradient.register_autograd(_no_second)
 # -- batch norm -----------------------------------------------------------------------------------------------------
 @torch.library.custom_op("anymask::norm", mutates_args=())
 def norm(  # noqa: PLR0917  an operator's arguments are a list
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, eps: float, relu: bool
+    x: Tensor,
+    add: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch norm of x (N, C, H, W), then ReLU if asked; statistics of the batch where mean and var are None. Gives (y, mean, var)."""
+    """Batch norm of x (N, C, H, W), plus `add` of its shape, then ReLU if asked. Gives (y, mean, var).
+
+    The statistics are those of the batch where mean and var are None.
+    """
     given = mean is not None
     y = _empty(x, x.shape)
     mean, var = (t.clone() if t is not None else x.new_empty(x.shape[1]) for t in (mean, var))
     how = native.Norm(_array(weight), _array(bias), _array(mean), _array(var), eps=eps, relu=relu, given=given, threads=_threads())
-    how.forward(_array(batch_last(x)), _into(y))
+    how.forward(_array(batch_last(x)), _into(y), add=None if add is None else _array(batch_last(add)))
     return y, mean, var
 
 
 @torch.library.custom_op("anymask::norm_gradient", mutates_args=())
 def norm_gradient(  # noqa: PLR0917
-    x: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float, relu: bool, given: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; g is that of what `norm` gave."""
-    gx, gweight, gbias = _empty(x, x.shape), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+    x: Tensor,
+    add: Tensor | None,
+    g: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    relu: bool,
+    given: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, add, weight and bias; g is that of what `norm` gave. That of add is empty where it is none, or g itself."""
+    gx, gadd, gweight, gbias = _fake_norm_gradient(x, add, g, weight, bias, mean, var, eps, relu, given)
     how = native.Norm(_array(weight), _array(bias), _array(mean), _array(var), eps=eps, relu=relu, given=given, threads=_threads())
-    how.gradient(_array(batch_last(x)), _array(batch_last(g)), (_into(gx), _array(gweight), _array(gbias)))
-    return gx, gweight, gbias
+    more = None if add is None else _array(batch_last(add))
+    out = (_into(gx), _into(gadd) if gadd.numel() else None, _array(gweight), _array(gbias))
+    how.gradient(_array(batch_last(x)), _array(batch_last(g)), out, add=more)
+    return gx, gadd, gweight, gbias
 
 
 @norm.register_fake
@@ -149,21 +170,24 @@ def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @norm_gradient.register_fake
-def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(x, x.shape), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+def _fake_norm_gradient(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, add, *_, relu, _given = args
+    gadd = _empty(x, x.shape) if add is not None and relu else x.new_empty(0)
+    return _empty(x, x.shape), gadd, x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
 
 
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, mean, _, ctx.eps, ctx.relu = inputs
-    ctx.given = mean is not None
-    ctx.save_for_backward(x, weight, bias, output[1], output[2])
+    x, add, weight, bias, mean, _, ctx.eps, ctx.relu = inputs
+    ctx.given, ctx.adds = mean is not None, add is not None
+    ctx.save_for_backward(x, add if ctx.relu else None, weight, bias, output[1], output[2])
     ctx.mark_non_differentiable(output[1], output[2])
 
 
 def _backward_norm(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    x, weight, bias, mean, var = ctx.saved_tensors
-    gx, gw, gb = torch.ops.anymask.norm_gradient(x, g, weight, bias, mean, var, ctx.eps, ctx.relu, ctx.given)
-    return (gx, gw if ctx.needs_input_grad[1] else None, gb if ctx.needs_input_grad[2] else None, None, None, None, None)
+    x, add, weight, bias, mean, var = ctx.saved_tensors
+    gx, gadd, gw, gb = torch.ops.anymask.norm_gradient(x, add, g, weight, bias, mean, var, ctx.eps, ctx.relu, ctx.given)
+    gadd = (gadd if add is not None else g) if ctx.adds else None
+    return gx, gadd, gw if ctx.needs_input_grad[2] else None, gb if ctx.needs_input_grad[3] else None, None, None, None, None
 
 
 norm.register_autograd(_backward_norm, setup_context=_save_norm)
