@@ -14,7 +14,7 @@ from anymask.kernels import Gather, available, why_not
 from anymask.mask import Mask
 from anymask.prunables import compact
 from anymask.sparse import layers, memory
-from anymask.sparse.tuning import speedup
+from anymask.sparse.tuning import times, worth_it
 from anymask.surgery import trace
 
 DENSE: dict[type, type] = {  # sparse class -> the class it was made of
@@ -122,16 +122,18 @@ def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimize
     owners = {f"{name}.weight" if name else "weight": module for name, module in model.named_modules()}
     shapes = {id(call.module): tuple(call.input.shape) for call in trace(model, example)}
     found = norms_with_relu(model, example)
-    converted = False
+    tables: dict[str, tuple[Any, Gather]] = {}
     for name, parameter in parameters.items():
         layer: Any = owners.get(name)
-        if layer is None or id(layer) not in shapes or _tied(model, parameter):
-            continue
-        gather = gather_for(layer, mask[name])
-        if gather is not None and (not measure or speedup(layer, gather, shapes[id(layer)]) > 1):
-            sparsify(layer, gather, optimizer)
-            converted = True
-    if converted:
+        gather = gather_for(layer, mask[name]) if id(layer) in shapes and not _tied(model, parameter) else None
+        if gather is not None:
+            tables[name] = layer, gather
+    chosen = set(tables)
+    if measure:
+        chosen = worth_it({name: times(layer, gather, shapes[id(layer)]) for name, (layer, gather) in tables.items()})
+    for name in chosen:
+        sparsify(*tables[name], optimizer)
+    if chosen:
         _follow(model, found)
     return model
 

@@ -111,7 +111,7 @@ class FusedSum:
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """As the module's own."""
-        norm = self.body[-1] if isinstance(self.body, nn.Sequential) and len(self.body) else None
+        norm: Any = self.body[-1] if isinstance(self.body, nn.Sequential) and len(self.body) else None
         fits = isinstance(norm, BatchLastNorm2d) and not norm.relu and type(self.act) in {nn.ReLU, nn.Identity}
         if norm is None or not fits or any(_hooked(module) for module in (self.body, norm, self.act)):
             return super().forward(x)  # type: ignore[misc]
