@@ -21,6 +21,7 @@ from anymask.runlog import atomic
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "sparse"
 BURST = 0.05  # seconds that a turn lasts at least: short calls are made several times, the first of them not counted
 SAME = ("processor", "cores", "threads", "isa", "torch", "python")  # rows of one file are of one machine
+PAUSE = 0.03  # seconds before each turn: the threads of the one before still look for work for some milliseconds
 Call = Callable[[], object]
 
 
@@ -131,6 +132,7 @@ def in_turns(calls: Mapping[str, Call], *, rounds: int, may_drop: Iterable[str] 
         for name in left if turn % 2 else left[::-1]:
             if turn == 0:
                 number[name] = int(min(50, max(1, BURST / max(1e-6, _seconds(calls[name])))))
+            time.sleep(PAUSE)
             if number[name] > 1:
                 calls[name]()  # after somebody else's data in the caches
             took[name] += [_seconds(calls[name]) for _ in range(number[name])]

@@ -257,7 +257,30 @@ def layers_figure() -> str | None:
     return figure(panels, caption="Forward and both gradients, against the faster dense layout; 1x: as fast") if rows else None
 
 
+def short() -> str:
+    """For the README: training and prediction with the first mask, times as fast as the fastest dense setting."""
+    rows = [(f"train {row['name']}, batch {row['batch']}", row) for row in results("training")]
+    rows += [(f"predict with {row['network']}, batch {row['batch']}", row) for row in _batches(results("inference")) if row["batch"] != 32]
+    if not rows:
+        return NOTHING
+    sparsities = _sparsities([row for _, row in rows])
+    lines = []
+    for what, row in rows:
+        mask, cases = next(iter(_by_mask(row).items()))
+        lines.append([what, _ms(_best(row)), *(_times(cases[s]["speedup"]) if s in cases else "-" for s in sparsities)])
+    said = f"\nMasks: {mask}. {_files_short(results('inference'))}\n"
+    return _table(["", "fastest dense, ms", *(f"{s:.0%} zeros" for s in sparsities)], lines) + said
+
+
+def _files_short(rows: Rows) -> str:
+    found = [(row["network"], case) for row in rows if "batch" not in row for case in row["cases"] if case["mask"] == "random-uniform"]
+    sizes = [f"{case['bytes'] / 1e6:.2f} MB at {case['sparsity']:.0%}" for _, case in found]
+    network, case = found[0]
+    return f"The file of {network} in {case['values']}: {', '.join(sizes)}; dense in float32: {case['dense bytes'] / 1e6:.1f} MB."
+
+
 PARTS: dict[str, Callable[[], str]] = {
+    "speed-short": short,
     "training-machine": made_on("training"),
     "training-plot": part("training", lambda _: "![Speedup of a training step against sparsity](figures/training.svg)\n"),
     "training-speed": part("training", training),
