@@ -268,12 +268,15 @@ def short() -> str:
     for what, row in rows:
         mask, cases = next(iter(_by_mask(row).items()))
         lines.append([what, _ms(_best(row)), *(_times(cases[s]["speedup"]) if s in cases else "-" for s in sparsities)])
-    said = f"\nMasks: {mask}. {_files_short(results('inference'))}\n"
+    said = f"\nMasks: {mask}. {_files_short(results('inference'))}".rstrip() + "\n"
     return _table(["", "fastest dense, ms", *(f"{s:.0%} zeros" for s in sparsities)], lines) + said
 
 
 def _files_short(rows: Rows) -> str:
-    found = [(row["network"], case) for row in rows if "batch" not in row for case in row["cases"] if case["mask"] == "random-uniform"]
+    cases = [(row["network"], case) for row in rows if "batch" not in row for case in row["cases"]]
+    found = [(network, case) for network, case in cases if case["mask"] == cases[0][1]["mask"]]
+    if not found:
+        return ""
     sizes = [f"{case['bytes'] / 1e6:.2f} MB at {case['sparsity']:.0%}" for _, case in found]
     network, case = found[0]
     return f"The file of {network} in {case['values']}: {', '.join(sizes)}; dense in float32: {case['dense bytes'] / 1e6:.1f} MB."
