@@ -102,7 +102,7 @@ def compact(model: nn.Module) -> dict[str, Any]:
         {}
     """
     named = bare(model).named_modules(remove_duplicate=False)
-    return {f"{name}.weight" if name else "weight": module for name, module in named if hasattr(module, "dense_shape")}
+    return {f"{name}.weight" if name else "weight": module for name, module in named if hasattr(module, "anymask_sparse")}
 
 
 def bare(model: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from anymask.errors import SettingError
 from anymask.kernels import Gather, available, native
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native kernels were not built here (no C compiler)")
@@ -184,6 +185,49 @@ def test_nan_stays_nan_and_inf_goes_through():
     x = np.array([np.nan, np.inf, -np.inf, -1.0] * 5, np.float32).reshape(1, 1, 1, 20)
     out = gather.forward(x, np.ones(1, np.float32), relu=True).ravel()
     np.testing.assert_array_equal(out, np.maximum(x.ravel(), 0))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"x": (2, 4, 4, 5)},
+        {"x": (3, 4, 4)},
+        {"x": (3, 1, 1, 5)},
+        {"values": (11,)},
+        {"bias": (3,)},
+        {"out": (4, 4, 4, 5)},
+        {"add": (4, 2, 2, 4)},
+    ],
+    ids=str,
+)
+def test_no_array_of_another_shape_type_or_layout_reaches_the_native_code(wrong):
+    gather = Gather((4, 3, 3, 3), np.arange(12))
+    shapes = {"x": (3, 4, 4, 5), "values": (12,), "bias": (4,), "out": (4, 2, 2, 5), "add": (4, 2, 2, 5)}
+    right = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    gather.forward(**right)
+    with pytest.raises(SettingError, match=r"Allowed: .* To do: "):
+        gather.forward(**{**right, **{name: np.zeros(shape, np.float32) for name, shape in wrong.items()}})
+    name = next(iter(wrong))
+    with pytest.raises(SettingError, match="float64"):
+        gather.forward(**{**right, name: right[name].astype(np.float64)})
+    if right[name].ndim > 1:
+        with pytest.raises(SettingError, match="contiguous"):
+            gather.forward(**{**right, name: np.asfortranarray(right[name])})
+
+
+def test_kept_places_are_checked():
+    for kept in ([3, 2], [0, 108], [-1, 4], [5, 5]):
+        with pytest.raises(SettingError, match="out of order or range"):
+            Gather((4, 3, 3, 3), np.array(kept))
+
+
+def test_no_image_gives_nothing():
+    gather = Gather((4, 3, 3, 3), np.arange(12), padding=(1, 1))
+    x, values = np.zeros((3, 4, 4, 0), np.float32), np.ones(12, np.float32)
+    y = gather.forward(x, values)
+    assert y.shape == (4, 4, 4, 0)
+    assert gather.input_gradient(y, values, np.empty_like(x)).shape == x.shape
+    assert not gather.weight_gradient(x, y).any()
 
 
 def test_a_copy_makes_its_own_tables():

@@ -325,6 +325,19 @@ def test_only_what_is_faster_is_converted_and_it_is_measured_once(tmp_path, monk
     anymask.to_sparse(anymask.to_dense(net), mask, x)
 
 
+def test_weights_outside_of_the_mask_are_dropped_in_layers_that_stay_dense_too(tmp_path, monkeypatch):
+    from anymask.sparse import converting
+
+    monkeypatch.setattr(converting, "worth_it", lambda measured: set(list(measured)[:3]))
+    monkeypatch.setattr(converting, "times", lambda *_: None)
+    model, mask, x, _ = made("resnet20")
+    for p in model.parameters():
+        p.data += 1
+    anymask.to_sparse(model, mask, x)
+    assert len(compact(model)) == 3
+    assert all(not model.state_dict()[n][~mask[n]].any() for n in mask)
+
+
 def test_tied_weights_stay_dense_and_empty_layers_work():
     net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 8))
     net[2].weight = net[0].weight

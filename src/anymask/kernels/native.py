@@ -72,7 +72,7 @@ def why_not() -> str:
     return "the native kernels were not built: install a C compiler (gcc or clang) and run pip install --force-reinstall --no-deps anymask"
 
 
-_WORTH_A_THREAD = 300_000  # multiply-adds; a second thread costs some microseconds to wake
+_WORTH_A_THREAD = 300_000  # multiply-adds: fewer are done before a second thread is awake
 _HANDLES = count()
 _GATHERS: "WeakValueDictionary[int, Gather]" = WeakValueDictionary()
 
@@ -109,6 +109,8 @@ class Gather:
         dilation: tuple[int, int] = (1, 1),
         groups: int = 1,
     ) -> None:
+        if len(kept) and not (kept[0] >= 0 and kept[-1] < np.prod(weight_shape) and (np.diff(kept) > 0).all()):
+            raise SettingError(f"{len(kept)} kept places came out of order or range", allowed="rising, in the weight", fix="sort them")
         self.__setstate__(Conv(weight_shape, kept, stride, padding, dilation, groups))
 
     def __getstate__(self) -> Conv:
@@ -144,10 +146,13 @@ class Gather:
         self, x: Floats, values: Floats, *, bias: Floats | None, add: Floats | None, relu: bool, out: Floats, threads: int
     ) -> Callable[[], None]:
         """`forward` as a call without arguments, for as long as these arrays live: the addresses are taken once."""
-        _, rows, cols, images = x.shape
-        ((_, job),) = self._plan("forward", rows, cols, images=images, threads=threads)
-        positions = out.size // max(1, len(out))
-        if len(self.conv.kept) * positions < _WORTH_A_THREAD:
+        output = self._checked(x, out, values)
+        _check("bias", bias, output[:1])
+        _check("add", add, output)
+        if not out.size:
+            return lambda: None
+        ((_, job),) = self._plan("forward", *x.shape[1:3], images=x.shape[3], threads=threads)
+        if len(self.conv.kept) * (out.size // len(out)) < _WORTH_A_THREAD:
             threads = 1
         function, held = library().am_gather, (x, values, bias, add, out)
         args = (ctypes.byref(job), *map(_address, (x, values, bias, add)), int(relu), _address(out), threads)
@@ -160,18 +165,26 @@ class Gather:
 
     def input_gradient(self, g: Floats, values: Floats, out: Floats, *, threads: int = 1) -> Floats:
         """Into `out` (C, H, W, N), for the gradient g (O, OH, OW, N) of the output."""
-        _, rows, cols, images = out.shape
-        for plan, job in self._plan("backward", rows, cols, images=images, threads=threads):
+        self._checked(out, g, values)
+        for plan, job in self._plan("backward", *out.shape[1:3], images=out.shape[3], threads=threads) if out.size else ():
             _call(library().am_gather, job, g, values[plan.order], None, None, 0, out, threads)
         return out
 
     def weight_gradient(self, x: Floats, g: Floats, *, threads: int = 1) -> Floats:
         """Of the kept weights alone. Shape (K,)."""
-        _, rows, cols, images = x.shape
-        out = np.empty(len(self.conv.kept), np.float32)
-        ((_, job),) = self._plan("forward", rows, cols, images=images, threads=threads)
-        _call(library().am_dot, job, x, g, out, threads)
+        self._checked(x, g, None)
+        out = np.zeros(len(self.conv.kept), np.float32)
+        for _, job in self._plan("forward", *x.shape[1:3], images=x.shape[3], threads=threads) if g.size else ():
+            _call(library().am_dot, job, x, g, out, threads)
         return out
+
+    def _checked(self, x: Floats, y: Floats, values: Floats | None) -> tuple[int, ...]:
+        """The shape of the output y; the native code would follow a wrong pointer anywhere."""
+        _check("the input", x, (self.conv.channels, *x.shape[1:4], *(0,) * (4 - x.ndim)))
+        output = self.output_shape(x.shape[1], x.shape[2], images=x.shape[3])
+        _check("the output", y, output)
+        _check("the weight", values, (len(self.conv.kept),))
+        return output
 
     def _plan(self, kind: str, rows: int, cols: int, *, images: int, threads: int) -> list[tuple[Job, _AmJob]]:
         width = library().am_width()
@@ -194,11 +207,18 @@ class Pool(ctypes.Structure):
 
     def forward(self, x: Floats, out: Floats, *, threads: int) -> None:
         """x (C, H, W, N) into out (C, OH, OW, N)."""
+        self._check(x, out)
         _call(library().am_pooling, self, x, out, threads)
 
     def gradient(self, x: Floats, y: Floats, g: Floats, out: Floats, *, threads: int) -> None:
         """Of x, into out: y is what `forward` gave, g its gradient."""
+        self._check(x, y)
+        self._check(out, g)
         _call(library().am_pooling_back, self, x, y, g, out, threads)
+
+    def _check(self, x: Floats, y: Floats) -> None:
+        _check("the input", x, (self.channels, self.rows, self.cols, self.images))
+        _check("the output", y, (self.channels, self.out_rows, self.out_cols, self.images))
 
 
 def _struct(job: Job) -> _AmJob:
@@ -207,6 +227,16 @@ def _struct(job: Job) -> _AmJob:
         job.dst_map.shape[1], job.packed_cols, job.strips, len(job.dst_map), job.off.shape[1],
         *(getattr(job, name).ctypes.data for name in _TABLES),
     )  # fmt: skip
+
+
+def _check(what: str, array: Floats | None, shape: tuple[int, ...]) -> None:
+    """Refuse what the native code would read or write wrongly."""
+    if array is not None and (array.dtype != np.float32 or array.shape != shape or not array.flags.c_contiguous):
+        raise SettingError(
+            f"{what} of a sparse operator came as {array.dtype} {array.shape}",
+            allowed=f"float32 {shape}, contiguous{'; maps are (C, H, W, N)' if len(shape) == 4 else ''}",
+            fix="give the shape that the layer was made for; sparse layers compute in float32 (model.float(), or anymask.to_dense)",
+        )
 
 
 def _address(array: Floats | None) -> int | None:
@@ -239,10 +269,21 @@ class Norm:
 
     def forward(self, x: Floats, out: Floats, *, add: Floats | None = None) -> None:
         """x, and what is added before the ReLU, into out."""
+        self._check(x, x, add, out)
         last = (self.eps, int(self.relu), int(self.given), self.mean, self.var, out, self.threads)
         _call(library().am_norm, len(x), x.size // len(x), x, add, self.weight, self.bias, *last)
 
     def gradient(self, x: Floats, g: Floats, out: tuple[Floats | None, ...], *, add: Floats | None = None) -> None:
         """Into out = (of x, of add or None, of weight, of bias); g is that of what `forward` gave, whose ReLU is done again here."""
+        gx, gadd, *of_channels = out
+        self._check(x, add, g, gx, gadd)
+        for vector in of_channels:
+            _check("the gradient", vector, (len(x),))
         last = (self.eps, int(self.relu), int(self.given), *out, self.threads)
         _call(library().am_norm_back, len(x), x.size // len(x), x, add, g, self.weight, self.bias, self.mean, self.var, *last)
+
+    def _check(self, x: Floats, *others: Floats | None) -> None:
+        for array in others:
+            _check("a map", array, x.shape)
+        for name in ("weight", "bias", "mean", "var"):
+            _check(f"the {name}", getattr(self, name), (len(x),))

@@ -45,7 +45,7 @@ def stack(inputs: int, convs: Sequence[Conv], *, act: type[nn.Module] = nn.ReLU,
 class Residual(nn.Module):
     """`act(body(x) + shortcut(x))`, with x of shape (N, C, H, W)."""
 
-    is_sum = True  # what forward does is what the line above says: sparse layers may do it in one go
+    anymask_sum = True  # what forward does is what the line above says: sparse layers may do it in one go
 
     def __init__(self, body: nn.Module, shortcut: nn.Module, *, act: nn.Module) -> None:
         super().__init__()

@@ -97,7 +97,7 @@ def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimize
 
     Args:
         model: on the CPU, float32; changed in place.
-        mask: what is kept; must fit `model`. Pruned weights that are not 0 yet are dropped.
+        mask: what is kept; must fit `model`. Pruned weights become 0; `hold` keeps them so in the layers that stay dense.
         example: inputs as they will come, with their batch size, because that decides what is faster.
         optimizer: one that has made steps already: its slots are converted, too.
         measure: False converts every layer that can be.
@@ -119,6 +119,7 @@ def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimize
     """
     parameters = _check(model, mask)
     memory.prepare()
+    mask.apply(model)
     owners = {f"{name}.weight" if name else "weight": module for name, module in model.named_modules()}
     shapes = {id(call.module): tuple(call.input.shape) for call in trace(model, example)}
     found = norms_with_relu(model, example)
@@ -240,7 +241,7 @@ def _follow(model: nn.Module, pairs: list[tuple[nn.Module, nn.Module]]) -> None:
             layer.__dict__["relu"] = ()
         elif type(layer) in _PLAIN:
             layer.__class__ = _SPARSE[type(layer)]
-        elif getattr(layer, "is_sum", False):
+        elif getattr(layer, "anymask_sum", False):
             layer.__class__ = layers.fused_sum(type(layer))
     for norm, relu in pairs:
         if isinstance(norm, layers.BatchLastNorm2d):

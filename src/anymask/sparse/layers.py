@@ -12,6 +12,7 @@ from anymask.sparse import ops
 class SparseWeight:
     """What sparse layers share: `weight` is the vector (K,) of the kept weights, state dicts hold the dense weight under its plain name."""
 
+    anymask_sparse = True  # what `anymask.prunables.compact` looks for; nobody else has it
     weight: Any
     gather: Gather  # the tables
     dense_shape: tuple[int, ...]  # of the dense weight; so is the next
@@ -107,7 +108,7 @@ class BatchLastNorm2d(BatchLast, nn.BatchNorm2d):
 
 
 class FusedSum:
-    """Made for a module that computes `act(body(x) + shortcut(x))` and says so by `is_sum`: the last norm of its body does all three."""
+    """Made for a module that computes `act(body(x) + shortcut(x))` and says so by `anymask_sum`: its last norm does all three."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """As the module's own."""
@@ -185,4 +186,11 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether somebody looks at what comes in or goes out, forward or backward, here or everywhere."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or nn.modules.module._has_any_global_hook()
+    )

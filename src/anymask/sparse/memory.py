@@ -35,7 +35,7 @@ def prepare() -> None:
 
 
 def follow() -> None:
-    """Ask for huge pages in what the heap has grown by. A third of a microsecond."""
+    """Ask for huge pages in what the heap has grown by."""
     global _top  # noqa: PLW0603
     if _top:
         top = _libc().sbrk(0)

@@ -25,7 +25,7 @@ def batch_last(x: Tensor) -> Tensor:
 
 def is_batch_last(x: Tensor) -> bool:
     """Whether `x` lies in memory as the kernels have it: (C, H, W, N), float32, on the CPU."""
-    return x.ndim == 4 and x.dtype == torch.float32 and x.device.type == "cpu" and x.permute(1, 2, 3, 0).is_contiguous()
+    return x.ndim == 4 and x.numel() > 0 and x.dtype == torch.float32 and x.device.type == "cpu" and x.permute(1, 2, 3, 0).is_contiguous()
 
 
 def _array(x: Tensor | None) -> Any:

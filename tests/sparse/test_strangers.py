@@ -1,0 +1,113 @@
+"""Sparse layers in networks and uses that nobody here thought of: wrong shapes and types, hooks, names that happen to be ours."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import anymask
+from anymask import prune
+from anymask.errors import SettingError
+from anymask.kernels import available
+from anymask.prunables import compact
+from tests.sparse.test_converting import made, sgd, steps
+
+pytestmark = pytest.mark.skipif(not available(), reason="the native kernels were not built here (no C compiler)")
+
+
+class Stranger(nn.Module):
+    """A network with names of its own that happen to mean something here."""
+
+    is_sum, dense_shape, relu, norm = True, (1,), (), ()
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=None)
+        self.free = nn.BatchNorm2d(8, track_running_stats=False)
+
+    def forward(self, x):
+        return self.free(self.bn(self.conv(x))).mean((2, 3))
+
+
+def test_a_network_of_a_stranger():
+    _, _, x, y = made("plain")
+    model = Stranger()
+    mask = prune(model, "random-uniform", sparsity=0.5, seed=0)
+    mask.apply(model)
+    dense = copy.deepcopy(model)
+    anymask.to_sparse(model, mask, x, measure=False)
+    assert list(compact(model)) == ["conv.weight"]
+    ours, theirs = sgd(model), sgd(dense)
+    anymask.hold(mask, dense, theirs)
+    assert steps(model, ours, x, y) == pytest.approx(steps(dense, theirs, x, y), abs=1e-4)
+    for name, buffer in dense.named_buffers():
+        torch.testing.assert_close(model.get_buffer(name), buffer, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.eval()(x), dense.eval()(x), atol=1e-4, rtol=1e-4)
+
+
+def test_what_would_be_read_wrongly_is_refused():
+    model, mask, x, _ = made("resnet20")
+    anymask.to_sparse(model, mask, x, measure=False)
+    with pytest.raises(SettingError, match="the input of a sparse operator"):
+        model(x[:, :2])
+    conv = nn.Conv2d(3, 4, 3)
+    anymask.to_sparse(conv, anymask.Mask({"weight": torch.ones(4, 3, 3, 3)}), x, measure=False)
+    with pytest.raises(SettingError, match="larger images"):
+        conv(x[:, :, :2, :2])
+    with pytest.raises(SettingError, match=r"float64.*model\.float"):
+        model.double()(x.double())
+    with pytest.raises(SettingError, match="float16"):
+        model.half()(x.half())
+
+
+def test_a_residual_sum_is_one_operator_unless_somebody_looks():
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names = [*getattr(self, "names", []), str(func)]
+            return func(*args, **(kwargs or {}))
+
+    model, mask, x, _ = made("resnet20")
+    anymask.to_sparse(model, mask, x, measure=False)
+    model.eval()
+
+    def sums_and_relus():
+        with torch.no_grad(), Counted() as seen:
+            out = model(x)
+        return out, sum(name.startswith(("aten.add.", "aten.relu", "aten.clamp_min")) for name in seen.names)
+
+    plain, none = sums_and_relus()
+    assert none == 0
+    block = model.layer2[1]
+    for module in (block.body, block.body.bn2, block.act):
+        for register in (module.register_forward_hook, module.register_full_backward_hook):
+            handle = register(lambda *_: None)
+            out, some = sums_and_relus()
+            assert some == 2
+            torch.testing.assert_close(out, plain)
+            handle.remove()
+    assert sums_and_relus()[1] == 0
+
+
+def test_a_backward_hook_on_a_relu_sees_what_the_dense_one_shows():
+    model, mask, x, y = made("resnet20")
+    dense = copy.deepcopy(model)
+    anymask.to_sparse(model, mask, x, measure=False)
+    seen = []
+    for net in (model, dense):
+        net.stem.relu1.register_full_backward_hook(lambda m, given, out: seen.append(given[0].clone()))
+        F.cross_entropy(net(x), y).backward()
+    torch.testing.assert_close(*seen, atol=1e-6, rtol=1e-3)
+
+
+def test_memory_is_kept_in_huge_pages_only_where_it_is_asked_for():
+    code = "import torch; from anymask.sparse import memory; memory.prepare(); memory.prepare(); memory.follow(); print(memory._top > 0)"
+    for setting, expected in (("1", sys.platform.startswith("linux")), ("0", False)):
+        env = {**os.environ, "ANYMASK_MALLOC": setting}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == str(expected)
