@@ -14,8 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from anymask.errors import MaskError, SettingError
 from anymask.mask import Mask
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+from anymask.prunables import TRANSPOSED
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def _layer(kept: Tensor, owner: nn.Module | None) -> Layer:
     groups = getattr(owner, "groups", 1) if kept.ndim > 2 else 1
     rows = kept.reshape(kept.shape[0] if kept.ndim else 1, kept.shape[1] if kept.ndim > 1 else 1, -1).any(2)
     links = rows.reshape(groups, -1, rows.shape[1])
-    if isinstance(owner, _TRANSPOSED) and kept.ndim > 2:
+    if isinstance(owner, TRANSPOSED) and kept.ndim > 2:
         links = links.transpose(1, 2)
     outs, ins = links.any(2), links.any(1)
     return Layer(tuple(kept.shape), int(kept.sum()), kept.numel(), int(outs.sum()), outs.numel(), int(ins.sum()), ins.numel())

@@ -8,14 +8,14 @@ from torch import nn
 
 from anymask.errors import MaskError, SettingError
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _WEIGHT = ("weight",)
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _GPT_CONV = ("transformers.pytorch_utils", "Conv1D")  # a linear layer laid out (in, out); known only where it is imported already
 
 Owner = tuple[type[nn.Module], tuple[str, ...]]  # a class of module and the beginnings of its parameters' names
 KINDS: dict[str, tuple[Owner, ...]] = {
-    "conv": tuple((kind, _WEIGHT) for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)),
+    "conv": tuple((kind, _WEIGHT) for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)),
     "linear": ((nn.Linear, _WEIGHT), (nn.MultiheadAttention, _PROJECTIONS)),
     "embedding": ((nn.Embedding, _WEIGHT), (nn.EmbeddingBag, _WEIGHT)),
     "recurrent": ((nn.RNNBase, ("weight_ih_", "weight_hh_")), (nn.RNNCellBase, ("weight_ih", "weight_hh"))),
@@ -87,7 +87,7 @@ def transposed_groups(model: nn.Module) -> dict[str, int]:
         {'1.weight': 2}
     """
     model = bare(model)
-    groups = {id(m.weight): m.groups for m in model.modules() if isinstance(m, _TRANSPOSED)}
+    groups = {id(m.weight): m.groups for m in model.modules() if isinstance(m, TRANSPOSED)}
     groups |= {id(m.weight): 1 for m in model.modules() if isinstance(m, _imported(*_GPT_CONV))}
     return {name: groups[id(p)] for name, p in model.named_parameters() if id(p) in groups}
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from anymask.errors import TechniqueError
-from anymask.prunables import transposed_groups
+from anymask.prunables import TRANSPOSED, transposed_groups
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:

@@ -15,8 +15,6 @@ from anymask.formats.own import unpacked
 from anymask.formats.refusal import refusal, refusing
 from anymask.mask import Mask
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
 
 def load_mask(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> Mask:
     """Read a mask from a file of ours, or of another library; docs/formats.md lists them.
@@ -103,5 +101,5 @@ def _fitted(kept: Mapping[str, Tensor], info: Mapping[str, Any], model: nn.Modul
 def _check_layout(path: Path, kept: Mapping[str, Tensor], model: nn.Module) -> None:
     """flax's transposed convolutions are laid out, and flipped, in other ways than torch's."""
     for name in matched({name: tuple(tensor.shape) for name, tensor in kept.items()}, model, loose=True).values():
-        if isinstance(prunables.bare(model).get_submodule(name.rpartition(".")[0]), _TRANSPOSED):
+        if isinstance(prunables.bare(model).get_submodule(name.rpartition(".")[0]), prunables.TRANSPOSED):
             raise refusal(path, f"{name} is of a transposed convolution, whose layout is not translated", fix="leave it dense")
