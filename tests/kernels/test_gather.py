@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -219,6 +220,43 @@ def test_kept_places_are_checked():
     for kept in ([3, 2], [0, 108], [-1, 4], [5, 5]):
         with pytest.raises(SettingError, match="out of order or range"):
             Gather((4, 3, 3, 3), np.array(kept))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_equal_calls_give_equal_bits_however_busy_the_machine_is(threads):
+    rng = np.random.default_rng(0)
+    kept = np.sort(rng.choice(64 * 32 * 9, 500, replace=False))
+    gather = Gather((64, 32, 3, 3), kept, padding=(1, 1), stride=(2, 2))
+    x = rng.standard_normal((32, 14, 14, 64)).astype(np.float32)
+    g = rng.standard_normal((64, 7, 7, 64)).astype(np.float32)
+    values = rng.standard_normal(500).astype(np.float32)
+    stop = Event()
+    busy = [Thread(target=lambda: [None for _ in iter(stop.is_set, True)]) for _ in range(2)]
+    for thread in busy:
+        thread.start()
+    try:
+        found = [
+            (
+                gather.weight_gradient(x, g, threads=threads).tobytes(),
+                gather.forward(x, values, threads=threads).tobytes(),
+                gather.input_gradient(g, values, np.empty_like(x), threads=threads).tobytes(),
+            )
+            for _ in range(40)
+        ]
+    finally:
+        stop.set()
+        for thread in busy:
+            thread.join()
+    assert len(set(found)) == 1
+
+
+def test_without_threads_to_spare_nothing_is_lost():
+    code = (
+        "import numpy as np; from anymask.kernels import Gather; g = Gather((4, 4, 3, 3), np.arange(0, 144, 5), padding=(1, 1));"
+        "x = np.ones((4, 9, 9, 64), np.float32); y = np.ones((4, 9, 9, 64), np.float32);"
+        "a, b = (g.weight_gradient(x, y, threads=n) for n in (1, 4)); assert np.allclose(a, b), (a, b)"
+    )
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_THREAD_LIMIT": "2"}, check=True)
 
 
 def test_no_image_gives_nothing():

@@ -67,6 +67,23 @@ def test_auto_converts_what_is_measured_faster_prints_nothing_and_gives_the_mode
 
 
 @needs_kernels
+def test_the_same_seed_gives_the_same_bits_on_several_threads() -> None:
+    images, threads = data.load("fashion-mnist-5k"), torch.get_num_threads()
+    train = Batches(Split(images.train.images[:640], images.train.labels[:640]), batch_size=64, shuffle=True, seed=0)
+    found = []
+    try:
+        torch.set_num_threads(2)
+        for _ in range(3):
+            net = models.build("demonet", classes=10, channels=1, seed=0)
+            mask = prune(net, "random-erk", sparsity=0.98, seed=0)
+            fit(net, train, mask=mask, recipe="default", protocol=Protocol(epochs=1, batch_size=64), sparse="on")
+            found.append(net.state_dict())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in other)
+
+
+@needs_kernels
 @pytest.mark.parametrize("recipe", ["default", "tost"])
 def test_the_accuracies_are_those_of_dense_layers_and_every_zero_is_exact(recipe: str) -> None:
     images = data.load("fashion-mnist-5k")
