@@ -44,12 +44,17 @@ class RunningRecipe:
         self._context, self._before = context, fingerprint(context.model)
         self._hold = held(context.optimizer) if context.optimizer is not None else None
         self._live: dict[str, tuple[Technique, Attached]] = {}
+        self._handles: list[Any] = []  # of the optimiser's hooks
         self._strengths = {t.name: self.strength(t, self.position) for t in techniques if t.seam != "init"}
         vars(context.model)[MARK] = name
         weights = self._weights() if state is None and any(t.seam == "init" for t in techniques) else []
         try:
             self._join_all(remedy, fresh=state is None)
-            self.added = self.added if state is None else Cost(**state["added"])
+            self._listen()
+            if state is not None:
+                self.added = Cost(**state["added"])
+                for technique, part in state.get("parts", {}).items():
+                    self._live[technique][1].load_state_dict(part)
         except BaseException:
             self._leave_all()
             for parameter, value in weights:
@@ -115,17 +120,22 @@ class RunningRecipe:
             True
         """
         for _, attached in self._live.values():
-            attached.set_strength(0.0)
+            attached.settle()
         try:
             yield self.model
         finally:
-            for technique, attached in self._live.values():
+            for technique, attached in reversed(self._live.values()):
+                attached.unsettle()
                 attached.set_strength(self._strengths[technique.name])
 
     def plain_state_dict(self) -> dict[str, Tensor]:
         """The state dict of the model inside its wrappers, without what ghosts add to it."""
         ghosts = tuple(f"{name}." if name else "" for name in self._ghost_names())
-        return {key: value for key, value in self._context.model.state_dict().items() if not key.startswith(ghosts or ("\0",))}
+        with self.plain():
+            state = {key: value for key, value in self._context.model.state_dict().items() if not key.startswith(ghosts or ("\0",))}
+            if any(technique.seam == "step" for technique, _ in self._live.values()):  # which may train other weights than these
+                state = {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+        return state
 
     def finish(self, *, early: bool = False) -> nn.Module:
         """Take away what is left of the recipe and return the plain model.
@@ -151,7 +161,8 @@ class RunningRecipe:
     def state_dict(self) -> dict[str, Any]:
         """Where this recipe stands, as plain values; see `state` of `Recipe.attach`."""
         where = {"position": self.position, "total_steps": self.total_steps, "techniques": settings_of(self.techniques)}
-        return {**where, "found": dict(self.found), "added": asdict(self.added)}
+        parts = {name: part for name, (_, attached) in self._live.items() if (part := attached.state_dict())}
+        return {**where, "found": dict(self.found), "added": asdict(self.added), **({"parts": parts} if parts else {})}
 
     # -- inside ----------------------------------------------------------------------------------------------------
     def _resumed(self, state: Mapping[str, Any]) -> int:
@@ -198,6 +209,25 @@ class RunningRecipe:
                 fix='attach before wrapping, or take kind = "free" where there is one',
             )
 
+    def _listen(self) -> None:
+        """Hear of the optimiser's steps, for as long as a technique works on them."""
+        optimizer = self._context.optimizer
+        if optimizer is None or not any(technique.seam == "step" for technique, _ in self._live.values()):
+            return
+
+        def tell(what: str) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                for technique, attached in list(self._live.values()):
+                    if technique.seam == "step":
+                        getattr(attached, what)()
+
+            return hook
+
+        self._handles = [
+            optimizer.register_step_pre_hook(tell("before_update")),
+            optimizer.register_step_post_hook(tell("after_update")),
+        ]
+
     def _move(self, technique: Technique) -> None:
         strength = self.strength(technique, self.position)
         if strength == self._strengths.get(technique.name, strength):
@@ -217,7 +247,9 @@ class RunningRecipe:
             attached.detach()
         if any(technique.seam == "model" for technique, _ in self._live.values()):
             _forget_graphs()
-        self._live = {}
+        for handle in self._handles:
+            handle.remove()
+        self._live, self._handles = {}, []
         vars(self._context.model).pop(MARK, None)
 
     def _check_plain(self) -> None:

@@ -30,6 +30,7 @@ VARIANTS: dict[str, Technique] = {
     "label_smoothing faded": LabelSmoothing(FADE),
 }
 FADING = {name: t for name, t in VARIANTS.items() if t.seam != "init"}
+STEP = {name: t for name, t in VARIANTS.items() if t.seam == "step"}
 MODEL = {name: t for name, t in VARIANTS.items() if t.seam == "model"}
 
 
@@ -70,11 +71,29 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, running, x: Tensor
         running.step()
 
 
-def observed(technique: Technique, running, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """What the technique acts on: the output, or the loss."""
+def observed(technique: Technique, running, model: nn.Module, x: Tensor, y: Tensor, *, strength: float = 1.0) -> Tensor:
+    """What the technique acts on: the output, the loss, or the output after three steps."""
+    if technique.seam == "step":
+        return trained_at(technique, strength=strength)
     model.eval()
     with torch.no_grad():
         return running.loss(model(x), y) if technique.seam == "loss" else model(x)
+
+
+def trained_at(technique: Technique | None, *, strength: float) -> Tensor:
+    """What the network computes after three steps with `technique` at `strength`, or without it."""
+    model, optimizer, x, y = setting()
+    running = Recipe(()).attach(model, optimizer, total_steps=10) if technique is None else attach(technique, model, optimizer, x, y)
+    for _, attached in running._live.values():
+        attached.set_strength(strength)
+    for _ in range(3):
+        running.loss(model.train()(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for _, attached in running._live.values():
+        attached.settle()
+    with torch.no_grad():
+        return model.eval()(x)
 
 
 def test_every_technique_is_under_contract() -> None:
@@ -83,7 +102,7 @@ def test_every_technique_is_under_contract() -> None:
         assert name == kind.name
         assert kind.about
         assert kind.paper
-        assert kind.seam in {"init", "model", "loss"}
+        assert kind.seam in {"init", "model", "loss", "step"}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -91,6 +110,7 @@ def test_it_changes_something_at_full_strength(name: str) -> None:
     model, optimizer, x, y = setting()
     technique, plain = VARIANTS[name], model.eval()(x).detach()
     before = F.cross_entropy(plain, y) if technique.seam == "loss" else plain
+    before = trained_at(None, strength=0.0) if technique.seam == "step" else before
     running = attach(technique, model, optimizer, x, y)
     assert not torch.allclose(observed(technique, running, model, x, y), before, atol=1e-4)
 
@@ -112,6 +132,11 @@ def test_at_strength_zero_output_and_gradients_are_the_plain_ones_bit_for_bit(na
         assert torch.equal(model.eval()(x), twin.eval()(x))
 
 
+@pytest.mark.parametrize("name", STEP)
+def test_at_strength_zero_steps_are_the_plain_ones_bit_for_bit(name: str) -> None:
+    assert torch.equal(trained_at(VARIANTS[name], strength=0.0), trained_at(None, strength=0.0))
+
+
 @pytest.mark.parametrize("name", FADING)
 def test_it_fades_without_a_jump(name: str) -> None:
     model, optimizer, x, y = setting()
@@ -121,7 +146,7 @@ def test_it_fades_without_a_jump(name: str) -> None:
     at = []
     for strength in (0.0, 0.001, 0.5, 1.0):
         attached.set_strength(strength)
-        at.append(observed(technique, running, model, x, y))
+        at.append(observed(technique, running, model, x, y, strength=strength))
     near, far = (at[1] - at[0]).abs().max(), (at[3] - at[0]).abs().max()
     assert near <= 0.05 * far
 

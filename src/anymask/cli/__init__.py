@@ -1,4 +1,4 @@
-"""The command line: `anymask prune | train | compare | inspect | list`."""
+"""The command line: `anymask prune | train | compare | sweep | report | ship ...`."""
 
 import os
 import sys

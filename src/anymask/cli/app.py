@@ -48,6 +48,53 @@ Examples:
   anymask compare --config my.toml --seeds 5 --out runs/mine
 """,
     ),
+    "sweep": Command(
+        "anymask.cli.sweep:sweep",
+        "Train a plan of many networks in its order, each once, whatever stops it.",
+        """\
+A plan is a TOML file, the most urgent block first:
+
+  [protocol]
+  epochs = 15
+  [[block]]
+  model = ["resnet20", "vgg11-0.25x"]
+  masks = ["random-erk", "snip"]
+  sparsity = [0.98, 0.95]
+  recipes = ["default", "tost"]
+  seeds = 3
+
+Finished trainings are in OUT/ledger.jsonl and never run again; one that was
+stopped or killed goes on from its last epoch; one that failed is tried again
+at the end, then listed with its reason. Several processes may work on one OUT,
+also from different shells. --dry-run only shows what would run.
+
+Examples:
+
+  anymask sweep plan.toml --out runs/plan
+
+  # Stop in time and say what is left; the same command goes on from there
+  anymask sweep plan.toml --out runs/plan --budget 25m
+
+  # Four processes, which share the cores
+  anymask sweep plan.toml --out runs/plan --workers 4
+""",
+    ),
+    "report": Command(
+        "anymask.cli.report:report",
+        "Turn ledgers into tables of paired differences, and a page.",
+        """\
+All rows are put together; of rows with the same id the last one counts. First
+comes every cell, with what is won, tied and lost, then the effect against
+sparsity, then a table for each data set and network.
+
+Examples:
+
+  anymask report runs/plan
+
+  # Several ledgers together, in runs/all/table.md and runs/all/report.html
+  anymask report runs/plan runs/other/ledger.jsonl --out runs/all
+""",
+    ),
     "train": Command(
         "anymask.cli.train:train",
         "Train one sparse network, and keep its weights.",
@@ -171,7 +218,7 @@ Examples:
     ),
     "list": Command(
         "anymask.cli.listing:show",
-        "Show the names that other commands take: masks, recipes, techniques, models, data.",
+        "Show the names that other commands take: masks, recipes, techniques, models, data, protocols.",
         """\
 Examples:
 

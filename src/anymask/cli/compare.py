@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from anymask import sweep
 from anymask.cli.outcome import LEDGER, show_table, write_outcome
 from anymask.cli.progress import watching
-from anymask.cli.settings import EXPERIMENT, GRID, PROTOCOL, RUN, ConfigFile, Sparse
+from anymask.cli.settings import EXPERIMENT, GRID, PROTOCOL, RUN, ConfigFile, Preset, Sparse
 from anymask.config import Bench, Experiment
 from anymask.runlog import Ledger
 from anymask.sweep import Grid, Runner
@@ -20,6 +20,7 @@ def compare(
     *,
     grid: Annotated[Grid | None, Parameter(name="*", group=GRID)] = None,
     experiment: Annotated[Experiment | None, Parameter(name="*", group=EXPERIMENT)] = None,
+    preset: Preset = None,
     protocol: Annotated[Protocol | None, Parameter(name="*", group=PROTOCOL)] = None,
     out: Annotated[Path, Parameter(group=RUN, help="The run folder; trainings that it holds already are not run again.")] = Path(
         "runs/compare"

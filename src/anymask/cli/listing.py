@@ -15,8 +15,9 @@ from anymask.pruning import DYNAMIC, METHODS
 from anymask.recipe import presets
 from anymask.registry import lookup
 from anymask.techniques import TECHNIQUES
+from anymask.train.presets import PROTOCOLS, preset_about
 
-Row = tuple[str, str, str]  # name, one line about it, paper
+Row = tuple[str, str, str]  # name, one line about it, paper or where else it comes from
 
 
 def _masks() -> list[Row]:
@@ -40,17 +41,25 @@ def _data() -> list[Row]:
     return [(name, source.about, "") for name, source in DATASETS.items()]
 
 
+def _protocols() -> list[Row]:
+    return [(name, *preset_about(name)) for name in PROTOCOLS]
+
+
 KINDS: dict[str, tuple[Callable[[], Iterable[Row]], str]] = {
     "masks": (_masks, "compare --masks, train --mask, prune; snip+erk+2:4 for another scope and pattern; or a file of your own"),
     "recipes": (_recipes, "compare --recipes, train --recipe; or a TOML file of your own; tost:lrsi is a part of one"),
     "techniques": (_techniques, "what recipes are made of"),
     "models": (_models, "--model"),
     "data": (_data, "--data"),
+    "protocols": (_protocols, "compare --protocol, train --protocol; other options override what is in one"),
 }
 
 
 def show(
-    kind: Annotated[str | None, Parameter(group=RUN, help="masks, recipes, techniques, models or data; all of them if left out.")] = None, /
+    kind: Annotated[
+        str | None, Parameter(group=RUN, help="masks, recipes, techniques, models, data or protocols; all of them if left out.")
+    ] = None,
+    /,
 ) -> int:
     """Show the names that other commands take."""
     console = Console(highlight=False)

@@ -36,7 +36,15 @@ ConfigFile = Annotated[
     Path | None,
     Parameter(group=RUN, help="File.toml or file.yaml with settings, named as the options are; options given here override it."),
 ]
-_LISTS = ("--masks", "--sparsity", "--exclude")  # --recipes is none of them: in tost:lrsi,ghost_skip the comma has a meaning
+Preset = Annotated[
+    str | None,
+    Parameter(
+        name="--protocol",
+        group=PROTOCOL,
+        help="A published protocol by name, such as tost-182; `anymask list protocols` shows them. Other settings override it.",
+    ),
+]
+_LISTS = ("--masks", "--sparsity", "--exclude", "--drops")  # --recipes is none of them: in tost:lrsi,ghost_skip the comma has a meaning
 _WHOLE = re.compile(r"[+-]?\d+")
 
 
@@ -68,6 +76,17 @@ def read_config(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
                 if isinstance(value, bool) and taker.hint is str:  # YAML takes the words on and off for these
                     settings = {**settings, key: "on" if value else "off"}
             Dict(settings, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
+    _read_preset(app, commands, arguments)
+
+
+def _read_preset(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Give the arguments that neither the command line nor a file gives the values of the protocol that one of them names."""
+    for argument in _named(arguments, ("--protocol",)):
+        for token in argument.tokens[-1:]:
+            from anymask.train.presets import preset_settings  # needs torch, which the help does without
+
+            settings = {key: list(value) if isinstance(value, tuple) else value for key, value in preset_settings(token.value).items()}
+            Dict(settings, source=f"protocol {token.value}", use_commands_as_keys=False)(app, commands, arguments)
 
 
 def check_whole_numbers(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from anymask.cli.progress import watching
-from anymask.cli.settings import EXPERIMENT, PROTOCOL, RUN, ConfigFile, Sparse
+from anymask.cli.settings import EXPERIMENT, PROTOCOL, RUN, ConfigFile, Preset, Sparse
 from anymask.config import Experiment
 from anymask.sweep import cell_of, train_one
 from anymask.train import Protocol
@@ -21,6 +21,7 @@ def train(
     recipe: Annotated[str, Parameter(group=RUN, help="The recipe: default, tost, tost:lrsi, or a TOML file.")] = "tost",
     seed: Annotated[int, Parameter(group=RUN, help="Gives the initialisation, mask, split and data order.")] = 0,
     experiment: Annotated[Experiment | None, Parameter(name="*", group=EXPERIMENT)] = None,
+    preset: Preset = None,
     protocol: Annotated[Protocol | None, Parameter(name="*", group=PROTOCOL)] = None,
     sparse: Sparse = "auto",
     resume: Annotated[bool, Parameter(group=RUN, negative=(), help="Go on with the training that OUT holds.")] = False,

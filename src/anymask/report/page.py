@@ -21,7 +21,14 @@ LEAD = "Differences in test accuracy, in percentage points with their 95% confid
 UNCOMPARED = "No mask has runs of the baseline and of another recipe yet, so there is nothing to compare."
 
 
-def write_page(rows: Iterable[Row], path: str | os.PathLike[str], *, title: str, baseline: str = "default") -> None:
+def write_page(
+    rows: Iterable[Row],
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    baseline: str = "default",
+    first: Mapping[str, Sequence[Table]] | None = None,
+) -> None:
     """Write finished runs to `path` as one interactive HTML page that loads nothing from anywhere.
 
     Args:
@@ -29,6 +36,7 @@ def write_page(rows: Iterable[Row], path: str | os.PathLike[str], *, title: str,
         path: such as "report.html"; an older file is replaced.
         title: the heading of the page.
         baseline: the recipe that the others are judged against.
+        first: tables before the others, by the heading of their section.
 
     Raises:
         AnymaskError: when plotly is not installed.
@@ -38,7 +46,7 @@ def write_page(rows: Iterable[Row], path: str | os.PathLike[str], *, title: str,
     members = groups(rows)
     drawn = figures(members, baseline=baseline)
     several = [grid for grid in grids(rows, baseline=baseline) if len(grid.lines) > 1]
-    sections = {"Results": tables(rows, baseline=baseline), "Recipe by recipe": several}
+    sections = {**(first or {}), "Results": tables(rows, baseline=baseline), "Recipe by recipe": several}
     save(path, Page(title, _summary(members, baseline), drawn, sections, {"Run facts": _facts(rows)}))
 
 

@@ -102,7 +102,7 @@ class Comparison(Pairs):
 
 @dataclass(frozen=True)
 class Overall(Pairs):
-    """A recipe against the baseline over all cells of one sparsity; each pair is the average of one seed over the cells.
+    """A recipe against the baseline over all cells that share some settings; each pair is the average of one seed over the cells.
 
     Args:
         cells: how many cells were averaged.
@@ -175,8 +175,8 @@ def _lacking(cell: Cell, baseline: str) -> dict[str, set[Any]]:
     return {baseline: set().union(*after.values()) - before, **{recipe: before - seeds for recipe, seeds in after.items()}}
 
 
-def overall(comparisons: Iterable[Comparison]) -> list[Overall]:
-    """Each recipe against the baseline over all cells of one data, model, number of epochs and sparsity.
+def overall(comparisons: Iterable[Comparison], *, by: Sequence[str] = ("data", "model", "epochs", "sparsity")) -> list[Overall]:
+    """Each recipe against the baseline over all cells that share the settings `by`.
 
     The cells (masks) of one seed share initialisation and data order, so they are not independent: the differences are
     first averaged over the cells within each seed, and the interval is over seeds. Only seeds with a pair in every
@@ -184,23 +184,23 @@ def overall(comparisons: Iterable[Comparison]) -> list[Overall]:
     """
     found: dict[str, list[Comparison]] = {}
     for comparison in comparisons:
-        key = {"recipe": comparison.recipe, "baseline": comparison.baseline, **_shared(comparison)}
+        key = {"recipe": comparison.recipe, "baseline": comparison.baseline, **_shared(comparison, by)}
         found.setdefault(settings_id(key), []).append(comparison)
-    return [_across(members) for members in found.values()]
+    return [_across(members, by) for members in found.values()]
 
 
-def _shared(comparison: Comparison) -> dict[str, Any]:
-    return {name: comparison.settings.get(name) for name in ("data", "model", "epochs", "sparsity")}
+def _shared(comparison: Comparison, by: Sequence[str]) -> dict[str, Any]:
+    return {name: comparison.settings.get(name) for name in by}
 
 
-def _across(members: Sequence[Comparison]) -> Overall:
+def _across(members: Sequence[Comparison], by: Sequence[str]) -> Overall:
     full = [member for member in members if member.n]
     seeds = sorted({seed for member in full for seed in member.pairs})
     whole = [seed for seed in seeds if all(seed in member.pairs for member in full)]
     pairs = {seed: (fmean(m.pairs[seed][0] for m in full), fmean(m.pairs[seed][1] for m in full)) for seed in whole}
     verdicts = [member.verdict for member in full]
     return Overall(
-        _shared(members[0]),
+        _shared(members[0], by),
         members[0].recipe,
         members[0].baseline,
         pairs,

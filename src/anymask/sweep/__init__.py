@@ -3,6 +3,8 @@
 from anymask.sweep.compare import Cell, Grid, Runner, Watcher, cells, compare
 from anymask.sweep.inspect import Network, look, look_at
 from anymask.sweep.masks import DENSE
+from anymask.sweep.plan import Plan, read_plan
+from anymask.sweep.run import Outcome, Task, budget_seconds, sweep, tasks
 from anymask.sweep.single import cell_of, prune_to, train_one
 
 __all__ = [
@@ -10,13 +12,20 @@ __all__ = [
     "Cell",
     "Grid",
     "Network",
+    "Outcome",
+    "Plan",
     "Runner",
+    "Task",
     "Watcher",
+    "budget_seconds",
     "cell_of",
     "cells",
     "compare",
     "look",
     "look_at",
     "prune_to",
+    "read_plan",
+    "sweep",
+    "tasks",
     "train_one",
 ]

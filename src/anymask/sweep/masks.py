@@ -23,6 +23,7 @@ from anymask.pruning.methods import is_method, method_of
 from anymask.pruning.patterns import pattern
 from anymask.registry import lookup
 from anymask.runlog import atomic
+from anymask.sweep.claims import Busy, clear_halves, held
 from anymask.train import fit
 
 DENSE = "dense"
@@ -108,6 +109,8 @@ class Masks:
 
     def __init__(self, bench: Bench, file_of: Callable[[str, float, int], Path], *, sparse: str = "auto") -> None:
         self.bench, self.file_of, self.sparse = bench, file_of, sparse
+        self.wait = True  # for another process that makes the same mask; else Busy is raised
+        self.between: Callable[[], None] = lambda: None  # called before each round of a lottery ticket; it may raise to stop there
 
     def start(self, mask: str, *, sparsity: float, seed: int, model: nn.Module) -> Start:
         """Where the trainings of this mask, sparsity and seed begin, with any recipe: made once on the initialisation, then read."""
@@ -118,12 +121,21 @@ class Masks:
             return Start(None, dynamic=moving)
         file = self.file_of(mask, sparsity, seed)
         if not file.exists():
-            self.make(mask if moving is None else moving.start, sparsity=sparsity, seed=seed, model=model).save(file)
+            self._make_once(file, mask if moving is None else moving.start, sparsity=sparsity, seed=seed, model=model)
         found = load_mask(file)
         if moving is not None:
             return Start(found, dynamic=moving)
         weights = weights_file(file)
         return Start(found, load_file(weights), int(found.info["rewind_step"])) if weights.exists() else Start(found)
+
+    def _make_once(self, file: Path, mask: str, **how: Any) -> None:
+        """Make `file`, unless another process has made it meanwhile: the rounds of a ticket share a folder."""
+        with held(file.with_suffix(".lock"), wait=self.wait) as mine:
+            if not mine:
+                raise Busy(f"{file} is being made by another process")
+            if not file.exists():
+                clear_halves(file)
+                self.make(mask, **how).save(file)
 
     def make(self, mask: str, *, sparsity: float | None, seed: int, model: nn.Module, **how: Any) -> Mask:
         """The mask, made anew, by the method of that name with the settings `how`; weights that a ticket starts from are kept."""
@@ -159,6 +171,7 @@ class Masks:
         def trainer(model: nn.Module, mask: Mask | None, first: int, last: int | None) -> None:
             protocol, sparse = self.bench.protocol, "auto" if mask is None else self.sparse
             how: dict[str, Any] = {"recipe": "default", "protocol": protocol, "seed": seed, "sparse": sparse}
+            self.between()
             fit(model, train, mask=mask, first_step=first, last_step=last, **how)
 
         return trainer

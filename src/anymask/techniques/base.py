@@ -1,6 +1,6 @@
 """What a technique is: a value with settings, and what it puts into a training while it is attached."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -29,6 +29,16 @@ class Context:
     total_steps: int = 1  # optimiser steps of the whole training
     seed: int = 0
 
+    def needs_optimizer(self, technique: str) -> Optimizer:
+        """The optimiser; raises TechniqueError when there is none."""
+        if self.optimizer is None:
+            raise TechniqueError(
+                f"{technique} got no optimiser",
+                allowed="the optimiser that trains the model, whose steps it works on",
+                fix="pass it to Recipe.attach",
+            )
+        return self.optimizer
+
     def needs_example(self, technique: str) -> Any:
         """The example; raises TechniqueError when there is none."""
         if self.example is None:
@@ -53,6 +63,26 @@ class Attached:
         """The loss to train with, given the loss `value` so far."""
         return value
 
+    def before_update(self) -> None:
+        """The optimiser is about to make its step: gradients are accumulated, clipped, and 0 where the mask says so."""
+
+    def after_update(self) -> None:
+        """The optimiser has made its step: the weights are new, and 0 where the mask says so; they must stay 0 there."""
+
+    def settle(self) -> None:
+        """The network is about to be evaluated: give it what training would leave if it ended here. `unsettle` is due after it."""
+        self.set_strength(0.0)
+
+    def unsettle(self) -> None:
+        """Training goes on, with what it had before `settle`; `set_strength` follows."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this knows beside the model and the optimiser, as tensors and plain values, so that training can be resumed."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave; the model's own state is loaded after this."""
+
     def detach(self) -> None:
         """Leave: modules, hooks, parameters and optimiser are as before."""
 
@@ -61,8 +91,8 @@ class Attached:
 class Technique:
     """A training trick for sparse networks: frozen settings, and `attach`, which puts it into a training.
 
-    Each works at one seam: "init" (changes the weights once, before the first step), "model" or "loss" (fades along
-    `schedule` and is gone where it reaches 0).
+    Each works at one seam: "init" (changes the weights once, before the first step), "model", "loss" or "step" (what is around the
+    optimiser's step), which fade along `schedule` and are gone where it reaches 0.
     """
 
     name: ClassVar[str]

@@ -29,11 +29,17 @@ class Protocol:
     batch_size: int = 128
     """Images in a batch, >= 1."""
     optimizer: str = "sgd"
-    """sgd (Nesterov momentum 0.9) or adamw."""
+    """sgd or adamw."""
+    momentum: float = 0.9
+    """Momentum of sgd, in [0, 1)."""
+    nesterov: bool = True
+    """Nesterov's form of it."""
     lr: float = 0.1
     """Peak learning rate, > 0."""
     schedule: str = "cosine"
-    """Learning rate over time: cosine (to 0), step (x0.1 at 50% and 75%), constant."""
+    """Learning rate over time: cosine (to 0), step (x0.1 at each of the drops), constant."""
+    drops: tuple[str, ...] = ("50%", "75%")
+    """When step lowers it: 90ep, or 75% of what follows the warmup."""
     warmup: str = "0%"
     """How long the learning rate rises linearly from 0, such as 5% or 1ep."""
     weight_decay: float = 5e-4
@@ -57,10 +63,31 @@ class Protocol:
                 raise SettingError(f"{name} came as {getattr(self, name)}", allowed=f"a number >= {least}", fix=f"set {name} higher")
         if not self.lr > 0:
             raise SettingError(f"lr came as {self.lr}", allowed="a number > 0", fix="0.1 suits SGD, 0.001 AdamW")
+        if not 0 <= self.momentum < 1:
+            raise SettingError(f"momentum came as {self.momentum}", allowed="a number in [0, 1)", fix="0.9 is usual")
+        for drop in map(Duration.parse, self.drops):
+            if self.schedule == "step" and drop.unit == "ep" and drop.amount >= self.epochs:  # what does nothing says so
+                raise SettingError(
+                    f"drops came with {drop} and epochs as {self.epochs}",
+                    allowed="drops before the end of the training",
+                    fix="give drops as shares, such as 50% and 75%, where a protocol is shortened",
+                )
 
     def plain(self) -> dict[str, Any]:
-        """These settings as plain values, for the ledger."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        """These settings as plain values, for the ledger: the ids of runs are made from them.
+
+        Settings that came after the first ledgers are left out where they are as those had them, or decide nothing, so that the
+        same training has the same id as ever.
+
+        Example:
+            >>> Protocol(schedule="step", drops=("90ep", "135ep"), epochs=182).plain()["drops"]
+            ['90ep', '135ep']
+            >>> "drops" in Protocol().plain()
+            False
+        """
+        decides = {"drops": self.schedule == "step", "momentum": self.optimizer == "sgd", "nesterov": self.optimizer == "sgd"}
+        kept = [f.name for f in fields(self) if f.name not in decides or (decides[f.name] and getattr(self, f.name) != f.default)]
+        return {name: list(value) if isinstance(value := getattr(self, name), tuple) else value for name in kept}
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
         """The optimiser for `model`; biases and norms are not decayed."""
@@ -71,7 +98,7 @@ class Protocol:
         groups = [group for group in groups if group["params"]]
         if self.optimizer == "adamw":
             return AdamW(groups, lr=self.lr)
-        return SGD(groups, lr=self.lr, momentum=0.9, nesterov=True)
+        return SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov and self.momentum > 0)
 
     def lr_at(self, step: int, *, total: int, per_epoch: int) -> float:
         """The learning rate of optimiser step number `step` (from 0) of `total`."""
@@ -82,8 +109,14 @@ class Protocol:
         if self.schedule == "cosine":
             return self.lr * 0.5 * (1 + math.cos(math.pi * done))
         if self.schedule == "step":
-            return self.lr * (0.1 ** ((done >= 0.5) + (done >= 0.75)))
+            return self.lr * 0.1 ** sum(_reached(drop, step=step, done=done, total=total, per_epoch=per_epoch) for drop in self.drops)
         return self.lr
+
+
+def _reached(drop: str, *, step: int, done: float, total: int, per_epoch: int) -> bool:
+    """Whether `drop` has come: a share counts what follows the warmup, `done` of it, and the others count from the first step."""
+    when = Duration.parse(drop)
+    return done >= when.amount / 100 if when.unit == "%" else step >= when.steps(total=total, per_epoch=per_epoch)
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:

@@ -1,0 +1,142 @@
+#!/usr/bin/env bash
+# The paper's grid (plans/paper.toml) on one GPU, in runs of under ten minutes: call it again until nothing is left.
+#
+#   benchmarks/gpu.sh              unpack the data, if they are not, and train as much as the time allows
+#   benchmarks/gpu.sh --data-only  unpack what is there, say what is missing, and stop
+#   benchmarks/gpu.sh [option]...  other options go to `anymask sweep`, such as --workers 4
+#
+# Finished trainings are in results/paper/ledger.jsonl, which is what gets committed. What belongs to the machine (masks,
+# checkpoints of stopped trainings) is in runs/paper, which git ignores. A run begins by bringing together the rows of both, so
+# that neither an older ledger from another machine nor a lost runs/paper costs a finished training.
+#
+# On a machine that takes parts of 64 MiB only, carry the packs (../shared/data/README.md: the files and unpack.py) one after the
+# other into data-local/packs, with --data-only each time; what is unpacked stays in data-local. Where $OUT names a folder, the ledger
+# and the rounds of lottery tickets are left there to be taken home; runs/tickets.tar.gz, if there, is unpacked before the next run.
+#
+# Settings: LIMIT seconds for the whole run (590), PLAN, RUN, LEDGER, DATA, PACKS, PYTHON, DEVICE. The exit code is that of `anymask sweep`.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+LIMIT=${LIMIT:-590}
+PLAN=${PLAN:-plans/paper.toml}
+RUN=${RUN:-runs/paper}
+LEDGER=${LEDGER:-results/paper/ledger.jsonl}
+DATA=${DATA:-data-local} # as the plan has it
+DEVICE=${DEVICE:-cuda}
+TICKETS=runs/tickets.tar.gz
+MOST=$((15 * 1024 * 1024)) # bytes of one file that is taken home
+
+fail() {
+    printf 'gpu.sh: %s\n' "$@" >&2
+    exit 2
+}
+
+choose_python() {
+    if [[ -z ${PYTHON:-} ]]; then
+        PYTHON=python3
+        [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
+    fi
+    export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+    "$PYTHON" -c 'import cyclopts, rich, scipy, safetensors, torch, yaml' ||
+        fail "$PYTHON lacks a package that anymask needs" "install anymask, or carry wheels and name their folder in PYTHONPATH"
+}
+
+# -- data ---------------------------------------------------------------------------------------------------------------
+declare -A LAST=( # what unpack.py writes last, so that half a set is not taken for a whole one
+    [cifar100]=cifar-100-python/meta
+    [cifar10-10k]=cifar-10-10k/batches.meta
+    [tiny-10k]=tiny-imagenet-200/wnids.txt
+)
+declare -A PARTS=(
+    [cifar100]="cifar100_labels.npz cifar100_train_a.wpk cifar100_train_b.wpk cifar100_test.wpk"
+    [cifar10-10k]="cifar10_10k2k_labels.npz cifar10_10k2k_train.wpk cifar10_10k2k_test.wpk"
+    [tiny-10k]="tin_wnids.txt tin_10k2k_train.jpk.xz tin_10k2k_val.jpk.xz"
+)
+
+packs_folder() {
+    local folder
+    for folder in "${PACKS:-}" "$DATA/packs" ../shared/data shared/data; do
+        if [[ -n $folder && -f $folder/unpack.py ]]; then
+            echo "$folder"
+            return
+        fi
+    done
+}
+
+# unpack SET FOLDER: 0 when the set is there in the end, else 1, with what is missing said
+unpack() {
+    local part missing=()
+    [[ -e $DATA/${LAST[$1]} ]] && return 0
+    for part in ${PARTS[$1]}; do
+        [[ -n $2 && -f $2/$part ]] || missing+=("$part")
+    done
+    if ((${#missing[@]})); then
+        echo "gpu.sh: $1 is not there yet; missing: ${missing[*]}" >&2
+        return 1
+    fi
+    "$PYTHON" "$2/unpack.py" "$DATA" "$1" >&2
+}
+
+prepare_data() {
+    local folder name
+    folder=$(packs_folder)
+    absent=()
+    for name in cifar100 cifar10-10k tiny-10k; do # in the order of the plan's blocks
+        unpack "$name" "$folder" || absent+=("$name")
+    done
+}
+
+# -- rows and tickets -----------------------------------------------------------------------------------------------------
+# merge FROM INTO: rows of FROM that INTO lacks are added to it
+merge() {
+    [[ -f $1 ]] || return 0
+    "$PYTHON" - "$1" "$2" <<'PY'
+import sys
+from anymask.runlog import Ledger
+
+source, target = map(Ledger, sys.argv[1:])
+known = target.ids()
+for row in source.rows():
+    if row["id"] not in known:
+        target.append(row)
+PY
+}
+
+# take_home: rows and tickets into $OUT; not the weights that tickets start from, which the seed gives
+take_home() {
+    [[ -n ${OUT:-} && -d ${OUT:-} ]] || return 0
+    if [[ -f $LEDGER ]]; then cp "$LEDGER" "$OUT/ledger.jsonl"; fi
+    if compgen -G "$RUN/masks/lottery*" >/dev/null; then
+        (cd "$RUN" && tar -czf - --exclude='*.safetensors' masks/lottery*) >"$OUT/tickets.tar.gz"
+        if (($(stat -c %s "$OUT/tickets.tar.gz") > MOST)); then
+            rm "$OUT/tickets.tar.gz"
+            echo "gpu.sh: the lottery tickets are too large to take home; another machine would find them anew" >&2
+        fi
+    fi
+}
+
+# -- the run ----------------------------------------------------------------------------------------------------------------
+choose_python
+prepare_data
+if [[ ${1:-} == --data-only ]]; then
+    if ((${#absent[@]})); then echo "gpu.sh: still to come: ${absent[*]}" >&2; else echo "gpu.sh: all data are in $DATA" >&2; fi
+    exit 0
+fi
+((${#absent[@]} == 0)) || fail "no run without all data of the plan" "carry what is missing to $DATA/packs, with unpack.py beside it"
+
+mkdir -p "$RUN" "$(dirname "$LEDGER")"
+if [[ -f $TICKETS ]]; then tar -xzf "$TICKETS" -C "$RUN" --skip-old-files; fi
+merge "$LEDGER" "$RUN/ledger.jsonl"
+
+budget=$((LIMIT - 50 - SECONDS)) # room for the start, for the end of an epoch or of a ticket's round, and for what is taken home
+((budget >= 60)) || fail "$SECONDS s went to the data, and too little of $LIMIT s is left" "call it again"
+code=0
+timeout --signal=INT --kill-after=10 "$((LIMIT - 10 - SECONDS))" \
+    "$PYTHON" -m anymask sweep "$PLAN" --out "$RUN" --budget "${budget}s" --device "$DEVICE" "$@" || code=$?
+
+merge "$RUN/ledger.jsonl" "$LEDGER"
+take_home
+rows=0
+if [[ -f $LEDGER ]]; then rows=$(wc -l <"$LEDGER"); fi
+echo "gpu.sh: $rows trainings are in $LEDGER after $SECONDS s; what is left is said above. The same command goes on." >&2
+exit "$code"

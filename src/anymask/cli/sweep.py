@@ -1,0 +1,87 @@
+"""`anymask sweep`."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from anymask import sweep as sweeping
+from anymask.cli.outcome import LEDGER
+from anymask.cli.progress import watching
+from anymask.cli.settings import RUN, Sparse
+from anymask.errors import SettingError
+from anymask.runlog import Ledger
+from anymask.sweep import Outcome, budget_seconds, read_plan
+
+FAILED = 1
+_SHOWN = 10  # trainings that are named where many are left
+
+
+def sweep(
+    plan: Annotated[Path, Parameter(name="PLAN", group=RUN, help="The plan, PLAN.toml.")],
+    /,
+    *,
+    out: Annotated[Path, Parameter(group=RUN, help="The run folder; trainings that it holds already are not run again.")],
+    workers: Annotated[int, Parameter(group=RUN, help="How many processes train beside each other; they share the cores.")] = 1,
+    budget: Annotated[
+        str | None, Parameter(group=RUN, help="Stop in time, at the end of an epoch, and say what is left: 25m, 2h, 90s.")
+    ] = None,
+    dry_run: Annotated[bool, Parameter(group=RUN, negative=(), help="Only show which trainings would run.")] = False,
+    sparse: Sparse = "auto",
+    device: Annotated[str, Parameter(group=RUN, help="cpu, cuda, cuda:1, mps, or auto for the fastest there is.")] = "auto",
+) -> int:
+    """Train what is left of a plan."""
+    if budget is not None:
+        budget_seconds(budget)  # refused before the data are read
+    wanted = read_plan(plan).on(device)
+    if dry_run:
+        return _show(sweeping.tasks(wanted, out, sparse=sparse), finished=Ledger(out / LEDGER).ids())
+    _writable(out)
+    try:
+        with watching() as watcher:
+            outcome = sweeping.sweep(wanted, out, budget=budget, workers=workers, sparse=sparse, watcher=watcher)
+    except KeyboardInterrupt:
+        kept = f"{len(Ledger(out / LEDGER).rows())} finished trainings are kept in {out}"
+        print(f"\nStopped. {kept}; the same command goes on from there.", file=sys.stderr)
+        return 130
+    _say(_summary(outcome, out))
+    return FAILED if outcome.failed or (outcome.died and outcome.left) else 0
+
+
+def _show(planned: Sequence[sweeping.Task], *, finished: set[str]) -> int:
+    waiting = [task for task in planned if task.name not in finished]
+    for task in waiting:
+        print(task.cell)
+    epochs = sum(task.part.protocol.epochs for task in waiting)
+    _say([f"{len(waiting)} of {len(planned)} trainings would run, {epochs} epochs in all."])
+    return 0
+
+
+def _summary(outcome: Outcome, out: Path) -> Iterable[str]:
+    total = len(outcome.finished) + len(outcome.failed) + len(outcome.left)
+    for failed in outcome.failed:
+        yield f"Failed {failed.tries} times: {failed.task.cell}: {failed.reason}"
+    for code in outcome.died:
+        yield f"A worker process died with exit code {code}."
+    for task in outcome.left[:_SHOWN]:
+        yield f"Left: {task.cell}"
+    if len(outcome.left) > _SHOWN:
+        yield f"Left: and {len(outcome.left) - _SHOWN} more"
+    yield f"{len(outcome.finished)} of {total} trainings are finished, {len(outcome.failed)} failed, {len(outcome.left)} are left."
+    if outcome.left:
+        yield "The same command goes on from there."
+    if outcome.finished:
+        yield f"Tables: anymask report {out}"
+
+
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
+def _writable(out: Path) -> None:
+    """Fails now, not after the data are read."""
+    if out.exists() and not out.is_dir():
+        raise SettingError(f"--out came as {out}, a file", allowed="a folder", fix="choose another --out")

@@ -1,0 +1,202 @@
+"""Plan files: many trainings in their order of priority, checked as a whole before any of them runs."""
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from anymask import models
+from anymask.config import Experiment
+from anymask.data import DATASETS
+from anymask.errors import AnymaskError, FileFormatError, SettingError
+from anymask.registry import lookup, unknown
+from anymask.sweep.compare import Grid
+from anymask.sweep.masks import DENSE
+from anymask.train import Protocol
+from anymask.train.presets import protocol_of
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class Part:
+    """The trainings of one block on one data set with one network."""
+
+    block: str  # what errors call it
+    experiment: Experiment
+    protocol: Protocol
+    grid: Grid  # of one seed
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Blocks in their order of priority, each with a part for every data set and network; failed trainings are tried `retries` times more.
+
+    Raises:
+        SettingError: for `retries` below 0.
+    """
+
+    blocks: tuple[tuple[Part, ...], ...]
+    retries: int = 1
+    about: str = ""
+
+    def __post_init__(self) -> None:
+        if self.retries < 0:
+            raise SettingError(f"retries came as {self.retries}", allowed="a number >= 0", fix="1 tries a failed training once more")
+
+    def on(self, device: str) -> "Plan":
+        """The same trainings on another device; their ids do not depend on it."""
+        blocks = [tuple(replace(p, experiment=replace(p.experiment, device=device)) for p in parts) for parts in self.blocks]
+        return replace(self, blocks=tuple(blocks))
+
+
+@dataclass(frozen=True)
+class _Kind:
+    words: str
+    fits: Callable[[Any], bool]
+    make: Callable[[Any], Any] = lambda value: value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _differ(values: list[Any]) -> bool:
+    return 0 < len(values) == len(set(values))
+
+
+_TEXT = _Kind("a text in quotes", lambda value: isinstance(value, str))
+_NUMBER = _Kind("a number", _is_number, float)  # as the command line has it: 1 and 1.0 are one training
+_WHOLE = _Kind("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool))
+_SEEDS = _Kind(
+    "how many, or a list of different whole numbers >= 0",
+    lambda value: _WHOLE.fits(value) or (isinstance(value, list) and all(_WHOLE.fits(v) and v >= 0 for v in value) and _differ(value)),
+    lambda value: tuple(value) if isinstance(value, list) else value,
+)
+_SWITCH = _Kind("true or false", lambda value: isinstance(value, bool))
+_TABLE = _Kind("a table of settings", lambda value: isinstance(value, dict))
+_FOLDER = _Kind("a path in quotes", _TEXT.fits, lambda value: Path(value).expanduser())
+_BLOCKS = _Kind("[[block]] tables", lambda value: isinstance(value, list) and all(isinstance(block, dict) for block in value))
+
+_TOP = {"about": _TEXT, "retries": _WHOLE, "protocol": _TABLE, "block": _BLOCKS}
+_LISTS = {"data": _TEXT, "model": _TEXT, "masks": _TEXT, "sparsity": _NUMBER, "recipes": _TEXT}
+_SINGLES = {"about": _TEXT, "seeds": _SEEDS, "first_seed": _WHOLE, "dense": _SWITCH, "data_dir": _FOLDER, "validation": _NUMBER}
+_BLOCK = {**_LISTS, **_SINGLES, "protocol": _TABLE}
+
+
+def read_plan(path: str | os.PathLike[str]) -> Plan:
+    """Read a plan: `about`, `retries` (1), `[protocol]`, and `[[block]]` tables, the most urgent first.
+
+    A block has data, model, masks, sparsity and recipes, each one value or a list; seeds (how many from first_seed on, or a list of
+    them), dense, data_dir, validation; and [block.protocol], whose settings go over those of [protocol], or instead of them where it
+    names a preset. What is left out is as `anymask compare` has it.
+
+    Raises:
+        OSError: when the file cannot be read.
+        FileFormatError: when it is not TOML.
+        UnknownName, SettingError: naming the block, for what no training can have.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "plan.toml"
+        >>> _ = file.write_text('[[block]]\\nmodel = ["resnet20", "vgg16"]\\nmasks = "snip"\\n[block.protocol]\\nepochs = 3')
+        >>> [(part.experiment.model, part.grid.masks, part.protocol.epochs) for part in read_plan(file).blocks[0]]
+        [('resnet20', ('snip',), 3), ('vgg16', ('snip',), 3)]
+    """
+    path = Path(path)
+    top = _checked(_read(path), _TOP, where=str(path))
+    if not top.get("block"):
+        raise SettingError(f"{path} has no block", allowed="at least one [[block]]", fix='write [[block]] and, under it, masks = ["snip"]')
+    shared = top.get("protocol", {})
+    blocks = [_block(block, shared, where=f"block {number} of {path}") for number, block in enumerate(top["block"], 1)]
+    with naming(str(path)):
+        return Plan(tuple(blocks), retries=top.get("retries", 1), about=top.get("about", ""))
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Errors of the block begin with `where` they come from."""
+    try:
+        yield
+    except AnymaskError as error:
+        if error.came.startswith(where):
+            raise
+        raise type(error)(f"{where}: {error.came}", allowed=error.allowed, fix=error.fix) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    text = path.read_bytes()
+    try:
+        return tomllib.loads(text.decode("utf-8"))
+    except ValueError as error:  # damaged TOML and text that is not UTF-8
+        why = str(error).splitlines()[0]
+        raise FileFormatError(f"{path} cannot be read ({why})", allowed="whole TOML, in UTF-8", fix="mend that line") from error
+
+
+def _block(table: Mapping[str, Any], shared: Mapping[str, Any], *, where: str) -> tuple[Part, ...]:
+    block = _checked(table, _BLOCK, where=where)
+    with naming(where):
+        own = block.get("protocol", {})
+        protocol = protocol_of(own if "preset" in own else {**shared, **own})
+        grid, seeds = _grid(block), _seeds(block)
+        place = {name: block[name] for name in ("data_dir", "validation") if name in block}
+        sets, networks = block.get("data", (Experiment.data,)), block.get("model", (Experiment.model,))
+        for name in sets:
+            lookup(DATASETS, name, what="data set")
+        for name in networks:
+            models.find(name)
+        return tuple(Part(where, Experiment(data=data, model=model, **place), protocol, grid, seeds) for data in sets for model in networks)
+
+
+def _seeds(block: Mapping[str, Any]) -> tuple[int, ...]:
+    seeds, first = block.get("seeds", Grid.seeds), block.get("first_seed")
+    if isinstance(seeds, int):
+        Grid(seeds=seeds)  # checks it
+        return tuple(range(first or 0, (first or 0) + seeds))
+    if first is not None:
+        raise SettingError(f"first_seed came as {first} with a list of seeds", allowed="one of the two", fix="leave first_seed out")
+    return seeds
+
+
+def _grid(block: Mapping[str, Any]) -> Grid:
+    if DENSE in block.get("masks", ()):
+        raise SettingError("masks came with dense", allowed="methods and mask files there", fix="leave it out, and write dense = true")
+    grid = Grid(**{name: block[name] for name in ("masks", "sparsity", "recipes", "dense") if name in block}, seeds=1)
+    if not grid.masks and not grid.dense:
+        raise SettingError("masks came empty, and dense is false", allowed="something to train", fix='write masks = ["snip"]')
+    return grid
+
+
+def _checked(table: Mapping[str, Any], kinds: Mapping[str, _Kind], *, where: str) -> dict[str, Any]:
+    """`table` with every value as its kind has it, and one value of a list as a list of one."""
+    made = {}
+    for name, value in table.items():
+        if name not in kinds:
+            raise unknown(name, kinds, what=f"setting in {where}:")
+        kind, many = kinds[name], name in _LISTS
+        values = value if many and isinstance(value, list) else [value]
+        if not all(map(kind.fits, values)) or (not values and name != "masks"):
+            allowed = kind.words + (", or a list of at least one of these" if many else "")
+            raise SettingError(f"{where}: {name} came as {value!r}", allowed=allowed, fix=f"write {name} = {_EXAMPLES.get(kind, '...')}")
+        made[name] = tuple(map(kind.make, values)) if many else kind.make(value)
+    return made
+
+
+_EXAMPLES = {
+    _TEXT: '"..."',
+    _FOLDER: '"..."',
+    _NUMBER: "0.5",
+    _WHOLE: "3",
+    _SEEDS: "3",
+    _SWITCH: "true",
+    _TABLE: "{...}",
+    _BLOCKS: "as [[block]]",
+}

@@ -1,0 +1,306 @@
+"""A plan, trained: every training once, whoever is stopped, killed or started beside."""
+
+import copy
+import multiprocessing
+import re
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from anymask.config import Bench, Experiment
+from anymask.errors import SettingError
+from anymask.runlog import Ledger
+from anymask.sweep.claims import Busy, clear_halves, held
+from anymask.sweep.compare import Cell, Runner, Watcher, cells
+from anymask.sweep.masks import is_dynamic, is_mask_file
+from anymask.sweep.plan import Part, Plan, naming
+
+LOOK_AGAIN = 0.5  # seconds between looks at what other processes are doing
+_PIECE = re.compile(r"(\d+(?:\.\d+)?)\s*([hms])")
+_SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0}
+
+
+@dataclass(frozen=True)
+class Placed(Cell):
+    """A training that says on which data, with which network."""
+
+    data: str = ""
+    model: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.data}, {self.model}, {super().__str__()}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training of a plan; its name is the id of its row, the hash of its settings."""
+
+    name: str
+    cell: Placed
+    part: Part
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A training that failed as often as it was to be tried."""
+
+    task: Task
+    tries: int
+    reason: str  # of the last of them
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the trainings of a plan."""
+
+    finished: tuple[Task, ...]
+    failed: tuple[Failed, ...]
+    left: tuple[Task, ...]
+    died: tuple[int, ...] = ()  # exit codes of worker processes that ended before their work did
+
+
+class Stopped(Exception):
+    """The time is up; what was trained is kept."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """When a sweep has to end: at `deadline` of time.monotonic(), and with the process that started it."""
+
+    deadline: float | None = None
+
+    def check(self, *, needs: float = 0.0) -> None:
+        """Raise Stopped where fewer than `needs` seconds are left."""
+        parent = multiprocessing.parent_process()
+        if self.deadline is not None and time.monotonic() + needs >= self.deadline:
+            raise Stopped
+        if parent is not None and not parent.is_alive():
+            raise Stopped
+
+
+def budget_seconds(text: str) -> float:
+    """A time such as "25m", "2h", "90s" or "1h30m", in seconds.
+
+    Raises:
+        SettingError: for anything else, and for none.
+
+    Example:
+        >>> budget_seconds("25m"), budget_seconds("1h30m"), budget_seconds("90s")
+        (1500.0, 5400.0, 90.0)
+    """
+    pieces = _PIECE.findall(text)
+    seconds = sum(float(number) * _SECONDS[unit] for number, unit in pieces)
+    if _PIECE.sub("", text).strip() or seconds <= 0:
+        raise SettingError(f"budget came as {text!r}", allowed="hours, minutes or seconds: 2h, 25m, 90s, 1h30m", fix="write 25m, say")
+    return seconds
+
+
+def sweep(
+    plan: Plan,
+    folder: str | Path,
+    *,
+    budget: str | float | None = None,
+    workers: int = 1,
+    sparse: str = "auto",
+    watcher: Watcher | None = None,
+) -> Outcome:
+    """Train what `folder`/ledger.jsonl lacks of `plan`, in its order.
+
+    May be stopped or killed at any moment and called again, or beside another process on the same folder: finished trainings are
+    kept, stopped ones go on from their last epoch, and none is trained by two at once. What fails is in `folder`/failures.jsonl,
+    and is tried again when all others have been.
+
+    Args:
+        plan: of `read_plan`.
+        folder: made when it is not there.
+        budget: "25m", "2h", "90s" or seconds; then the training that runs stops at the end of its epoch, or one epoch earlier
+            where the last epoch took longer than what is left. A lottery ticket stops after its round.
+        workers: how many processes train beside each other, >= 1; they share the cores.
+        sparse: as `fit` has it.
+        watcher: told of progress; with several workers of finished trainings only.
+
+    Raises:
+        AnymaskError: for data or settings that do not fit, naming the block; nothing is written before.
+        KeyboardInterrupt, MemoryError: what is finished is kept.
+    """
+    if workers < 1:
+        raise SettingError(f"workers came as {workers}", allowed="a number >= 1", fix="as many as there are cores, at most")
+    seconds = budget_seconds(budget) if isinstance(budget, str) else budget
+    clock = Clock(None if seconds is None else time.monotonic() + seconds)
+    folder, watcher, planned = Path(folder), watcher or Watcher(), tasks(plan, folder, sparse=sparse)
+    worker = Worker(planned, folder, retries=plan.retries, sparse=sparse, clock=clock)
+    done = worker.ledger.ids()
+    for task in planned:
+        if task.name in done:  # its process was killed before it could remove that
+            (folder / "unfinished" / f"{task.name}.pt").unlink(missing_ok=True)
+    watcher.begin(total=len(planned), done=sum(task.name in done for task in planned))
+    waiting = sum(task.name not in done for task in planned)
+    died: tuple[int, ...] = ()
+    if min(workers, waiting) > 1:
+        from anymask.sweep.workers import side_by_side
+
+        died = side_by_side(worker, min(workers, waiting), watcher=watcher)
+    else:
+        with suppress(Stopped):
+            worker.work(watcher)
+    return replace(worker.outcome(), died=died)
+
+
+def tasks(plan: Plan, folder: str | Path, *, sparse: str = "auto") -> list[Task]:
+    """The trainings of `plan` in its order: block by block, in a block seed by seed; each once. Writes nothing.
+
+    Raises:
+        AnymaskError: for data or settings that do not fit, naming the block.
+    """
+    found: dict[tuple[int, int, int], list[Task]] = {}
+    places = [(block, place, part) for block, parts in enumerate(plan.blocks) for place, part in enumerate(parts)]
+    benches = Benches()
+    for block, place, part in sorted(places, key=lambda entry: (entry[2].experiment.data, str(entry[2].experiment.data_dir))):
+        with naming(part.block):
+            runner = benches.runner(part, folder, sparse=sparse)
+            model = runner.bench.model(part.seeds[0]) if any(map(is_mask_file, part.grid.masks)) else None
+            targets = list(cells(part.grid, model))
+            for turn, seed in enumerate(part.seeds):
+                found[block, turn, place] = [_task(runner, part, replace(cell, seed=seed)) for cell in targets]
+    once: dict[str, Task] = {}
+    for task in (task for key in sorted(found) for task in found[key]):
+        once.setdefault(task.name, task)
+    return list(once.values())
+
+
+def _task(runner: Runner, part: Part, cell: Cell) -> Task:
+    where = {"data": part.experiment.data, "model": part.experiment.model}
+    return Task(runner.name(cell), Placed(cell.mask, cell.sparsity, cell.recipe, cell.seed, **where), part)
+
+
+class Benches:
+    """Makes benches when they are needed, and keeps one; the next one takes its data, where they are the same."""
+
+    def __init__(self) -> None:
+        self.bench: Bench | None = None
+
+    def of(self, part: Part) -> Bench:
+        """The bench of `part`."""
+        if self.bench is None or _data(self.bench.experiment) != _data(part.experiment):
+            self.bench = None  # the old data go before the new ones come
+            bench = Bench(part.experiment, part.protocol)
+        else:
+            bench = copy.copy(self.bench)
+            bench.experiment, bench.protocol = part.experiment, part.protocol
+        self.bench = bench
+        return bench
+
+    def runner(self, part: Part, folder: str | Path, *, sparse: str) -> Runner:
+        """The runner of `part`."""
+        return Runner(self.of(part), folder, sparse=sparse, moves=any(map(is_dynamic, part.grid.masks)))
+
+
+def _data(experiment: Experiment) -> tuple[Any, ...]:
+    return experiment.data, experiment.data_dir, experiment.download, experiment.device
+
+
+class Worker:
+    """Trains what nobody else does, until nothing is left.
+
+    Args:
+        planned: all trainings, in their order.
+        seen: how many rows of failures.jsonl are of earlier sweeps, whose trainings are tried anew; None for all that are there.
+    """
+
+    def __init__(self, planned: Sequence[Task], folder: Path, *, retries: int, sparse: str, clock: Clock, seen: int | None = None) -> None:
+        self.planned, self.folder, self.retries, self.sparse, self.clock = planned, folder, retries, sparse, clock
+        self.ledger, self.failures = Ledger(folder / "ledger.jsonl"), Ledger(folder / "failures.jsonl")
+        self.seen = len(self.failures.rows()) if seen is None else seen
+        self.benches = Benches()
+
+    def work(self, watcher: Watcher) -> None:
+        """Train; what failed, or was another's, is looked at again when the rest is done.
+
+        Raises:
+            Stopped: when the time is up.
+        """
+        waiting, again = list(self.planned), False
+        while waiting:
+            done, failed, left, trained = self.ledger.ids(), self.failed(), [], False
+            for task in waiting:
+                tries = len(failed.get(task.name, ()))
+                if task.name in done or tries > self.retries:
+                    continue
+                if tries and not again:
+                    left.append(task)
+                    continue
+                self.clock.check()
+                ended = self._try(task, watcher)
+                trained = trained or ended is not None
+                if not ended:
+                    left.append(task)
+            waiting, again = left, True
+            if waiting and not trained:
+                self.clock.check()
+                time.sleep(LOOK_AGAIN)
+
+    def _try(self, task: Task, watcher: Watcher) -> bool | None:
+        """Train `task`: True when it is in the ledger, False when it failed, None when another process is at it or at its mask."""
+        with held(self.folder / "claims" / f"{task.name}.lock") as mine:
+            if not mine:
+                return None
+            if task.name in self.ledger.ids():
+                return True
+            try:
+                row = self._train(task, watcher)
+            except Busy:
+                return None
+            except (MemoryError, Stopped):
+                raise
+            except Exception as error:
+                self._note(task, error)
+                return False
+        watcher.finished(row)
+        return True
+
+    def _train(self, task: Task, watcher: Watcher) -> dict[str, Any]:
+        runner = self.benches.runner(task.part, self.folder, sparse=self.sparse)
+        runner.masks.wait, runner.masks.between = False, self.clock.check
+        clear_halves(runner.checkpoint_file(task.name))
+        timed = _Timed(watcher, self.clock, epochs=task.part.protocol.epochs)
+        watcher.cell(task.cell, epochs=timed.epochs)
+        return runner.run(task.cell, task.name, timed)
+
+    def _note(self, task: Task, error: Exception) -> None:
+        now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        reason = {"type": type(error).__name__, "message": str(error)}
+        self.failures.append({"id": task.name, "training": str(task.cell), "block": task.part.block, **reason, "time": now})
+
+    def failed(self) -> Mapping[str, list[str]]:
+        """The reasons of all tries that failed since this sweep began, by the name of their training."""
+        found: dict[str, list[str]] = {}
+        for row in self.failures.rows()[self.seen :]:
+            found.setdefault(row["id"], []).append(f"{row['type']}: {row['message']}")
+        return found
+
+    def outcome(self) -> Outcome:
+        """What became of the trainings so far."""
+        done, reasons = self.ledger.ids(), self.failed()
+        finished = tuple(task for task in self.planned if task.name in done)
+        rest = [(task, reasons.get(task.name, [])) for task in self.planned if task.name not in done]
+        failed = tuple(Failed(task, len(why), why[-1]) for task, why in rest if len(why) > self.retries)
+        return Outcome(finished, failed, tuple(task for task, why in rest if len(why) <= self.retries))
+
+
+class _Timed(Watcher):
+    """Stops a training between two epochs, when the next one would not end in time."""
+
+    def __init__(self, watcher: Watcher, clock: Clock, *, epochs: int) -> None:
+        self.watcher, self.clock, self.epochs = watcher, clock, epochs
+        self.last: float | None = None
+
+    def epoch(self, epoch: int, figures: dict[str, Any]) -> None:
+        self.watcher.epoch(epoch, figures)
+        took = 0.0 if self.last is None else time.monotonic() - self.last  # the first one has the making of the mask in it
+        self.last = time.monotonic()
+        if epoch < self.epochs:
+            self.clock.check(needs=took)
