@@ -11,7 +11,7 @@ from tests.sweep.test_study import STUDY
 def file(small, tmp_path):
     """A study of a moment."""
     path = tmp_path / "study.toml"
-    path.write_text(STUDY.replace("{images}", small[3]).replace("trials = 6", "trials = 2").replace("seeds = 3", "seeds = 1"))
+    path.write_text(STUDY.replace("{images}", small[3]).replace("trials = 12", "trials = 2").replace("seeds = 3", "seeds = 1"))
     return path
 
 

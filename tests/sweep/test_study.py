@@ -26,11 +26,11 @@ from anymask.sweep.variants import variant
 from tests.sweep.plans import write_images
 
 ROOT = Path(__file__).parents[2]
-TRIALS, TUNE, CONFIRM = 6, 2 * 2, 3  # settings, and trainings of one recipe in each half
+TRIALS, TUNE, CONFIRM = 12, 2 * 2, 3  # settings, and trainings of one recipe in each half
 STUDY = """
 [protocol]
-epochs = 1
-batch_size = 16
+epochs = 2
+batch_size = 8
 [recipe]
 base = "tost:ghost_activation,label_smoothing"
 [tune]
@@ -43,7 +43,7 @@ masks = ["random", "magnitude"]
 sparsity = 0.8
 seeds = 2
 first_seed = 100
-trials = 6
+trials = 12
 [confirm]
 data = "folder"
 data_dir = "{images}"
@@ -144,6 +144,18 @@ def test_the_winner_is_the_best_mean_of_paired_differences_and_is_tried_to_the_e
     assert done.winner.trainings == TUNE
 
 
+def test_worse_settings_are_dropped_after_the_first_seed_and_what_is_switched_off_has_no_settings(whole: Any) -> None:
+    tried: dict[str, list[int]] = {}
+    for row in rows(whole[0], "tune"):
+        tried.setdefault(row["settings"]["recipe"], []).append(row["settings"]["seed"])
+    pruned = [seeds for seeds in tried.values() if len(seeds) < TUNE]
+    assert pruned
+    assert all(seeds[:2] == [100, 100] for seeds in pruned)
+    off = [name for name in tried if "ghost_activation=false" in name]
+    assert off
+    assert not any("beta" in name for name in off)
+
+
 def test_the_recipe_as_it_is_with_the_baselines_learning_rate_is_tried_first(whole: Any) -> None:
     folder, done = whole
     tried = [row for row in rows(folder, "tune") if not row["settings"]["recipe"].startswith("default")]
@@ -189,7 +201,7 @@ def test_killed_at_random_moments_it_ends_with_the_trainings_and_the_winner_of_a
     process = CONTEXT.Process(target=_study, args=(file, folder))
     process.start()
     while True:
-        process.join(lots.uniform(0.4, 1.6) if kills < 6 else 60)
+        process.join(lots.uniform(0.4, 1.6) if kills < 4 else 60)
         if process.exitcode is not None:
             break
         os.kill(process.pid or 0, signal.SIGKILL)
@@ -239,9 +251,9 @@ def test_a_confirmation_that_was_stopped_goes_on_without_the_search(file: Path, 
 WRONG = [
     (("first_seed = 100", "first_seed = 2"), SettingError, r"\[tune\] and \[confirm\] both have seed 2"),
     (("seeds = 3", "seeds = [7, 101, 100]"), SettingError, "both have seeds 100, 101"),
-    (("trials = 6", "trials = 0"), SettingError, "trials came as 0"),
+    (("trials = 12", "trials = 0"), SettingError, "trials came as 0"),
     (("share = 0.5", "share = 1"), SettingError, "share came as 1"),
-    (("trials = 6", "trails = 6"), UnknownName, r"\[tune\].*'trails'.*'trials'"),
+    (("trials = 12", "trails = 6"), UnknownName, r"\[tune\].*'trails'.*'trials'"),
     (("[confirm]", "[confirm]\nrecipes = 'tost'"), UnknownName, r"\[confirm\].*'recipes'"),
     (("lr = [0.001, 0.05]", ""), SettingError, r"\[space\].*lr came as None.*baseline"),
     (("lr = [0.001, 0.05]", "lr = [0.0, 0.05]"), SettingError, r"\[space\].*lr: lr came as 0\.0"),
@@ -286,7 +298,7 @@ def test_images_of_the_confirmation_are_taken_away_from_tuning_whatever_their_da
 def test_a_folder_belongs_to_one_study(file: Path, whole: Any, tmp_path: Path) -> None:
     folder, done = whole
     assert study(read_study(changed(file, tmp_path, ("[protocol]", 'about = "said otherwise"\n[protocol]'))), folder).winner == done.winner
-    for pair in (("seeds = 3", "seeds = 4"), ("trials = 6", "trials = 7")):
+    for pair in (("seeds = 3", "seeds = 4"), ("trials = 12", "trials = 13")):
         with pytest.raises(SettingError, match=r"holds a study with another .*whose winner is chosen.*choose another --out"):
             study(read_study(changed(file, tmp_path, pair)), folder)
 
@@ -305,7 +317,7 @@ def test_a_second_process_is_refused(file: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_trained_counts_as_bad_and_where_nothing_can_it_says_why(file: Path, tmp_path: Path) -> None:
-    short = changed(file, tmp_path, ("trials = 6", "trials = 2"), ("lr = [0.001, 0.05]", "lr = [1e30, 0.05]"), ("epochs = 1", "epochs = 2"))
+    short = changed(file, tmp_path, ("trials = 12", "trials = 2"), ("lr = [0.001, 0.05]", "lr = [1e30, 0.05]"))
     done = study(read_study(short), tmp_path / "some", sparse="off")
     assert done.winner is not None
     assert done.winner.baseline == "default@lr=0.05"

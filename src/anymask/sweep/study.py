@@ -174,7 +174,8 @@ class _Search:
         """The next trial. Its lots depend on how many have finished alone, so that a search that was killed draws them again."""
         done = len(self.finished())
         lots = int(settings_id({"search_seed": self.study.search_seed, "trial": done})[:8], 16)
-        self.journal.sampler = self.optuna.samplers.TPESampler(seed=lots, n_startup_trials=min(10, self.study.trials // 3))
+        random = min(10, (self.study.trials + 1) // 2)  # settings before the sampler learns from them; Optuna's 10, in a small search fewer
+        self.journal.sampler = self.optuna.samplers.TPESampler(seed=lots, n_startup_trials=random)
         first = base_changes(self.study.base, self.study.space, lr=before.lr)
         if done == 0 and first is not None and not self.journal.get_trials(states=(self.optuna.trial.TrialState.WAITING,)):
             self.journal.enqueue_trial(first)  # the recipe as it is
