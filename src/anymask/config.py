@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,25 +39,33 @@ class Experiment:
 
 
 class Bench:
-    """The data of an experiment in memory, ready for trainings of any seed."""
+    """The data of an experiment in memory, ready for trainings of any seed.
 
-    def __init__(self, experiment: Experiment, protocol: Protocol) -> None:
-        self.experiment, self.protocol = experiment, protocol
+    Args:
+        cut: what is kept of the data.
+        tests: whether trainings are given the test images.
+    """
+
+    def __init__(
+        self, experiment: Experiment, protocol: Protocol, *, cut: Callable[[Dataset], Dataset] | None = None, tests: bool = True
+    ) -> None:
+        self.experiment, self.protocol, self.tests = experiment, protocol, tests
         models.find(experiment.model)  # a name that is not there is told before the data are read
         self.device = pick_device(experiment.device)
-        self.dataset: Dataset = data.load(experiment.data, dir=experiment.data_dir, download=experiment.download)
+        whole = data.load(experiment.data, dir=experiment.data_dir, download=experiment.download)
+        self.dataset: Dataset = whole if cut is None else cut(whole)
         self.mean, self.std = data.statistics(self.dataset.train)
         self.data_hash = _hash(self.dataset)
 
-    def batches(self, seed: int) -> tuple[Batches, Batches, Batches]:
-        """Training, validation and test batches; the split, the order and the augmentation depend on `seed` only."""
+    def batches(self, seed: int) -> tuple[Batches, Batches, Batches | None]:
+        """Training, validation and test batches (None without `tests`); split, order and augmentation depend on `seed` only."""
         train, validation = data.split_validation(self.dataset.train, share=self.experiment.validation, seed=seed)
         augment = Augment() if self.protocol.augment else None
         size = self.protocol.batch_size
         return (
             self._batches(train, batch_size=size, shuffle=True, augment=augment, seed=seed),
             self._batches(validation, batch_size=max(size, 500)),
-            self._batches(self.dataset.test, batch_size=max(size, 500)),
+            self._batches(self.dataset.test, batch_size=max(size, 500)) if self.tests else None,
         )
 
     def model(self, seed: int) -> nn.Module:
@@ -74,7 +83,9 @@ class Bench:
     def settings(self) -> dict[str, Any]:
         """What decides the numbers of a training here, as plain values."""
         e = self.experiment
-        return {"data": e.data, "data_hash": self.data_hash, "model": e.model, "validation": e.validation, **self.protocol.plain()}
+        untested = {} if self.tests else {"tests": False}
+        here = {"data": e.data, "data_hash": self.data_hash, "model": e.model, "validation": e.validation}
+        return {**here, **self.protocol.plain(), **untested}
 
     def _batches(self, split: data.Split, **settings: Any) -> Batches:
         return Batches(split, device=self.device, mean=self.mean, std=self.std, channels_last=True, **settings)

@@ -37,8 +37,8 @@ lr = 1e30
 """
 
 
-def write_images(folder: Path) -> Path:
-    generator = np.random.default_rng(0)
+def write_images(folder: Path, *, seed: int = 0) -> Path:
+    generator = np.random.default_rng(seed)
     for part, number in (("train", 20), ("test", 6)):
         for label in range(2):
             (folder / part / f"class{label}").mkdir(parents=True)

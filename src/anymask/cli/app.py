@@ -79,6 +79,36 @@ Examples:
   anymask sweep plan.toml --out runs/plan --workers 4
 """,
     ),
+    "study": Command(
+        "anymask.cli.study:study",
+        "Search a recipe's settings on tuning data, and confirm what wins on untouched seeds and data.",
+        """\
+A study is a TOML file; docs/study.md has one that is whole:
+
+  [tune]                      # seeds and images that the search may see
+  first_seed = 100
+  trials = 20
+  share = 0.5                 # of the images, where both halves have the same
+  [confirm]                   # what the winner is judged on, once
+  seeds = 5
+  [space]
+  lr = [0.05, 0.1, 0.2]       # tuned for the default recipe, too
+  "label_smoothing.eps" = [0.0, 0.2]
+
+The winner is OUT/winner.toml, a recipe file; OUT/study.md says which numbers
+chose it and which confirm it. What was stopped or killed goes on from there.
+
+Examples:
+
+  anymask study study.toml --out runs/study
+
+  # Stop in time; the same command goes on
+  anymask study study.toml --out runs/study --budget 25m
+
+  # The winner, in a training of its own
+  anymask train --mask snip --recipe runs/study/winner.toml --out runs/best
+""",
+    ),
     "report": Command(
         "anymask.cli.report:report",
         "Turn ledgers into tables of paired differences, and a page.",

@@ -38,7 +38,7 @@ def sweep(
     wanted = read_plan(plan).on(device)
     if dry_run:
         return _show(sweeping.tasks(wanted, out, sparse=sparse), finished=Ledger(out / LEDGER).ids())
-    _writable(out)
+    writable(out)
     try:
         with watching() as watcher:
             outcome = sweeping.sweep(wanted, out, budget=budget, workers=workers, sparse=sparse, watcher=watcher)
@@ -46,7 +46,7 @@ def sweep(
         kept = f"{len(Ledger(out / LEDGER).rows())} finished trainings are kept in {out}"
         print(f"\nStopped. {kept}; the same command goes on from there.", file=sys.stderr)
         return 130
-    _say(_summary(outcome, out))
+    say(_summary(outcome, out))
     return FAILED if outcome.failed or (outcome.died and outcome.left) else 0
 
 
@@ -55,7 +55,7 @@ def _show(planned: Sequence[sweeping.Task], *, finished: set[str]) -> int:
     for task in waiting:
         print(task.cell)
     epochs = sum(task.part.protocol.epochs for task in waiting)
-    _say([f"{len(waiting)} of {len(planned)} trainings would run, {epochs} epochs in all."])
+    say([f"{len(waiting)} of {len(planned)} trainings would run, {epochs} epochs in all."])
     return 0
 
 
@@ -76,12 +76,13 @@ def _summary(outcome: Outcome, out: Path) -> Iterable[str]:
         yield f"Tables: anymask report {out}"
 
 
-def _say(lines: Iterable[str]) -> None:
+def say(lines: Iterable[str]) -> None:
+    """Print `lines` on stderr, so that stdout holds results only."""
     for line in lines:
         print(line, file=sys.stderr)
 
 
-def _writable(out: Path) -> None:
+def writable(out: Path) -> None:
     """Fails now, not after the data are read."""
     if out.exists() and not out.is_dir():
         raise SettingError(f"--out came as {out}, a file", allowed="a folder", fix="choose another --out")

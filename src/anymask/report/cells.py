@@ -177,5 +177,5 @@ def _check(number: int, row: Row) -> None:
         raise FileFormatError(
             f"row {number} lacks {', '.join(lacks)}",
             allowed="rows that the trainer of anymask wrote",
-            fix="remove that row, or give another ledger",
+            fix="remove that row, or give another ledger: of a study the confirmation's, since its tuning has no test accuracies",
         )

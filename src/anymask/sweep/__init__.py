@@ -6,6 +6,8 @@ from anymask.sweep.masks import DENSE
 from anymask.sweep.plan import Plan, read_plan
 from anymask.sweep.run import Outcome, Task, budget_seconds, sweep, tasks
 from anymask.sweep.single import cell_of, prune_to, train_one
+from anymask.sweep.study import Studied, study
+from anymask.sweep.studyfile import Study, read_study
 
 __all__ = [
     "DENSE",
@@ -15,6 +17,8 @@ __all__ = [
     "Outcome",
     "Plan",
     "Runner",
+    "Studied",
+    "Study",
     "Task",
     "Watcher",
     "budget_seconds",
@@ -25,6 +29,8 @@ __all__ = [
     "look_at",
     "prune_to",
     "read_plan",
+    "read_study",
+    "study",
     "sweep",
     "tasks",
     "train_one",

@@ -4,7 +4,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from anymask.config import Bench, Experiment
 from anymask.connectivity import reachable
 from anymask.errors import SettingError
 from anymask.mask import Mask
-from anymask.recipe import Recipe
 from anymask.runlog import Ledger, settings_id
 from anymask.sweep.masks import DENSE, Masks, Start, check_mask, file_hash, file_name, file_sparsity, is_dynamic, is_mask_file
+from anymask.sweep.variants import variant
 from anymask.train import Protocol, fit, sparse_possible
 
 
@@ -32,7 +32,8 @@ class Grid:
     sparsity: tuple[float, ...] = (0.98,)
     """Shares of zeros, each in [0, 1)."""
     recipes: tuple[str, ...] = ("default", "tost")
-    """Recipes; the first is the one that others are compared with. tost:lrsi is that technique alone, tost:-lrsi all but it."""
+    """Recipes; the first is the one that others are compared with. tost:lrsi is that technique alone, tost:-lrsi all but it,
+    tost@label_smoothing.eps=0.1,lr=0.05 has other settings and a learning rate of its own."""
     seeds: int = 3
     """How many seeds, >= 1; each gives its own initialisation, mask, split and data order."""
     first_seed: int = 0
@@ -47,7 +48,7 @@ class Grid:
             for mask in self.masks:
                 check_mask(mask, sparsity=sparsity)
         for recipe in self.recipes:
-            Recipe.preset(recipe)
+            variant(recipe)
         if self.seeds < 1:
             raise SettingError(f"seeds came as {self.seeds}", allowed="a number >= 1", fix="3 or more show the spread")
 
@@ -162,7 +163,7 @@ class Runner:
 
     def name(self, cell: Cell) -> str:
         """The id of the row of `cell`; equal for equal settings."""
-        return settings_id({**self.settings(cell), "techniques": Recipe.preset(cell.recipe).settings()})
+        return settings_id({**self.settings(cell), "techniques": variant(cell.recipe).recipe.settings()})
 
     def settings(self, cell: Cell) -> dict[str, Any]:
         """What decides the numbers of `cell`, apart from what its recipe's name stands for."""
@@ -179,7 +180,7 @@ class Runner:
 
     def train(self, cell: Cell, name: str, watcher: Watcher, *, log_dir: Path | None = None) -> Trained:
         """Train `cell`, or go on with it; its checkpoint file stays."""
-        model = self.bench.model(cell.seed)
+        model, wanted = self.bench.model(cell.seed), variant(cell.recipe)
         began = time.monotonic()
         start = self.start(cell, model)
         mask_seconds = time.monotonic() - began
@@ -191,8 +192,8 @@ class Runner:
             rewire=start.dynamic,
             sparsity=cell.sparsity if start.dynamic is not None and start.dynamic.shrinks else None,
             first_step=start.step,
-            recipe=Recipe.preset(cell.recipe),
-            protocol=self.bench.protocol,
+            recipe=wanted.recipe,
+            protocol=self.bench.protocol if wanted.lr is None else replace(self.bench.protocol, lr=wanted.lr),
             validation=validation,
             test=test,
             seed=cell.seed,
@@ -204,7 +205,7 @@ class Runner:
         row = {
             "id": name,
             "settings": self.settings(cell),
-            "techniques": Recipe.preset(cell.recipe).settings(),
+            "techniques": wanted.recipe.settings(),
             "versions": versions(),
             "machine": machine(self.bench.device),
             "accuracy": result.accuracies(),

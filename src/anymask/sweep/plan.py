@@ -59,7 +59,9 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Kind:
+class Kind:
+    """What a setting of a plan may be: `words` for people, whether a value `fits`, and what it is made."""
+
     words: str
     fits: Callable[[Any], bool]
     make: Callable[[Any], Any] = lambda value: value
@@ -73,23 +75,23 @@ def _differ(values: list[Any]) -> bool:
     return 0 < len(values) == len(set(values))
 
 
-_TEXT = _Kind("a text in quotes", lambda value: isinstance(value, str))
-_NUMBER = _Kind("a number", _is_number, float)  # as the command line has it: 1 and 1.0 are one training
-_WHOLE = _Kind("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool))
-_SEEDS = _Kind(
+TEXT = Kind("a text in quotes", lambda value: isinstance(value, str))
+NUMBER = Kind("a number", _is_number, float)  # as the command line has it: 1 and 1.0 are one training
+WHOLE = Kind("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool))
+_SEEDS = Kind(
     "how many, or a list of different whole numbers >= 0",
-    lambda value: _WHOLE.fits(value) or (isinstance(value, list) and all(_WHOLE.fits(v) and v >= 0 for v in value) and _differ(value)),
+    lambda value: WHOLE.fits(value) or (isinstance(value, list) and all(WHOLE.fits(v) and v >= 0 for v in value) and _differ(value)),
     lambda value: tuple(value) if isinstance(value, list) else value,
 )
-_SWITCH = _Kind("true or false", lambda value: isinstance(value, bool))
-_TABLE = _Kind("a table of settings", lambda value: isinstance(value, dict))
-_FOLDER = _Kind("a path in quotes", _TEXT.fits, lambda value: Path(value).expanduser())
-_BLOCKS = _Kind("[[block]] tables", lambda value: isinstance(value, list) and all(isinstance(block, dict) for block in value))
+_SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
+TABLE = Kind("a table of settings", lambda value: isinstance(value, dict))
+_FOLDER = Kind("a path in quotes", TEXT.fits, lambda value: Path(value).expanduser())
+_BLOCKS = Kind("[[block]] tables", lambda value: isinstance(value, list) and all(isinstance(block, dict) for block in value))
 
-_TOP = {"about": _TEXT, "retries": _WHOLE, "protocol": _TABLE, "block": _BLOCKS}
-_LISTS = {"data": _TEXT, "model": _TEXT, "masks": _TEXT, "sparsity": _NUMBER, "recipes": _TEXT}
-_SINGLES = {"about": _TEXT, "seeds": _SEEDS, "first_seed": _WHOLE, "dense": _SWITCH, "data_dir": _FOLDER, "validation": _NUMBER}
-_BLOCK = {**_LISTS, **_SINGLES, "protocol": _TABLE}
+_TOP = {"about": TEXT, "retries": WHOLE, "protocol": TABLE, "block": _BLOCKS}
+_LISTS = {"data": TEXT, "model": TEXT, "masks": TEXT, "sparsity": NUMBER, "recipes": TEXT}
+_SINGLES = {"about": TEXT, "seeds": _SEEDS, "first_seed": WHOLE, "dense": _SWITCH, "data_dir": _FOLDER, "validation": NUMBER}
+BLOCK = {**_LISTS, **_SINGLES, "protocol": TABLE}
 
 
 def read_plan(path: str | os.PathLike[str]) -> Plan:
@@ -112,11 +114,11 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
         [('resnet20', ('snip',), 3), ('vgg16', ('snip',), 3)]
     """
     path = Path(path)
-    top = _checked(_read(path), _TOP, where=str(path))
+    top = checked(read_toml(path), _TOP, where=str(path))
     if not top.get("block"):
         raise SettingError(f"{path} has no block", allowed="at least one [[block]]", fix='write [[block]] and, under it, masks = ["snip"]')
     shared = top.get("protocol", {})
-    blocks = [_block(block, shared, where=f"block {number} of {path}") for number, block in enumerate(top["block"], 1)]
+    blocks = [parts_of(block, shared, where=f"block {number} of {path}") for number, block in enumerate(top["block"], 1)]
     with naming(str(path)):
         return Plan(tuple(blocks), retries=top.get("retries", 1), about=top.get("about", ""))
 
@@ -132,7 +134,7 @@ def naming(where: str) -> Iterator[None]:
         raise type(error)(f"{where}: {error.came}", allowed=error.allowed, fix=error.fix) from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
     text = path.read_bytes()
     try:
         return tomllib.loads(text.decode("utf-8"))
@@ -141,8 +143,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise FileFormatError(f"{path} cannot be read ({why})", allowed="whole TOML, in UTF-8", fix="mend that line") from error
 
 
-def _block(table: Mapping[str, Any], shared: Mapping[str, Any], *, where: str) -> tuple[Part, ...]:
-    block = _checked(table, _BLOCK, where=where)
+def parts_of(table: Mapping[str, Any], shared: Mapping[str, Any], *, where: str) -> tuple[Part, ...]:
+    block = checked(table, BLOCK, where=where)
     with naming(where):
         own = block.get("protocol", {})
         protocol = protocol_of(own if "preset" in own else {**shared, **own})
@@ -175,7 +177,7 @@ def _grid(block: Mapping[str, Any]) -> Grid:
     return grid
 
 
-def _checked(table: Mapping[str, Any], kinds: Mapping[str, _Kind], *, where: str) -> dict[str, Any]:
+def checked(table: Mapping[str, Any], kinds: Mapping[str, Kind], *, where: str) -> dict[str, Any]:
     """`table` with every value as its kind has it, and one value of a list as a list of one."""
     made = {}
     for name, value in table.items():
@@ -191,12 +193,12 @@ def _checked(table: Mapping[str, Any], kinds: Mapping[str, _Kind], *, where: str
 
 
 _EXAMPLES = {
-    _TEXT: '"..."',
+    TEXT: '"..."',
     _FOLDER: '"..."',
-    _NUMBER: "0.5",
-    _WHOLE: "3",
+    NUMBER: "0.5",
+    WHOLE: "3",
     _SEEDS: "3",
     _SWITCH: "true",
-    _TABLE: "{...}",
+    TABLE: "{...}",
     _BLOCKS: "as [[block]]",
 }

@@ -4,7 +4,7 @@ import copy
 import multiprocessing
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from anymask.config import Bench, Experiment
+from anymask.data import Dataset
 from anymask.errors import SettingError
 from anymask.runlog import Ledger
 from anymask.sweep.claims import Busy, clear_halves, held
@@ -150,15 +151,18 @@ def sweep(
     return replace(worker.outcome(), died=died)
 
 
-def tasks(plan: Plan, folder: str | Path, *, sparse: str = "auto") -> list[Task]:
+def tasks(plan: Plan, folder: str | Path, *, sparse: str = "auto", benches: "Benches | None" = None) -> list[Task]:
     """The trainings of `plan` in its order: block by block, in a block seed by seed; each once. Writes nothing.
+
+    Args:
+        benches: where the data are read; new ones if left out.
 
     Raises:
         AnymaskError: for data or settings that do not fit, naming the block.
     """
     found: dict[tuple[int, int, int], list[Task]] = {}
     places = [(block, place, part) for block, parts in enumerate(plan.blocks) for place, part in enumerate(parts)]
-    benches = Benches()
+    benches = benches or Benches()
     for block, place, part in sorted(places, key=lambda entry: (entry[2].experiment.data, str(entry[2].experiment.data_dir))):
         with naming(part.block):
             runner = benches.runner(part, folder, sparse=sparse)
@@ -178,16 +182,21 @@ def _task(runner: Runner, part: Part, cell: Cell) -> Task:
 
 
 class Benches:
-    """Makes benches when they are needed, and keeps one; the next one takes its data, where they are the same."""
+    """Makes benches when they are needed, and keeps one; the next one takes its data, where they are the same.
 
-    def __init__(self) -> None:
+    Args:
+        cut, tests: as `Bench` has them.
+    """
+
+    def __init__(self, *, cut: Callable[[Dataset], Dataset] | None = None, tests: bool = True) -> None:
         self.bench: Bench | None = None
+        self.cut, self.tests = cut, tests
 
     def of(self, part: Part) -> Bench:
         """The bench of `part`."""
         if self.bench is None or _data(self.bench.experiment) != _data(part.experiment):
             self.bench = None  # the old data go before the new ones come
-            bench = Bench(part.experiment, part.protocol)
+            bench = Bench(part.experiment, part.protocol, cut=self.cut, tests=self.tests)
         else:
             bench = copy.copy(self.bench)
             bench.experiment, bench.protocol = part.experiment, part.protocol
@@ -209,13 +218,24 @@ class Worker:
     Args:
         planned: all trainings, in their order.
         seen: how many rows of failures.jsonl are of earlier sweeps, whose trainings are tried anew; None for all that are there.
+        benches: where the data are read; new ones if left out.
     """
 
-    def __init__(self, planned: Sequence[Task], folder: Path, *, retries: int, sparse: str, clock: Clock, seen: int | None = None) -> None:
+    def __init__(
+        self,
+        planned: Sequence[Task],
+        folder: Path,
+        *,
+        retries: int,
+        sparse: str,
+        clock: Clock,
+        seen: int | None = None,
+        benches: Benches | None = None,
+    ) -> None:
         self.planned, self.folder, self.retries, self.sparse, self.clock = planned, folder, retries, sparse, clock
         self.ledger, self.failures = Ledger(folder / "ledger.jsonl"), Ledger(folder / "failures.jsonl")
         self.seen = len(self.failures.rows()) if seen is None else seen
-        self.benches = Benches()
+        self.benches = benches or Benches()
 
     def work(self, watcher: Watcher) -> None:
         """Train; what failed, or was another's, is looked at again when the rest is done.
