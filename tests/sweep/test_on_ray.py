@@ -3,9 +3,12 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,8 @@ import pytest
 
 pytest.importorskip("ray", reason="Ray is not installed", exc_type=ImportError)
 
-from anymask.errors import DataError, SettingError
+from anymask.errors import AnymaskError, DataError, SettingError
+from anymask.runlog import Ledger
 from anymask.sweep import on_ray, read_plan, sweep, tasks
 from tests.sweep.plans import CELLS, FAILING, PLAN, write_images, write_plan
 from tests.sweep.test_sweep_run import Log, rows, settled
@@ -42,7 +46,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plan(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_plan(tmp_path_factory.mktemp("plan") / "plan.toml", images)
+    """The plan of `CELLS` trainings, each long enough to be cut off."""
+    return write_plan(tmp_path_factory.mktemp("plan") / "plan.toml", images, PLAN.replace("epochs = 2", "epochs = 12"))
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +84,27 @@ def until(found: Callable[[], Any]) -> Any:
     raise AssertionError("in 20 seconds it did not come to that")
 
 
-class Remover(Log):
-    """Takes a node away, while it trains, as soon as the first training is finished."""
+@contextmanager
+def beside(work: Callable[[], None]) -> Iterator[None]:
+    """Does `work` in a thread while the block runs."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
-    def __init__(self, cluster: Any, node: Any) -> None:
+
+class Counting(Log):
+    """Notes how many tries had failed when a training was finished."""
+
+    def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.cluster, self.node, self.cut = cluster, node, 0
+        self.ledger, self.failures = Ledger(folder / "failures.jsonl"), []
 
     def finished(self, row: dict[str, Any]) -> None:
         super().finished(row)
-        if len(self.names) == 1:
-            self.cut = len(until(lambda: at_work(raylet(self.node))))
-            self.cluster.remove_node(self.node, allow_graceful=False)
+        self.failures.append(len(self.ledger.rows()))
 
 
 def by_id(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -104,9 +118,16 @@ def masks(folder: Path) -> dict[str, bytes]:
 def test_of_two_nodes_one_is_lost_and_every_training_is_in_the_ledger_once_as_if_nothing_had_been(
     cluster: Any, plan: Path, whole: Path, tmp_path: Path
 ) -> None:
-    log = Remover(cluster, cluster.add_node(**NODE))
-    outcome = sweep(read_plan(plan).on("cpu"), tmp_path, sparse="off", ray=cluster.address, watcher=log)
-    assert log.cut == 1
+    node, log, cut = cluster.add_node(**NODE), Log(), []
+
+    def remove() -> None:
+        until(lambda: log.names)
+        cut.extend(until(lambda: at_work(raylet(node))))
+        cluster.remove_node(node, allow_graceful=False)
+
+    with beside(remove):
+        outcome = sweep(read_plan(plan).on("cpu"), tmp_path, sparse="off", ray=cluster.address, watcher=log)
+    assert len(cut) == 1
     assert (len(outcome.finished), outcome.failed, outcome.left) == (CELLS, (), ())
     assert by_id(rows(tmp_path)) == by_id(rows(whole))
     assert sorted(log.names) == sorted(row["id"] for row in rows(tmp_path))
@@ -121,18 +142,17 @@ def test_of_two_nodes_one_is_lost_and_every_training_is_in_the_ledger_once_as_if
 def test_one_node_trains_in_the_order_of_the_plan_and_what_fails_is_tried_again_at_the_end(
     cluster: Any, images: Path, tmp_path: Path
 ) -> None:
-    block = PLAN.split("[[block]]")[1].replace("seeds = 2", "seeds = 1")
-    text = f"retries = 2\n[protocol]\nepochs = 1\nbatch_size = 16\n{FAILING}\n[[block]]\n{block}"
-    wanted = read_plan(write_plan(tmp_path / "plan.toml", images, text))
-    log, folder = Log(), tmp_path / "run"
+    dense = PLAN.split("[[block]]")[1].replace('["random-erk", "snip"]', "[]").replace("seeds = 2", "seeds = 4")
+    text = f"retries = 2\n[protocol]\nepochs = 1\nbatch_size = 16\n{FAILING}\n[[block]]\n{dense}"
+    wanted, folder = read_plan(write_plan(tmp_path / "plan.toml", images, text)).on("cpu"), tmp_path / "run"
+    log = Counting(folder)
     outcome = sweep(wanted, folder, sparse="off", ray=cluster.address, watcher=log)
-    good = [task.name for task in tasks(wanted, folder)[1:]]
-    assert sorted(log.names) == sorted(good)
-    assert log.names[0] == good[0]
+    bad, *good = tasks(wanted, folder)
+    assert log.names == [task.name for task in good]
+    assert max(log.failures[:3]) == 1
     (failed,) = outcome.failed
-    assert failed.tries == 3
+    assert (failed.task, failed.tries, outcome.left) == (bad, 3, ())
     assert failed.reason.startswith("TechniqueError: the training loss became")
-    assert not outcome.left
 
 
 def test_a_budget_stops_and_the_next_call_does_what_is_left(cluster: Any, plan: Path, whole: Path, tmp_path: Path) -> None:
@@ -140,6 +160,7 @@ def test_a_budget_stops_and_the_next_call_does_what_is_left(cluster: Any, plan: 
     begun = time.monotonic()
     outcome = sweep(wanted, tmp_path, sparse="off", ray=cluster.address, budget=0.1)
     assert time.monotonic() - begun < 10
+    until(lambda: not at_work(raylet(cluster.head_node)))
     assert len(outcome.left) >= CELLS - 2
     assert not outcome.failed
     assert not sweep(wanted, tmp_path, sparse="off", ray=cluster.address).left
@@ -153,13 +174,39 @@ def test_a_process_that_dies_more_often_than_it_may_is_a_try_that_failed(
     text = PLAN.replace("seeds = 2", "seeds = 1").replace("epochs = 2", "epochs = 20").replace('["random-erk", "snip"]', "[]")
     wanted = read_plan(write_plan(tmp_path / "plan.toml", images, text)).on("cpu")
     head = raylet(cluster.head_node)
-    killer = threading.Thread(target=lambda: os.kill(until(lambda: at_work(head))[0], signal.SIGKILL))
-    killer.start()
-    outcome = sweep(wanted, tmp_path / "run", sparse="off", ray=cluster.address)
-    killer.join()
+    with beside(lambda: os.kill(until(lambda: at_work(head))[0], signal.SIGKILL)):
+        outcome = sweep(wanted, tmp_path / "run", sparse="off", ray=cluster.address)
     assert (len(outcome.finished), outcome.failed) == (1, ())
-    (line,) = rows(tmp_path / "run").__class__(on_ray_failures(tmp_path / "run"))
+    (line,) = Ledger(tmp_path / "run" / "failures.jsonl").rows()
     assert line["type"] == "WorkerCrashedError"
+
+
+def test_a_node_without_anymask_stops_the_sweep_and_says_so(cluster: Any, plan: Path, tmp_path: Path) -> None:
+    (tmp_path / "other" / "anymask").mkdir(parents=True)
+    (tmp_path / "other" / "anymask" / "__init__.py").write_text("raise ImportError('no anymask here')")
+    node = cluster.add_node(**NODE, env_vars={"PYTHONPATH": str(tmp_path / "other")})
+    with pytest.raises(AnymaskError, match=r"a node cannot begin a training .*no anymask here"):
+        sweep(read_plan(plan).on("cpu"), tmp_path / "run", sparse="off", ray=cluster.address)
+    cluster.remove_node(node)
+    assert not list((tmp_path / "run" / "claims").iterdir())
+
+
+def test_ctrl_c_stops_what_runs_on_the_cluster_and_keeps_what_is_finished(cluster: Any, images: Path, tmp_path: Path) -> None:
+    text = PLAN.replace("seeds = 2", "seeds = 1").replace("epochs = 2", "epochs = 40")
+    plan, out = write_plan(tmp_path / "plan.toml", images, text), tmp_path / "run"
+    command = [sys.executable, "-m", "anymask", "sweep", plan, "--out", out, "--device", "cpu", "--ray", cluster.address]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    while not (line := process.stderr.readline()).startswith("[1/"):
+        assert line, "it ended before its first training"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert f"finished trainings are kept in {out}; the same command goes on from there." in err
+    assert "Traceback" not in err
+    until(lambda: not at_work(raylet(cluster.head_node)))
+    assert 1 <= len(rows(out)) < 5
+    assert not list((out / "claims").iterdir())
 
 
 # -- what a node does ---------------------------------------------------------------------------------------------------
@@ -197,7 +244,7 @@ def test_a_node_with_other_data_is_refused(plan: Path, images: Path, whole: Path
     shutil.copytree(images, tmp_path / "images")
     next((tmp_path / "images").rglob("*.png")).unlink()
     part = replace(away.task.part, experiment=replace(away.task.part.experiment, data_dir=tmp_path / "images"))
-    with pytest.raises(DataError, match=r"the data on .* are others"):
+    with pytest.raises(DataError, match="has other data, mask files or settings"):
         on_ray.train(replace(away, task=replace(away.task, part=part)))
 
 

@@ -40,7 +40,7 @@ def sweep(
         budget_seconds(budget)  # refused before the data are read
     wanted = read_plan(plan).on(device)
     if dry_run:
-        return _show(sweeping.tasks(wanted, out, sparse=sparse, device=ray and "cpu"), finished=Ledger(out / LEDGER).ids())
+        return _show(sweeping.tasks(wanted, out, sparse=sparse, device=None if ray is None else "cpu"), finished=Ledger(out / LEDGER).ids())
     _writable(out)
     try:
         with watching() as watcher:

@@ -20,7 +20,7 @@ import torch
 
 from anymask.errors import AnymaskError, DataError, SettingError
 from anymask.runlog import atomic
-from anymask.sweep.claims import held
+from anymask.sweep.claims import clear_halves, held
 from anymask.sweep.compare import Runner, Watcher
 from anymask.sweep.masks import weights_file
 from anymask.sweep.run import LOOK_AGAIN, Benches, Task, Worker
@@ -45,6 +45,7 @@ class Order:
 def train(order: Order) -> dict[str, Any]:
     """The row of a training; runs on a node."""
     with _runner(order) as runner:
+        clear_halves(runner.checkpoint_file(order.task.name))
         return runner.train(order.task.cell, order.task.name, Watcher()).row
 
 
@@ -68,9 +69,9 @@ def _runner(order: Order) -> Iterator[Runner]:
         runner = _BENCHES.runner(order.task.part, folder, sparse=order.sparse)
         if runner.name(order.task.cell) != order.task.name:
             raise DataError(
-                f"the data on {socket.gethostname()} are others than where the sweep was started, or anymask is another",
-                allowed="the same files and the same version everywhere",
-                fix="copy the data there, or take that node out of the cluster",
+                f"{socket.gethostname()} has other data, mask files or settings than the machine where the sweep was started",
+                allowed="the same files, and anymask of the same version",
+                fix="copy them there, or take that node out of the cluster; what is finished is kept",
             )
         for name, content in order.masks.items():
             file = folder / "masks" / name
@@ -94,7 +95,8 @@ def on_ray(worker: Worker, address: str, *, watcher: Watcher) -> None:
     Each training has one core, and one GPU where the plan's device is cuda, or auto in a cluster that has GPUs.
 
     Raises:
-        AnymaskError: without Ray, for an address where no cluster answers, and for a cluster that can run none of the trainings.
+        AnymaskError: without Ray, for an address where no cluster answers, for a cluster that can run none of the trainings, and for
+            a node that lacks the data or anymask.
         Stopped: when the time is up; what still runs is stopped.
     """
     with _cluster(address) as ray:
@@ -193,8 +195,8 @@ class _Driver:
                 made = self.ray.get(ref)
                 if not running.mask:
                     self.worker.ledger.append(made)
-            except (self.ray.exceptions.RayError, ValueError) as error:  # Ray's has what was raised on the node as its cause
-                self.worker.note(task, getattr(error, "cause", None) or error)
+            except (self.ray.exceptions.RayError, ValueError) as error:
+                self.worker.note(task, self._reason(error))
                 return [] if running.mask else [task]
             if running.mask:
                 for name, content in made.items():
@@ -204,6 +206,19 @@ class _Driver:
         self.watcher.cell(task.cell, epochs=task.part.protocol.epochs)
         self.watcher.finished(made)
         return []
+
+    def _reason(self, error: Exception) -> BaseException:
+        """What was raised on the node; raised here where that node can train nothing: it would fail all that is left, one by one."""
+        cause = getattr(error, "cause", None) or error
+        if isinstance(cause, DataError):
+            raise cause
+        if isinstance(cause, self.ray.exceptions.RaySystemError):
+            raise AnymaskError(
+                f"a node cannot begin a training ({str(cause).splitlines()[0]})",
+                allowed="nodes that have anymask of this version",
+                fix="install it there, or take that node out of the cluster; what is finished is kept",
+            ) from error
+        return cause
 
 
 def _needs(planned: Sequence[Task], *, there: Mapping[str, float]) -> dict[str, int]:
@@ -235,7 +250,7 @@ def _cluster(address: str) -> Iterator[Any]:
 
 
 def _reach(address: str) -> None:
-    """Fail within seconds: Ray itself waits for a minute, and then ends the process."""
+    """Fail within seconds: Ray itself tries for minutes where nobody answers, and then ends the process."""
     host, _, port = address.partition("://")[2].rpartition(":") if "://" in address else address.rpartition(":")
     if port.isdigit():
         socket.create_connection((host, int(port)), timeout=_REACH).close()

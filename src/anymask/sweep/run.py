@@ -133,7 +133,9 @@ def sweep(
     if workers < 1:
         raise SettingError(f"workers came as {workers}", allowed="a number >= 1", fix="as many as there are cores, at most")
     if ray is not None and workers > 1:
-        raise SettingError(f"workers came as {workers} with ray", allowed="one of the two", fix="leave workers out: the cluster says how many")
+        raise SettingError(
+            f"workers came as {workers} with ray", allowed="one of the two", fix="leave workers out: the cluster says how many"
+        )
     seconds = budget_seconds(budget) if isinstance(budget, str) else budget
     clock = Clock(None if seconds is None else time.monotonic() + seconds)
     folder, watcher = Path(folder), watcher or Watcher()
