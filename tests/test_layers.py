@@ -26,6 +26,7 @@ OPTIONAL = {  # package: the one module that may import it
     "onnx": "shipping/onnxfile.py",
     "onnxscript": "shipping/onnxfile.py",
     "onnxruntime": "shipping/onnxfile.py",
+    "ray": "sweep/on_ray.py",
 }
 
 

@@ -1,5 +1,6 @@
 """`anymask sweep` and `anymask report`: exit codes, what is said, what is written."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -75,6 +76,7 @@ def test_a_budget_says_what_is_left_and_the_same_command_goes_on(anymask, plan, 
         (["--budget", "soon"], "budget came as 'soon'"),
         (["--workers", "0"], "workers came as 0"),
         (["--workers", "1.5"], "--workers came as '1.5'"),
+        (["--workers", "2", "--ray", "auto"], "workers came as 2 with ray"),
         (["--device", "cuba"], "device 'cuba'"),
         (["--sparse", "maybe"], "maybe"),
     ],
@@ -85,6 +87,25 @@ def test_mistakes_are_told_in_three_parts_before_anything_is_written(anymask, pl
     assert says in said.err
     assert [line.split(":")[0] for line in said.err.splitlines()] == ["Error", "Allowed", "To do"]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nonsense"])
+def test_a_cluster_that_does_not_answer_is_told_at_once(anymask, plan, tmp_path, address):
+    begun = time.monotonic()
+    said = anymask("sweep", plan, "--out", tmp_path / "run", "--ray", address)
+    assert time.monotonic() - begun < 10
+    assert said.code == 2
+    assert said.err.splitlines()[-3].startswith(f"Error: ray came as '{address}', and no cluster answers there (")
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_ray_the_error_says_what_to_install(anymask, plan, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    said = anymask("sweep", plan, "--out", tmp_path / "run", "--ray", "auto")
+    assert said.code == 2
+    assert "Error: ray is not installed\n" in said.err
+    assert said.err.endswith("To do: pip install 'anymask[ray]'\n")
 
 
 def test_a_plan_with_a_mistake_names_its_block(anymask, plan, tmp_path):

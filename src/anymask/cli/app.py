@@ -77,6 +77,9 @@ Examples:
 
   # Four processes, which share the cores
   anymask sweep plan.toml --out runs/plan --workers 4
+
+  # A core of a Ray cluster for each training (with a GPU for --device cuda)
+  anymask sweep plan.toml --out runs/plan --ray 10.0.0.1:6379
 """,
     ),
     "study": Command(

@@ -25,6 +25,9 @@ def sweep(
     *,
     out: Annotated[Path, Parameter(group=RUN, help="The run folder; trainings that it holds already are not run again.")],
     workers: Annotated[int, Parameter(group=RUN, help="How many processes train beside each other; they share the cores.")] = 1,
+    ray: Annotated[
+        str | None, Parameter(group=RUN, help="Train on the Ray cluster of this address, such as 10.0.0.1:6379, instead of here.")
+    ] = None,
     budget: Annotated[
         str | None, Parameter(group=RUN, help="Stop in time, at the end of an epoch, and say what is left: 25m, 2h, 90s.")
     ] = None,
@@ -37,11 +40,11 @@ def sweep(
         budget_seconds(budget)  # refused before the data are read
     wanted = read_plan(plan).on(device)
     if dry_run:
-        return _show(sweeping.tasks(wanted, out, sparse=sparse), finished=Ledger(out / LEDGER).ids())
+        return _show(sweeping.tasks(wanted, out, sparse=sparse, device=None if ray is None else "cpu"), finished=Ledger(out / LEDGER).ids())
     writable(out)
     try:
         with watching() as watcher:
-            outcome = sweeping.sweep(wanted, out, budget=budget, workers=workers, sparse=sparse, watcher=watcher)
+            outcome = sweeping.sweep(wanted, out, budget=budget, workers=workers, ray=ray, sparse=sparse, watcher=watcher)
     except KeyboardInterrupt:
         kept = f"{len(Ledger(out / LEDGER).rows())} finished trainings are kept in {out}"
         print(f"\nStopped. {kept}; the same command goes on from there.", file=sys.stderr)

@@ -117,16 +117,22 @@ class Masks:
         if is_mask_file(mask):
             return Start(load_mask(mask, model=model))
         moving = dynamic_named(mask) if is_dynamic(mask) else None
-        if moving is not None and moving.start == DENSE:
+        file = self.file(mask, sparsity=sparsity, seed=seed)
+        if file is None:
             return Start(None, dynamic=moving)
-        file = self.file_of(mask, sparsity, seed)
         if not file.exists():
-            self._make_once(file, mask if moving is None else moving.start, sparsity=sparsity, seed=seed, model=model)
+            self._make_once(file, mask, sparsity=sparsity, seed=seed, model=model)
         found = load_mask(file)
         if moving is not None:
             return Start(found, dynamic=moving)
         weights = weights_file(file)
         return Start(found, load_file(weights), int(found.info["rewind_step"])) if weights.exists() else Start(found)
+
+    def file(self, mask: str, *, sparsity: float, seed: int) -> Path | None:
+        """Where the mask that these trainings begin with is kept; None where they begin dense, or with a file of the user's."""
+        if mask == DENSE or is_mask_file(mask) or (is_dynamic(mask) and dynamic_named(mask).start == DENSE):
+            return None
+        return self.file_of(mask, sparsity, seed)
 
     def _make_once(self, file: Path, mask: str, **how: Any) -> None:
         """Make `file`, unless another process has made it meanwhile: the rounds of a ticket share a folder."""
@@ -134,8 +140,12 @@ class Masks:
             if not mine:
                 raise Busy(f"{file} is being made by another process")
             if not file.exists():
-                clear_halves(file)
-                self.make(mask, **how).save(file)
+                self.make_file(file, mask, **how)
+
+    def make_file(self, file: Path, mask: str, **how: Any) -> None:
+        """Make the mask that trainings of `mask` begin with; nobody else may be making it."""
+        clear_halves(file)
+        self.make(dynamic_named(mask).start if is_dynamic(mask) else mask, **how).save(file)
 
     def make(self, mask: str, *, sparsity: float | None, seed: int, model: nn.Module, **how: Any) -> Mask:
         """The mask, made anew, by the method of that name with the settings `how`; weights that a ticket starts from are kept."""

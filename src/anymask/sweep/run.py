@@ -43,6 +43,7 @@ class Task:
     name: str
     cell: Placed
     part: Part
+    mask: Path | None = None  # where the mask that it begins with is kept; None where it begins dense, or with a file of the user's
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def sweep(
     *,
     budget: str | float | None = None,
     workers: int = 1,
+    ray: str | None = None,
     sparse: str = "auto",
     watcher: Watcher | None = None,
 ) -> Outcome:
@@ -119,8 +121,9 @@ def sweep(
         plan: of `read_plan`.
         folder: made when it is not there.
         budget: "25m", "2h", "90s" or seconds; then the training that runs stops at the end of its epoch, or one epoch earlier
-            where the last epoch took longer than what is left. A lottery ticket stops after its round.
+            where the last epoch took longer than what is left. A lottery ticket stops after its round. On Ray all stop at once.
         workers: how many processes train beside each other, >= 1; they share the cores.
+        ray: the address of a Ray cluster to train on, instead of here: see `anymask.sweep.on_ray`.
         sparse: as `fit` has it.
         watcher: told of progress; with several workers of finished trainings only.
 
@@ -130,9 +133,14 @@ def sweep(
     """
     if workers < 1:
         raise SettingError(f"workers came as {workers}", allowed="a number >= 1", fix="as many as there are cores, at most")
+    if ray is not None and workers > 1:
+        raise SettingError(
+            f"workers came as {workers} with ray", allowed="one of the two", fix="leave workers out: the cluster says how many"
+        )
     seconds = budget_seconds(budget) if isinstance(budget, str) else budget
     clock = Clock(None if seconds is None else time.monotonic() + seconds)
-    folder, watcher, planned = Path(folder), watcher or Watcher(), tasks(plan, folder, sparse=sparse)
+    folder, watcher = Path(folder), watcher or Watcher()
+    planned = tasks(plan, folder, sparse=sparse, device=None if ray is None else "cpu")
     worker = Worker(planned, folder, retries=plan.retries, sparse=sparse, clock=clock)
     done = worker.ledger.ids()
     for task in planned:
@@ -141,7 +149,12 @@ def sweep(
     watcher.begin(total=len(planned), done=sum(task.name in done for task in planned))
     waiting = sum(task.name not in done for task in planned)
     died: tuple[int, ...] = ()
-    if min(workers, waiting) > 1:
+    if ray is not None and waiting:
+        from anymask.sweep.on_ray import on_ray
+
+        with suppress(Stopped):
+            on_ray(worker, ray, watcher=watcher)
+    elif min(workers, waiting) > 1:
         from anymask.sweep.workers import side_by_side
 
         died = side_by_side(worker, min(workers, waiting), watcher=watcher)
@@ -151,10 +164,13 @@ def sweep(
     return replace(worker.outcome(), died=died)
 
 
-def tasks(plan: Plan, folder: str | Path, *, sparse: str = "auto", benches: "Benches | None" = None) -> list[Task]:
+def tasks(
+    plan: Plan, folder: str | Path, *, sparse: str = "auto", device: str | None = None, benches: "Benches | None" = None
+) -> list[Task]:
     """The trainings of `plan` in its order: block by block, in a block seed by seed; each once. Writes nothing.
 
     Args:
+        device: where to look at them, when the plan's device is not here; they are the same on any.
         benches: where the data are read; new ones if left out.
 
     Raises:
@@ -162,7 +178,7 @@ def tasks(plan: Plan, folder: str | Path, *, sparse: str = "auto", benches: "Ben
     """
     found: dict[tuple[int, int, int], list[Task]] = {}
     places = [(block, place, part) for block, parts in enumerate(plan.blocks) for place, part in enumerate(parts)]
-    benches = benches or Benches()
+    benches = benches or Benches(device)
     for block, place, part in sorted(places, key=lambda entry: (entry[2].experiment.data, str(entry[2].experiment.data_dir))):
         with naming(part.block):
             runner = benches.runner(part, folder, sparse=sparse)
@@ -178,28 +194,31 @@ def tasks(plan: Plan, folder: str | Path, *, sparse: str = "auto", benches: "Ben
 
 def _task(runner: Runner, part: Part, cell: Cell) -> Task:
     where = {"data": part.experiment.data, "model": part.experiment.model}
-    return Task(runner.name(cell), Placed(cell.mask, cell.sparsity, cell.recipe, cell.seed, **where), part)
+    file = runner.masks.file(cell.mask, sparsity=cell.sparsity, seed=cell.seed)
+    return Task(runner.name(cell), Placed(cell.mask, cell.sparsity, cell.recipe, cell.seed, **where), part, file)
 
 
 class Benches:
     """Makes benches when they are needed, and keeps one; the next one takes its data, where they are the same.
 
     Args:
+        device: instead of that of their parts.
         cut, tests: as `Bench` has them.
     """
 
-    def __init__(self, *, cut: Callable[[Dataset], Dataset] | None = None, tests: bool = True) -> None:
+    def __init__(self, device: str | None = None, *, cut: Callable[[Dataset], Dataset] | None = None, tests: bool = True) -> None:
         self.bench: Bench | None = None
-        self.cut, self.tests = cut, tests
+        self.device, self.cut, self.tests = device, cut, tests
 
     def of(self, part: Part) -> Bench:
         """The bench of `part`."""
-        if self.bench is None or _data(self.bench.experiment) != _data(part.experiment):
+        experiment = replace(part.experiment, device=self.device or part.experiment.device)
+        if self.bench is None or _data(self.bench.experiment) != _data(experiment):
             self.bench = None  # the old data go before the new ones come
-            bench = Bench(part.experiment, part.protocol, cut=self.cut, tests=self.tests)
+            bench = Bench(experiment, part.protocol, cut=self.cut, tests=self.tests)
         else:
             bench = copy.copy(self.bench)
-            bench.experiment, bench.protocol = part.experiment, part.protocol
+            bench.experiment, bench.protocol = experiment, part.protocol
         self.bench = bench
         return bench
 
@@ -277,7 +296,7 @@ class Worker:
             except (MemoryError, Stopped):
                 raise
             except Exception as error:
-                self._note(task, error)
+                self.note(task, error)
                 return False
         watcher.finished(row)
         return True
@@ -290,7 +309,8 @@ class Worker:
         watcher.cell(task.cell, epochs=timed.epochs)
         return runner.run(task.cell, task.name, timed)
 
-    def _note(self, task: Task, error: Exception) -> None:
+    def note(self, task: Task, error: BaseException) -> None:
+        """Remember that a try of `task` failed."""
         now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         reason = {"type": type(error).__name__, "message": str(error)}
         self.failures.append({"id": task.name, "training": str(task.cell), "block": task.part.block, **reason, "time": now})
