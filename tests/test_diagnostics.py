@@ -60,6 +60,10 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int, cli
     return seen
 
 
+def turned(now: Tensor, then: Tensor) -> int:
+    return sum(a * b < 0 for a, b in zip(now.tolist(), then.tolist(), strict=True))
+
+
 # -- the loop ------------------------------------------------------------------------------------------------------------
 def test_gradient_norms_signs_and_distances_are_those_of_the_formulas_in_every_epoch() -> None:
     model = net()
@@ -77,8 +81,8 @@ def test_gradient_norms_signs_and_distances_are_those_of_the_formulas_in_every_e
             assert found["distance"][name] == pytest.approx(far / size, rel=1e-12)
         whole, first, last = (torch.cat([*part.values()]) for part in (now, start, before))
         assert found["distance_overall"] == pytest.approx(float((whole - first).norm() / first.norm()), rel=1e-12)
-        assert found["sign_flips"] == sum(a * b < 0 for a, b in zip(whole, last, strict=True)) / mask.kept
-        assert found["sign_flips_from_start"] == sum(a * b < 0 for a, b in zip(whole, first, strict=True)) / mask.kept
+        assert found["sign_flips"] == turned(whole, last) / mask.kept
+        assert found["sign_flips_from_start"] == turned(whole, first) / mask.kept
         assert 0 < found["sign_flips_from_start"] < 1
         before = now
     assert found["sign_flips"] != found["sign_flips_from_start"]
@@ -122,13 +126,13 @@ def test_what_a_fused_optimiser_unscales_in_its_step_is_unscaled_here_too() -> N
     norms = []
     for scale in (None, torch.tensor(1024.0)):
         model = net()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
         watch = Diagnostics(model, optimizer, data()[0])
         F.cross_entropy(model(data()[0]), data()[1]).backward()
         if scale is not None:
             for p in model.parameters():
                 p.grad *= scale
-            optimizer.grad_scale = scale  # as GradScaler does
+            optimizer.grad_scale, optimizer.found_inf = scale, torch.zeros(())  # as GradScaler does
         optimizer.step()
         norms.append(watch.epoch()["gradient_norm"])
     assert norms[0] == norms[1]
@@ -161,10 +165,10 @@ def test_nothing_of_the_model_and_no_random_state_is_touched() -> None:
     F.cross_entropy(model(x), y).backward()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    print_before, random = fingerprint(model), torch.get_rng_state()
+    made, random = fingerprint(model), torch.get_rng_state()
     watch.epoch()
     sharpness(model, x, y)
-    assert fingerprint(model) == print_before
+    assert fingerprint(model) == made
     assert torch.equal(torch.get_rng_state(), random)
     assert all(module.training for module in model.modules())
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
@@ -326,8 +330,11 @@ def hessian(model: nn.Module, mask: Mask | None) -> Tensor:
 
     blocks = torch.autograd.functional.hessian(loss, weights)
     sizes = [w.numel() for w in weights]
-    whole = torch.cat([torch.cat([b.reshape(n, m) for b, m in zip(row, sizes, strict=True)], 1) for row, n in zip(blocks, sizes, strict=True)])
-    places = torch.cat([torch.ones(w.shape, dtype=torch.bool).flatten() if mask is None else mask[n].flatten() for n, w in zip(names, weights)])
+    rows = [torch.cat([b.reshape(n, m) for b, m in zip(row, sizes, strict=True)], 1) for row, n in zip(blocks, sizes, strict=True)]
+    whole = torch.cat(rows)
+    if mask is None:
+        return whole
+    places = torch.cat([mask[name].flatten() for name in names])
     return whole[places][:, places]
 
 

@@ -96,6 +96,7 @@ class Run:
         diagnose: str,
     ) -> None:
         """Convert the layers, attach the recipe, and go on from the checkpoint, if there is one. Then `layers.leave` is due."""
+        check_diagnose(diagnose)
         saved = checkpoint.load(self.file, device=self.device) if self.file is not None and self.file.exists() else None
         # Before the recipe: its ghosts would hide which ReLU follows which norm, and LRsI makes the layers dense by itself.
         self._convert(sparse, moves=moving is not None, known=saved.get("sparse") if saved else None)
@@ -243,7 +244,6 @@ class Run:
         return rewiring.rewire(self.hold, moving, **how, sparsity=sparsity, seed=seed, state=state)
 
     def _watched(self, diagnose: str, saved: dict[str, Any] | None) -> Diagnostics | None:
-        check_diagnose(diagnose)
         begun = diagnose if saved is None else saved.get("diagnose", "off")
         if begun != diagnose:
             raise SettingError(
