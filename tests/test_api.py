@@ -8,6 +8,7 @@ import pytest
 import anymask
 
 NAMES = [
+    "Diagnostics",
     "Hold",
     "Mask",
     "Recipe",

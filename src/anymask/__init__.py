@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from anymask.diagnostics import Diagnostics
     from anymask.formats import load_mask
     from anymask.holding import Hold, hold
     from anymask.mask import Mask
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Diagnostics": "diagnostics",
     "Hold": "holding",
     "Mask": "mask",
     "Recipe": "recipe",
@@ -38,8 +40,8 @@ _HOME = {
     "to_sparse": "sparse",
 }
 __all__ = [
-    "Hold", "Mask", "Recipe", "Rewiring", "__version__", "fit", "hold", "load", "load_mask", "prunable", "prune", "rewire",
-    "ship", "to_dense", "to_sparse",
+    "Diagnostics", "Hold", "Mask", "Recipe", "Rewiring", "__version__", "fit", "hold", "load", "load_mask", "prunable", "prune",
+    "rewire", "ship", "to_dense", "to_sparse",
 ]  # fmt: skip
 
 

@@ -71,6 +71,7 @@ def train_once(
     moving: str = "static",
     sparse: str = "auto",
     protocol: Protocol = PROTOCOL,
+    diagnose: str = "off",
 ) -> Result:
     train, validation, test = batches()
     return fit(
@@ -84,6 +85,7 @@ def train_once(
         validation=validation,
         test=test,
         sparse=sparse,
+        diagnose=diagnose,
         checkpoint_file=file,
         checkpoint_every=every,
     )

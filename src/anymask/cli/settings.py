@@ -32,6 +32,14 @@ Sparse = Annotated[
         "The results are those of dense layers but for rounding.",
     ),
 ]
+Diagnose = Annotated[
+    str,
+    Parameter(
+        group=RUN,
+        help="Record each epoch what explains the training (docs/diagnostics.md): off, on, or sharpness, which costs more. "
+        "The training is the same.",
+    ),
+]
 ConfigFile = Annotated[
     Path | None,
     Parameter(group=RUN, help="File.toml or file.yaml with settings, named as the options are; options given here override it."),

@@ -3,14 +3,14 @@
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from anymask import sweep as sweeping
 from anymask.cli.outcome import LEDGER
 from anymask.cli.progress import watching
-from anymask.cli.settings import RUN, Sparse
+from anymask.cli.settings import RUN, Diagnose, Sparse
 from anymask.errors import SettingError
 from anymask.runlog import Ledger
 from anymask.sweep import Outcome, budget_seconds, read_plan
@@ -33,6 +33,7 @@ def sweep(
     ] = None,
     dry_run: Annotated[bool, Parameter(group=RUN, negative=(), help="Only show which trainings would run.")] = False,
     sparse: Sparse = "auto",
+    diagnose: Diagnose = "off",
     device: Annotated[str, Parameter(group=RUN, help="cpu, cuda, cuda:1, mps, or auto for the fastest there is.")] = "auto",
 ) -> int:
     """Train what is left of a plan."""
@@ -44,7 +45,8 @@ def sweep(
     writable(out)
     try:
         with watching() as watcher:
-            outcome = sweeping.sweep(wanted, out, budget=budget, workers=workers, ray=ray, sparse=sparse, watcher=watcher)
+            how: dict[str, Any] = {"budget": budget, "workers": workers, "ray": ray, "sparse": sparse, "diagnose": diagnose}
+            outcome = sweeping.sweep(wanted, out, **how, watcher=watcher)
     except KeyboardInterrupt:
         kept = f"{len(Ledger(out / LEDGER).rows())} finished trainings are kept in {out}"
         print(f"\nStopped. {kept}; the same command goes on from there.", file=sys.stderr)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from anymask.cli.progress import watching
-from anymask.cli.settings import EXPERIMENT, PROTOCOL, RUN, ConfigFile, Preset, Sparse
+from anymask.cli.settings import EXPERIMENT, PROTOCOL, RUN, ConfigFile, Diagnose, Preset, Sparse
 from anymask.config import Experiment
 from anymask.sweep import cell_of, train_one
 from anymask.train import Protocol
@@ -24,16 +24,17 @@ def train(
     preset: Preset = None,
     protocol: Annotated[Protocol | None, Parameter(name="*", group=PROTOCOL)] = None,
     sparse: Sparse = "auto",
+    diagnose: Diagnose = "off",
     resume: Annotated[bool, Parameter(group=RUN, negative=(), help="Go on with the training that OUT holds.")] = False,
     tensorboard: Annotated[bool, Parameter(group=RUN, negative=(), help="Log to OUT/tensorboard.")] = False,
     config: ConfigFile = None,
 ) -> int:
     """Train one network, and keep its weights."""
     cell = cell_of(mask, sparsity=sparsity, recipe=recipe, seed=seed)
-    how: dict[str, Any] = {"experiment": experiment, "protocol": protocol, "sparse": sparse, "resume": resume, "tensorboard": tensorboard}
+    how: dict[str, Any] = {"experiment": experiment, "protocol": protocol, "sparse": sparse, "diagnose": diagnose, "resume": resume}
     try:
         with watching() as watcher:
-            row = train_one(cell, out, **how, watcher=watcher)
+            row = train_one(cell, out, **how, tensorboard=tensorboard, watcher=watcher)
     except KeyboardInterrupt:
         kept = "its last epoch is kept" if any((out / "unfinished").glob("*.pt")) else "no epoch was finished yet"
         print(f"\nStopped; {kept}. The same command with --resume goes on from there.", file=sys.stderr)

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from anymask.report.cells import Group, names, percent
+from anymask.report.cells import Cell, Group, names, percent
 from anymask.report.layers import densities
-from anymask.report.lines import curves, schedules
+from anymask.report.lines import curves, diagnostics, schedules
 from anymask.report.look import Plot, Style, styles
 from anymask.report.marks import accuracy, differences
 
@@ -20,6 +21,11 @@ DIFFERENCES = (
 CURVES = (
     "Thin lines are single runs and thick ones the mean over seeds: validation accuracy in % above, training loss below, "
     "which techniques that change the loss (label smoothing) raise by themselves; click a name in the legend to hide it."
+)
+DIAGNOSTICS = (
+    "What explains a difference, or its absence: how much gradient reaches the kept weights, how many ReLU channels give nothing, how many "
+    "directions the last features use, how far weights go and whether their signs turn. Lines are means over seeds; what each says about "
+    "a recipe is in docs/diagnostics.md."
 )
 SCHEDULES = (
     "How strong each technique of a recipe is in each epoch, from 1 (full) to 0 (gone, the plain model), "
@@ -48,7 +54,8 @@ def figures(members: Sequence[Group], *, baseline: str) -> list[Figure]:
         Figure(
             f"Paired differences from {baseline}", DIFFERENCES, _each(members, lambda group: differences(group, look, baseline=baseline))
         ),
-        Figure("Training curves", CURVES, _joined(members, lambda group: _curves(group, look))),
+        Figure("Training curves", CURVES, _joined(members, partial(_by_cell, draw=curves, look=look))),
+        Figure("Diagnostics", DIAGNOSTICS, _joined(members, partial(_by_cell, draw=diagnostics, look=look))),
         Figure("Schedules", SCHEDULES, _each(members, lambda group: schedules(group, look))),
         Figure("Density per layer", DENSITIES, _joined(members, _densities)),
     ]
@@ -63,9 +70,9 @@ def _joined(members: Sequence[Group], draw: Callable[[Group], list[tuple[str, Pl
     return [(f"{group.title}: {name}" if len(members) > 1 else name, plot) for group in members for name, plot in draw(group)]
 
 
-def _curves(group: Group, look: dict[str, Style]) -> list[tuple[str, Plot]]:
+def _by_cell(group: Group, *, draw: Callable[[Cell, dict[str, Style]], Plot | None], look: dict[str, Style]) -> list[tuple[str, Plot]]:
     named = zip(names(group.cells), group.cells, strict=True)
-    return [(f"{name}, {percent(cell.settings['sparsity'])}", plot) for name, cell in named if (plot := curves(cell, look)) is not None]
+    return [(f"{name}, {percent(cell.settings['sparsity'])}", plot) for name, cell in named if (plot := draw(cell, look)) is not None]
 
 
 def _densities(group: Group) -> list[tuple[str, Plot]]:

@@ -1,13 +1,22 @@
-"""Figures over epochs: training curves and schedules."""
+"""Figures over epochs: training curves, diagnostics and schedules."""
 
-from collections.abc import Sequence
-from statistics import fmean
+from collections.abc import Mapping, Sequence
+from statistics import fmean, median
 from typing import Any
 
 from anymask.report.cells import Cell, Group, Row
 from anymask.report.look import Plot, Style, text
 
 Curve = dict[float, float]  # value by epoch
+MEASURED = {  # what is drawn of a row's diagnostics: its heading, and what it is multiplied by
+    "gradient_norm": ("gradient norm over kept weights, median over layers", 1.0),
+    "dead_relus": ("dead ReLU channels, %", 100.0),
+    "effective_rank": ("effective rank of the last features", 1.0),
+    "sign_flips": ("signs flipped since the epoch before, %", 100.0),
+    "sign_flips_from_start": ("signs flipped since the start, %", 100.0),
+    "distance_overall": ("distance from the start, of its norm", 1.0),
+    "sharpness": ("sharpness: largest eigenvalue of the Hessian", 1.0),
+}
 FIRST_RANK = 1000  # of plotly.js; the legend keeps the order of the recipes whichever panel comes first
 
 
@@ -32,13 +41,35 @@ def _runs_and_mean(rows: Sequence[Row], recipe: str, style: Style, *, key: str, 
     found = [(seed, curve) for seed, curve in found if curve]
     if not found:
         return []
-    epochs = sorted({epoch for _, curve in found for epoch in curve})
-    mean = {epoch: fmean(curve[epoch] for _, curve in found if epoch in curve) for epoch in epochs}
     common = {"mode": "lines", "legendgroup": recipe, "yaxis": axis}
     thin = {**common, "line": {"color": style.colour, "width": 1}, "opacity": 0.45, "showlegend": False}
     thick = {**common, "line": {"color": style.colour, "width": 3, "dash": style.dash}, "showlegend": axis == "y"}
     single = [{**thin, **_points(curve, recipe, f", seed {seed}")} for seed, curve in found]
-    return [*single, {**thick, **_points(mean, recipe, f", mean of {len(found)}")}]
+    return [*single, {**thick, **_points(_mean([curve for _, curve in found]), recipe, f", mean of {len(found)}")}]
+
+
+def diagnostics(cell: Cell, look: dict[str, Style]) -> Plot | None:
+    """What was diagnosed in each epoch, one panel each: the mean over seeds of each recipe of a cell."""
+    named: list[tuple[str, dict[str, Curve]]] = []
+    for key, (heading, scale) in MEASURED.items():
+        found = {name: _mean([_diagnosed(row, key, scale=scale) for row in cell.rows(name)]) for name in look if name in cell.recipes}
+        drawn = {recipe: curve for recipe, curve in found.items() if curve}
+        named += [(heading, drawn)] if drawn else []
+    return _panels(named, look) if named else None
+
+
+def _diagnosed(row: Row, key: str, *, scale: float) -> Curve:
+    """One curve of the diagnostics; of a value for each layer the median of those that have one."""
+    values = (_recorded(row).get("diagnostics") or {}).get(key)
+    if isinstance(values, Mapping):
+        layers = [[value for value in epoch if value is not None] for epoch in zip(*values.values(), strict=False)]
+        values = [median(epoch) if epoch else None for epoch in layers]
+    return _curve(row, values, scale=scale)
+
+
+def _mean(curves: Sequence[Curve]) -> Curve:
+    epochs = sorted({epoch for curve in curves for epoch in curve})
+    return {epoch: fmean(curve[epoch] for curve in curves if epoch in curve) for epoch in epochs}
 
 
 def schedules(group: Group, look: dict[str, Style]) -> Plot | None:

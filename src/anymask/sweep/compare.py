@@ -20,7 +20,7 @@ from anymask.mask import Mask
 from anymask.runlog import Ledger, settings_id
 from anymask.sweep.masks import DENSE, Masks, Start, check_mask, file_hash, file_name, file_sparsity, is_dynamic, is_mask_file
 from anymask.sweep.variants import variant
-from anymask.train import Protocol, fit, sparse_possible
+from anymask.train import Protocol, check_diagnose, fit, sparse_possible
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ def compare(
     experiment: Experiment | None = None,
     protocol: Protocol | None = None,
     sparse: str = "auto",
+    diagnose: str = "off",
     watcher: Watcher | None = None,
 ) -> Ledger:
     """Train every cell of `grid` that is not in `folder`/ledger.jsonl yet; returns the ledger.
@@ -102,6 +103,7 @@ def compare(
         folder: the run folder; made when it is not there.
         experiment, protocol: the data, the network and how it is trained.
         sparse: as `fit` has it; the dense network is trained dense. It changes how long a training takes, and not which it is.
+        diagnose: as `fit` has it. It changes what a row tells of its training, and not which it is.
         watcher: told of progress.
 
     Raises:
@@ -109,7 +111,7 @@ def compare(
     """
     watcher, bench = watcher or Watcher(), Bench(experiment or Experiment(), protocol or Protocol())
     moves = any(is_dynamic(mask) for mask in grid.masks)
-    runner = Runner(bench, folder, sparse=sparse, moves=moves)
+    runner = Runner(bench, folder, sparse=sparse, diagnose=diagnose, moves=moves)
     planned = [(cell, runner.name(cell)) for cell in cells(grid, bench.model(grid.first_seed))]
     done = runner.ledger.ids()
     watcher.begin(total=len(planned), done=sum(name in done for _, name in planned))
@@ -153,11 +155,13 @@ class Runner:
 
     Raises:
         SettingError: for a value of `sparse` that there is not, or "on" where it cannot be, as where a mask `moves`.
+        UnknownName: for a value of `diagnose` that there is not.
     """
 
-    def __init__(self, bench: Bench, folder: str | Path, *, sparse: str = "auto", moves: bool = False) -> None:
+    def __init__(self, bench: Bench, folder: str | Path, *, sparse: str = "auto", diagnose: str = "off", moves: bool = False) -> None:
         sparse_possible(sparse, device=bench.device, precision=bench.protocol.precision, moves=moves)  # fails now, not after work
-        self.bench, self.folder, self.sparse = bench, Path(folder), sparse
+        check_diagnose(diagnose)
+        self.bench, self.folder, self.sparse, self.diagnose = bench, Path(folder), sparse, diagnose
         self.ledger = Ledger(self.folder / "ledger.jsonl")
         self.masks = Masks(bench, self.mask_file, sparse=sparse)
 
@@ -198,6 +202,7 @@ class Runner:
             test=test,
             seed=cell.seed,
             sparse="auto" if cell.mask == DENSE else self.sparse,
+            diagnose=self.diagnose,
             checkpoint_file=self.checkpoint_file(name),
             log_dir=log_dir,
             on_epoch=watcher.epoch,

@@ -19,6 +19,7 @@ from anymask.sweep.claims import Busy, clear_halves, held
 from anymask.sweep.compare import Cell, Runner, Watcher, cells
 from anymask.sweep.masks import is_dynamic, is_mask_file
 from anymask.sweep.plan import Part, Plan, naming
+from anymask.train import check_diagnose
 
 LOOK_AGAIN = 0.5  # seconds between looks at what other processes are doing
 _PIECE = re.compile(r"(\d+(?:\.\d+)?)\s*([hms])")
@@ -109,6 +110,7 @@ def sweep(
     workers: int = 1,
     ray: str | None = None,
     sparse: str = "auto",
+    diagnose: str = "off",
     watcher: Watcher | None = None,
 ) -> Outcome:
     """Train what `folder`/ledger.jsonl lacks of `plan`, in its order.
@@ -124,7 +126,7 @@ def sweep(
             where the last epoch took longer than what is left. A lottery ticket stops after its round. On Ray all stop at once.
         workers: how many processes train beside each other, >= 1; they share the cores.
         ray: the address of a Ray cluster to train on, instead of here: see `anymask.sweep.on_ray`.
-        sparse: as `fit` has it.
+        sparse, diagnose: as `fit` has them.
         watcher: told of progress; with several workers of finished trainings only.
 
     Raises:
@@ -141,7 +143,7 @@ def sweep(
     clock = Clock(None if seconds is None else time.monotonic() + seconds)
     folder, watcher = Path(folder), watcher or Watcher()
     planned = tasks(plan, folder, sparse=sparse, device=None if ray is None else "cpu")
-    worker = Worker(planned, folder, retries=plan.retries, sparse=sparse, clock=clock)
+    worker = Worker(planned, folder, retries=plan.retries, sparse=sparse, diagnose=diagnose, clock=clock)
     done = worker.ledger.ids()
     for task in planned:
         if task.name in done:  # its process was killed before it could remove that
@@ -222,9 +224,9 @@ class Benches:
         self.bench = bench
         return bench
 
-    def runner(self, part: Part, folder: str | Path, *, sparse: str) -> Runner:
+    def runner(self, part: Part, folder: str | Path, *, sparse: str, diagnose: str = "off") -> Runner:
         """The runner of `part`."""
-        return Runner(self.of(part), folder, sparse=sparse, moves=any(map(is_dynamic, part.grid.masks)))
+        return Runner(self.of(part), folder, sparse=sparse, diagnose=diagnose, moves=any(map(is_dynamic, part.grid.masks)))
 
 
 def _data(experiment: Experiment) -> tuple[Any, ...]:
@@ -247,11 +249,14 @@ class Worker:
         *,
         retries: int,
         sparse: str,
+        diagnose: str = "off",
         clock: Clock,
         seen: int | None = None,
         benches: Benches | None = None,
     ) -> None:
-        self.planned, self.folder, self.retries, self.sparse, self.clock = planned, folder, retries, sparse, clock
+        check_diagnose(diagnose)
+        self.planned, self.folder, self.retries, self.clock = planned, folder, retries, clock
+        self.sparse, self.diagnose = sparse, diagnose
         self.ledger, self.failures = Ledger(folder / "ledger.jsonl"), Ledger(folder / "failures.jsonl")
         self.seen = len(self.failures.rows()) if seen is None else seen
         self.benches = benches or Benches()
@@ -302,7 +307,7 @@ class Worker:
         return True
 
     def _train(self, task: Task, watcher: Watcher) -> dict[str, Any]:
-        runner = self.benches.runner(task.part, self.folder, sparse=self.sparse)
+        runner = self.benches.runner(task.part, self.folder, sparse=self.sparse, diagnose=self.diagnose)
         runner.masks.wait, runner.masks.between = False, self.clock.check
         clear_halves(runner.checkpoint_file(task.name))
         timed = _Timed(watcher, self.clock, epochs=task.part.protocol.epochs)

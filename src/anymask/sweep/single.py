@@ -31,6 +31,7 @@ def train_one(
     experiment: Experiment | None = None,
     protocol: Protocol | None = None,
     sparse: str = "auto",
+    diagnose: str = "off",
     resume: bool = False,
     tensorboard: bool = False,
     watcher: Watcher | None = None,
@@ -41,7 +42,7 @@ def train_one(
         cell: what is trained.
         folder: of this training alone; made when it is not there.
         experiment, protocol: the data, the network and how it is trained.
-        sparse: as `fit` has it.
+        sparse, diagnose: as `fit` has them.
         resume: go on from the last epoch of a training that was stopped, to the same numbers bit for bit; without it a
             folder that holds one is refused.
         tensorboard: log to `folder`/tensorboard.
@@ -54,7 +55,7 @@ def train_one(
     bench = Bench(experiment or Experiment(), protocol or Protocol())
     masked, moves = cell.mask != DENSE, is_dynamic(cell.mask)
     sparse_possible(sparse, device=bench.device, precision=bench.protocol.precision, masked=masked, moves=moves)
-    watcher, runner = watcher or Watcher(), _Single(bench, folder, sparse=sparse)
+    watcher, runner = watcher or Watcher(), _Single(bench, folder, sparse=sparse, diagnose=diagnose)
     if is_mask_file(cell.mask):  # which tells its sparsity of this network only now
         cell = replace(cell, sparsity=file_sparsity(cell.mask, runner.bench.model(cell.seed)))
     name = runner.name(cell)

@@ -138,7 +138,7 @@ def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, *, n
     return args[place] if len(args) > place else kwargs.get(name, default)
 
 
-def _relu_call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[bool, bool] | None:
+def relu_call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[bool, bool] | None:
     """(capped at 6, in place) of a call that is a ReLU; None of any other."""
     if func in _RELU_:
         return False, True
@@ -185,7 +185,7 @@ class _Tracing(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         x = _argument(args, kwargs, 0, name="input")
-        if _relu_call(func, args, kwargs) is not None and x.is_floating_point():
+        if relu_call(func, args, kwargs) is not None and x.is_floating_point():
             self.relus += 1
             self.owners.append(self.running[-1])
         elif func in _LEFT:
@@ -250,7 +250,7 @@ class _Softened(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        call = _relu_call(func, args, kwargs)
+        call = relu_call(func, args, kwargs)
         if call is None:
             return func(*args, **kwargs)
         x = _argument(args, kwargs, 0, name="input")

@@ -30,6 +30,7 @@ def fit(
     first_step: int = 0,
     last_step: int | None = None,
     sparse: str = "auto",
+    diagnose: str = "off",
     checkpoint_file: str | Path | None = None,
     checkpoint_every: int | None = None,
     log_dir: str | Path | None = None,
@@ -56,6 +57,9 @@ def fit(
         sparse: whether masked layers compute their kept weights alone meanwhile, which is to_sparse. "auto": those that are measured
             faster, where it can be: a mask that stays, in float32, on the CPU, with the native kernels; "on": all that can be, and an
             error where it cannot be; "off": none. Numbers differ by rounding, and the model ends dense.
+        diagnose: "on" records each epoch what `anymask.Diagnostics` says of the plain network, for the first training batch, in
+            `Result.curves["diagnostics"]`; "sharpness" adds `anymask.diagnostics.sharpness` on that batch, which costs as much as up to
+            a few hundred dense steps; "off" nothing. The training is the same, bit for bit.
         checkpoint_file: written atomically after every epoch, and every `checkpoint_every` steps; where it exists,
             training goes on from it, and ends bit-equal to a training that was never stopped. It is the same file whether the
             layers were sparse; with "auto" those are sparse again that were.
@@ -64,7 +68,8 @@ def fit(
 
     Raises:
         TechniqueError: when the loss becomes NaN or infinite, a technique does not fit, or gmp had no step left for its last update.
-        SettingError: when `rewire` and `mask` or `sparsity` do not go together, or sparse="on" cannot be.
+        SettingError: when `rewire` and `mask` or `sparsity` do not go together, sparse="on" cannot be, or the checkpoint is of a
+            training with another `rewire` or `diagnose`.
 
     Example:
         >>> from anymask import data, fit, models
@@ -82,8 +87,9 @@ def fit(
     moving = dynamic_of(rewire, {}) if rewire is not None else None
     mask = _first_mask(model, mask, moving=moving, sparsity=sparsity)
     run = Run(model, train, mask=mask, protocol=protocol, first_step=first_step, file=checkpoint_file)
+    how: dict[str, Any] = {"recipe": recipe, "moving": moving, "sparsity": sparsity, "sparse": sparse, "diagnose": diagnose}
     try:
-        run.begin(train, recipe=recipe, moving=moving, sparsity=sparsity, seed=seed, first_step=first_step, sparse=sparse)
+        run.begin(train, **how, seed=seed, first_step=first_step)
         stop = run.total if last_step is None else min(last_step, run.total)
         _train(run, train, stop=stop, validation=validation, every=checkpoint_every, writer=_writer(log_dir), on_epoch=on_epoch)
         return run.finish(stop=stop, validation=validation, test=test)
@@ -116,7 +122,7 @@ def _train(
                 if every and run.step % every == 0 and run.step % run.per_epoch:
                     run.save()
         run.end_epoch(epoch, validation=validation)
-        figures = {name: values[-1] for name, values in run.progress["curves"].items() if name != "strength"}
+        figures = {name: values[-1] for name, values in run.progress["curves"].items() if isinstance(values, list)}
         if on_epoch is not None:
             on_epoch(epoch + 1, figures)
         if writer is not None:

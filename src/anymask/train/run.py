@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from anymask.data import Batches
+from anymask.diagnostics import Diagnostics, sharpness
 from anymask.errors import SettingError, TechniqueError
 from anymask.holding import hold
 from anymask.mask import Mask
@@ -18,9 +19,12 @@ from anymask.prunables import bare
 from anymask.pruning import rewiring
 from anymask.pruning.dynamic import Dynamic
 from anymask.recipe import Recipe
+from anymask.registry import unknown
 from anymask.train import checkpoint
 from anymask.train.settings import Protocol, accuracy, autocast_dtype, set_lr
 from anymask.train.sparsity import SparseLayers, slots_loaded, slots_stored, sparse_possible
+
+DIAGNOSE = ("off", "on", "sharpness")
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class Result:
     best_epoch: int  # the epoch (from 1) whose checkpoint was chosen: highest validation accuracy, the later one of equals
     last_validation: float | None
     last_test: float | None
-    curves: dict[str, Any]  # one value an epoch: train_loss, validation_accuracy, lr, strength; density, moved where the mask moves
+    curves: dict[str, Any]
+    """One value an epoch: train_loss, validation_accuracy, lr, strength; density, moved where the mask moves; diagnostics if asked."""
     seconds: float  # of training and validation, over all resumed parts
     found: dict[str, str] = field(default_factory=dict)  # what each technique applied to
     added: dict[str, int] = field(default_factory=dict)  # what ghosts added while they lived
@@ -60,7 +65,7 @@ class Run:
     ) -> None:
         self.model, self.protocol = model, protocol
         self.file = None if file is None else Path(file)
-        self.example, _ = next(iter(train))
+        self.example, self.target = next(iter(train))
         self.device = str(self.example.device)
         self.dtype = autocast_dtype(protocol.precision)
         self.per_epoch = math.ceil(len(train) / protocol.accumulate)
@@ -79,9 +84,19 @@ class Run:
         self.layers = SparseLayers(model, self.optimizer)
 
     def begin(
-        self, train: Batches, *, recipe: Recipe, moving: Dynamic | None, sparsity: float | None, seed: int, first_step: int, sparse: str
+        self,
+        train: Batches,
+        *,
+        recipe: Recipe,
+        moving: Dynamic | None,
+        sparsity: float | None,
+        seed: int,
+        first_step: int,
+        sparse: str,
+        diagnose: str,
     ) -> None:
         """Convert the layers, attach the recipe, and go on from the checkpoint, if there is one. Then `layers.leave` is due."""
+        check_diagnose(diagnose)
         saved = checkpoint.load(self.file, device=self.device) if self.file is not None and self.file.exists() else None
         # Before the recipe: its ghosts would hide which ReLU follows which norm, and LRsI makes the layers dense by itself.
         self._convert(sparse, moves=moving is not None, known=saved.get("sparse") if saved else None)
@@ -100,6 +115,7 @@ class Run:
         self.rewiring = self._rewire(moving, sparsity=sparsity, seed=seed, start=first_step, saved=saved)
         if saved is not None:
             self._restore(saved)
+        self.diagnose, self.watch = diagnose, self._watched(diagnose, saved)
         self.strengths = self.recipe.strengths
         self.began = time.monotonic() - self.progress["seconds"]
 
@@ -132,7 +148,7 @@ class Run:
         self.first_batch = self.step % self.per_epoch * self.protocol.accumulate
 
     def end_epoch(self, epoch: int, *, validation: Batches | None) -> None:
-        """Evaluate the plain network, remember the best one, and save."""
+        """Evaluate and diagnose the plain network, remember the best one, and save."""
         curves = self.progress["curves"]
         loss = float(self.loss) / self.batches
         if not math.isfinite(loss):
@@ -142,15 +158,12 @@ class Run:
                 fix="lower lr, set clip=1, or leave out the techniques you added last",
             )
         self.loss.zero_()
-        score = None
-        if validation is not None:
-            with self.recipe.plain() as plain:
-                score = accuracy(plain, validation)
+        with self.recipe.plain() as plain:
+            score = None if validation is None else accuracy(plain, validation)
+            more = {} if self.watch is None else {"diagnostics": self._diagnosed(self.watch)}
         self._remember(score, epoch=epoch + 1)
-        for name, value in {"epoch": epoch + 1, "train_loss": loss, "validation_accuracy": score, "lr": self._lr()}.items():
-            curves[name].append(value)
-        for name, value in self.strengths.items():
-            curves["strength"].setdefault(name, []).append(value)
+        figures = {"epoch": epoch + 1, "train_loss": loss, "validation_accuracy": score, "lr": self._lr()}
+        _record(curves, {**figures, "strength": self.strengths, **more})
         if self.rewiring is not None:
             moved = sum(move.dropped for move in self.rewiring.history) - sum(curves.setdefault("moved", []))
             curves["moved"].append(moved)
@@ -203,9 +216,12 @@ class Run:
         parts: dict[str, Any] = {"model": self.model, "scaler": self.scaler, "recipe": self.recipe}
         if self.rewiring is not None:
             parts["rewiring"] = self.rewiring
+        if self.watch is not None:
+            parts["diagnostics"] = self.watch
         state = {name: part.state_dict() for name, part in parts.items()}
         state["optimizer"] = slots_stored(self.model, self.optimizer)
-        checkpoint.save(self.file, {**state, "loss": self.loss, "progress": self.progress, "sparse": self.layers.names})
+        how = {"sparse": self.layers.names, "diagnose": self.diagnose}
+        checkpoint.save(self.file, {**state, "loss": self.loss, "progress": self.progress, **how})
 
     def _convert(self, sparse: str, *, moves: bool, known: list[str] | None) -> None:
         where: dict[str, Any] = {"device": self.device, "precision": self.protocol.precision, "model": self.model}
@@ -227,6 +243,30 @@ class Run:
         how: dict[str, Any] = {"total_steps": self.total, "steps_per_epoch": self.per_epoch, "start": start}
         return rewiring.rewire(self.hold, moving, **how, sparsity=sparsity, seed=seed, state=state)
 
+    def _watched(self, diagnose: str, saved: dict[str, Any] | None) -> Diagnostics | None:
+        begun = diagnose if saved is None else saved.get("diagnose", "off")
+        if begun != diagnose:
+            raise SettingError(
+                f"the checkpoint {self.file} is of a training with diagnose={begun!r}, and {diagnose!r} came",
+                allowed="the diagnose that it was begun with, whose start and curves it holds",
+                fix="give the same one, or remove the file to train from the start",
+            )
+        if diagnose == "off":
+            return None
+        watch = Diagnostics(self.model, self.optimizer, self.example)
+        if saved is not None:
+            watch.load_state_dict(saved["diagnostics"])
+        return watch
+
+    def _diagnosed(self, watch: Diagnostics) -> dict[str, Any]:
+        """What there is to say of this epoch; the sharpness is that of the plain loss, whatever techniques do to it."""
+        found = watch.epoch()
+        if self.diagnose == "sharpness":
+            mask = None if self.hold is None else self.hold.mask
+            value = sharpness(self.model, self.example, self.target, mask=mask)
+            found["sharpness"] = value if math.isfinite(value) else None
+        return found
+
     def _check_shrunk(self, *, whole: bool) -> None:
         if whole and self.rewiring is not None and self.rewiring.row.shrinks and not self.rewiring.settled:
             raise TechniqueError(
@@ -245,3 +285,18 @@ class Run:
 
     def _lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
+
+
+def check_diagnose(mode: str) -> None:
+    """Raise UnknownName for a `diagnose` that there is not."""
+    if mode not in DIAGNOSE:
+        raise unknown(mode, DIAGNOSE, what="value of diagnose:")
+
+
+def _record(curves: dict[str, Any], values: dict[str, Any]) -> None:
+    """Append each value to the curve of its name; names may be within names."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _record(curves.setdefault(name, {}), value)
+        else:
+            curves.setdefault(name, []).append(value)
