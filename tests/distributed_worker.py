@@ -16,7 +16,7 @@ import anymask
 from anymask import Recipe
 from anymask.errors import TechniqueError
 from anymask.schedules import Schedule
-from anymask.techniques import GhostActivation, GhostSkip, LabelSmoothing, LRsI, RescaleSettings
+from anymask.techniques import DensityLR, FanInInit, GhostActivation, GhostSkip, IsometryInit, LabelSmoothing, LRsI, RescaleSettings
 
 STEPS, HALF, EACH = 8, 4, 6  # steps in all, where it is saved, samples of a rank in a step
 
@@ -51,6 +51,7 @@ def train(
     rank: int | None,
     *,
     chosen: Recipe | None = None,
+    seed: int = 0,
     save: Path | None = None,
     load: Path | None = None,
 ) -> dict[str, torch.Tensor]:
@@ -63,7 +64,7 @@ def train(
     saved = None if load is None else torch.load(load, weights_only=True)
     data = batches(rank)
     running = (chosen or recipe()).attach(
-        model, optimizer, total_steps=STEPS, example=data[0][0][:2], data=data, state=None if saved is None else saved["recipe"]
+        model, optimizer, total_steps=STEPS, example=data[0][0][:2], data=data, seed=seed, state=None if saved is None else saved["recipe"]
     )
     if saved is not None:
         inner.load_state_dict(saved["model"])
@@ -115,6 +116,12 @@ def refusals(rank: int) -> dict[str, torch.Tensor]:
             chosen.attach(model, optimizer, total_steps=9, example=batches(rank)[0][0], data=batches(rank))
         assert len(optimizer.param_groups) == groups
         assert len(list(model.parameters())) == len(list(network().parameters()))
+    for technique in (FanInInit(), IsometryInit()):
+        model = network()
+        mask, model = mask_of(model), fsdp2(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with pytest.raises(TechniqueError, match="cut by fully_shard"):
+            Recipe((technique,)).attach(model, optimizer, total_steps=9, mask=mask)
     return {}
 
 
@@ -126,6 +133,8 @@ def main(scenario: str, folder: Path) -> None:
         "ddp": lambda: train(ddp, rank),
         "fsdp2": lambda: train(fsdp2, rank),
         "lrsi": lambda: train(ddp, rank, chosen=scale),
+        "drawn": lambda: train(ddp, rank, chosen=Recipe((FanInInit(redraw=True), IsometryInit(), DensityLR())), seed=rank),
+        "steps": lambda: train(fsdp2, rank, chosen=Recipe((DensityLR(),))),
         "save": lambda: train(ddp, rank, save=saved),
         "resume": lambda: train(ddp, rank, load=saved),
         "refusals": lambda: refusals(rank),

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from anymask import Recipe
+from anymask.techniques import DensityLR
 from tests.distributed_worker import mask_of, network, train
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo here")
@@ -50,6 +52,17 @@ def test_two_ranks_are_one_process_with_twice_the_batch(scenario: str, tmp_path:
 
 def test_the_scales_of_lrsi_are_the_same_on_ranks_with_other_batches(tmp_path: Path) -> None:
     assert_zeros_and_same_ranks(two_ranks("lrsi", tmp_path))
+
+
+def test_initial_weights_are_those_of_rank_0_whatever_seeds_the_ranks_have(tmp_path: Path) -> None:
+    assert_zeros_and_same_ranks(two_ranks("drawn", tmp_path))
+
+
+def test_steps_of_shards_are_scaled_as_those_of_whole_weights(tmp_path: Path) -> None:
+    found = two_ranks("steps", tmp_path)
+    assert_zeros_and_same_ranks(found)
+    for name, value in train(lambda model: model, None, chosen=Recipe((DensityLR(),))).items():
+        torch.testing.assert_close(found[0][name], value, rtol=1e-3, atol=2e-5)
 
 
 def test_a_recipe_saved_in_the_middle_goes_on_in_other_processes(tmp_path: Path) -> None:

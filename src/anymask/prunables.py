@@ -1,10 +1,12 @@
 """Which parameters a mask may cover, and of which model: what wraps it does not count."""
 
+import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from anymask.errors import MaskError, SettingError
 
@@ -90,6 +92,24 @@ def transposed_groups(model: nn.Module) -> dict[str, int]:
     groups = {id(m.weight): m.groups for m in model.modules() if isinstance(m, TRANSPOSED)}
     groups |= {id(m.weight): 1 for m in model.modules() if isinstance(m, _imported(*_GPT_CONV))}
     return {name: groups[id(p)] for name, p in model.named_parameters() if id(p) in groups}
+
+
+def rows_of(shape: Sequence[int], *, transposed: int = 0) -> Tensor:
+    """The flat index of each weight as `(outputs, places, inputs)`, int64.
+
+    Args:
+        shape: `(out, in / groups, *kernel)`; of a transposed convolution `(in, out / groups, *kernel)`.
+        transposed: the number of groups of a transposed convolution; 0 for any other layer.
+
+    Example:
+        >>> rows_of((2, 3)).tolist()
+        [[[0, 1, 2]], [[3, 4, 5]]]
+    """
+    index = torch.arange(math.prod(shape)).reshape(tuple(shape))
+    if transposed:
+        grouped = index.reshape(transposed, shape[0] // transposed, *shape[1:]).transpose(1, 2)
+        index = grouped.reshape(transposed * shape[1], shape[0] // transposed, *shape[2:])
+    return index.movedim(1, -1).reshape(index.shape[0], -1, index.shape[1])
 
 
 def compact(model: nn.Module) -> dict[str, Any]:

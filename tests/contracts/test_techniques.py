@@ -13,13 +13,32 @@ from torch import Tensor, nn
 
 from anymask import Mask, Recipe, hold, prunable
 from anymask.errors import TechniqueError
+from anymask.holding import held
 from anymask.schedules import Schedule
 from anymask.surgery import fingerprint
-from anymask.techniques import TECHNIQUES, Context, GhostActivation, GhostSkip, LabelSmoothing, LRsI, RescaleSettings, Technique
+from anymask.techniques import (
+    TECHNIQUES,
+    Context,
+    DensityLR,
+    FanInInit,
+    GhostActivation,
+    GhostSkip,
+    IsometryInit,
+    LabelSmoothing,
+    LRsI,
+    RescaleSettings,
+    Technique,
+)
 
 FADE = Schedule("linear", full="20%", end="60%")
 VARIANTS: dict[str, Technique] = {
     "lrsi": LRsI(settings=RescaleSettings(iterations=3)),
+    "fan_in_init": FanInInit(),
+    "fan_in_init redraw": FanInInit(redraw=True),
+    "isometry_init": IsometryInit(),
+    "isometry_init gain": IsometryInit(gain=2.0, iterations=3),
+    "density_lr": DensityLR(),
+    "density_lr faded": DensityLR(FADE, power=0.5),
     "ghost_activation": GhostActivation(FADE),
     "ghost_activation mish": GhostActivation(FADE, soft="mish", beta=2.0),
     "ghost_activation sharpen": GhostActivation(FADE, fade="sharpen"),
@@ -53,9 +72,13 @@ class Block(nn.Module):
 
 
 def setting(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer, Tensor, Tensor]:
+    """A network whose mask is held, its optimiser, inputs and targets."""
     torch.manual_seed(seed)
     model = Block()
-    return model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), torch.randn(8, 3, 8, 8), torch.arange(8) % 5
+    mask = Mask({n: torch.rand(p.shape) < 0.5 for n, p in prunable(model).items()})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    hold(mask, model, optimizer)
+    return model, optimizer, torch.randn(8, 3, 8, 8), torch.arange(8) % 5
 
 
 def attach(technique: Technique, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, **more: object):
@@ -119,6 +142,7 @@ def test_it_changes_something_at_full_strength(name: str) -> None:
 def test_at_strength_zero_output_and_gradients_are_the_plain_ones_bit_for_bit(name: str) -> None:
     model, optimizer, x, y = setting()
     twin, technique = copy.deepcopy(model), VARIANTS[name]
+    hold(held(optimizer).mask, twin, torch.optim.SGD(twin.parameters(), lr=0.05))
     running = attach(technique, model, optimizer, x, y)
     with running.plain():
         values = []
@@ -156,7 +180,7 @@ def test_names_are_kept_and_nothing_is_left_behind(name: str) -> None:
     model, optimizer, x, y = setting()
     before, keys = fingerprint(model), list(model.state_dict())
     groups = [list(map(id, group["params"])) for group in optimizer.param_groups]
-    held = hold(Mask({n: torch.rand(p.shape) < 0.5 for n, p in prunable(model).items()}), model, optimizer)
+    mask = held(optimizer).mask
     running = attach(VARIANTS[name], model, optimizer, x, y)
     assert set(keys) <= set(model.state_dict())
     assert list(running.plain_state_dict()) == keys
@@ -166,7 +190,7 @@ def test_names_are_kept_and_nothing_is_left_behind(name: str) -> None:
     assert list(model.state_dict()) == keys
     assert [list(map(id, group["params"])) for group in optimizer.param_groups] == groups
     assert {id(p) for p in optimizer.state} <= {id(p) for p in model.parameters()}
-    for key, kept in held.mask.items():
+    for key, kept in mask.items():
         assert not model.get_parameter(key)[~kept].any()
 
 

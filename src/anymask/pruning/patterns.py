@@ -1,8 +1,7 @@
 """Patterns: which weights can only be kept or pruned together, and which sets of them keep equally many."""
 
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -92,24 +91,6 @@ def check_fits(pattern: Pattern, rows: Mapping[str, Tensor]) -> None:
             allowed=f"layers whose number of inputs (of one group) is a multiple of {width}",
             fix=f"leave these dense: exclude={list(odd)}",
         )
-
-
-def rows_of(shape: Sequence[int], *, transposed: int = 0) -> Tensor:
-    """The flat index of each weight as `(outputs, places, inputs)`, int64.
-
-    Args:
-        shape: `(out, in / groups, *kernel)`; of a transposed convolution `(in, out / groups, *kernel)`.
-        transposed: the number of groups of a transposed convolution; 0 for any other layer.
-
-    Example:
-        >>> rows_of((2, 3)).tolist()
-        [[[0, 1, 2]], [[3, 4, 5]]]
-    """
-    index = torch.arange(math.prod(shape)).reshape(tuple(shape))
-    if transposed:
-        grouped = index.reshape(transposed, shape[0] // transposed, *shape[1:]).transpose(1, 2)
-        index = grouped.reshape(transposed * shape[1], shape[0] // transposed, *shape[2:])
-    return index.movedim(1, -1).reshape(index.shape[0], -1, index.shape[1])
 
 
 def _n_of_m(kept: int, of: int) -> Pattern:

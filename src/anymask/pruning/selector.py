@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from anymask.errors import MaskError
-from anymask.prunables import transposed_groups
+from anymask.prunables import rows_of, transposed_groups
 from anymask.pruning.distribution import DISTRIBUTIONS, densities, in_steps
-from anymask.pruning.patterns import Pattern, check_fits, rows_of
+from anymask.pruning.patterns import Pattern, check_fits
 from anymask.pruning.select import keep_best, keep_in_windows, keep_units, wide
 from anymask.registry import unknown
 

@@ -39,6 +39,16 @@ class Context:
             )
         return self.optimizer
 
+    def needs_mask(self, technique: str) -> Mask:
+        """The mask; raises TechniqueError when there is none."""
+        if self.mask is None:
+            raise TechniqueError(
+                f"{technique} got no mask",
+                allowed="a mask, which says what is kept",
+                fix="call anymask.hold(mask, model, optimizer) first, or pass mask=mask to Recipe.attach",
+            )
+        return self.mask
+
     def needs_example(self, technique: str) -> Any:
         """The example; raises TechniqueError when there is none."""
         if self.example is None:
