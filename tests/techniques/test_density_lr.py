@@ -121,7 +121,7 @@ def test_a_mask_that_moves_is_followed_and_its_zeros_stay(method, first):
     model = net()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     hold = anymask.hold(mask_of(model), model, optimizer)
-    how = {"sparsity": 0.9, "every": "2it", "begin": "0%"} if method == "gmp" else {"every": "2it"}
+    how = {"sparsity": 0.9, "every": "2it", "scope": "global"} if method == "gmp" else {"every": "2it"}
     started = {}
     for what in (first, "recipe" if first == "rewire" else "rewire"):
         if what == "rewire":

@@ -36,6 +36,7 @@ class Order:
 
     task: Task
     sparse: str
+    diagnose: str
     here: Path  # the folder that paths are relative to
     folder: Path
     claim: Path  # a file that lies in `folder` as long as this is going on
@@ -66,7 +67,7 @@ def _runner(order: Order) -> Iterator[Runner]:
         os.chdir(order.here)
     with tempfile.TemporaryDirectory() as own:
         folder = order.folder if order.claim.exists() else Path(own)
-        runner = _BENCHES.runner(order.task.part, folder, sparse=order.sparse)
+        runner = _BENCHES.runner(order.task.part, folder, sparse=order.sparse, diagnose=order.diagnose)
         if runner.name(order.task.cell) != order.task.name:
             raise DataError(
                 f"{socket.gethostname()} has other data, mask files or settings than the machine where the sweep was started",
@@ -181,7 +182,7 @@ class _Driver:
             if (mask and mask.exists()) or task.name in self.worker.ledger.ids():  # by another process, just now
                 return False
             masks = {} if mask or not task.mask else _contents(task.mask)
-            order = Order(task, self.worker.sparse, Path.cwd(), folder, lock, masks)
+            order = Order(task, self.worker.sparse, self.worker.diagnose, Path.cwd(), folder, lock, masks)
             ref = (self.make if mask else self.train).remote(order)
             self.running[ref] = _Running(task, mask, claim.pop_all())
         return not mask
