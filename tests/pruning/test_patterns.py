@@ -12,8 +12,8 @@ from torch.nn.utils import prune as torch_prune
 
 import anymask
 from anymask.errors import MaskError
-from anymask.pruning import METHODS
 from anymask.prunables import rows_of
+from anymask.pruning import METHODS
 from anymask.pruning.patterns import pattern
 from anymask.pruning.select import keep_in_windows, keep_units
 from anymask.pruning.selector import SCOPES, Selector

@@ -216,7 +216,7 @@ def order(plan: Path, folder: Path, whole: Path) -> on_ray.Order:
     """To train with SNIP's mask, away from the run folder."""
     task = next(task for task in tasks(read_plan(plan), whole) if task.cell.mask == "snip")
     assert task.mask is not None
-    return on_ray.Order(task, "off", Path.cwd(), folder, folder / "claims" / "gone.lock", {task.mask.name: task.mask.read_bytes()})
+    return on_ray.Order(task, "off", "off", Path.cwd(), folder, folder / "claims" / "gone.lock", {task.mask.name: task.mask.read_bytes()})
 
 
 def test_a_node_that_does_not_see_the_run_folder_gives_the_same_rows_and_masks_and_writes_nothing_there(

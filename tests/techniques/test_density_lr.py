@@ -108,7 +108,14 @@ def test_schedulers_of_the_learning_rate_act_as_they_do():
 
 @pytest.mark.parametrize(
     ("density", "settings", "factor"),
-    [(0.25, {}, 4.0), (0.01, {}, 10.0), (0.01, {"most": 1000.0}, 100.0), (0.25, {"power": 0.5}, 2.0), (0.25, {"power": 0.0}, 1.0), (0.0, {}, 1.0)],
+    [
+        (0.25, {}, 4.0),
+        (0.01, {}, 10.0),
+        (0.01, {"most": 1000.0}, 100.0),
+        (0.25, {"power": 0.5}, 2.0),
+        (0.25, {"power": 0.0}, 1.0),
+        (0.0, {}, 1.0),
+    ],
 )
 def test_the_factor_is_a_power_of_the_density_within_bounds(density, settings, factor):
     kept = torch.arange(100) < round(100 * density)

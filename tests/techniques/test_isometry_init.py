@@ -1,5 +1,7 @@
 """isometry_init: its laws, and its objective and gradient by hand, in float64."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -60,7 +62,7 @@ def test_zeros_stay_and_the_error_is_the_one_written_by_hand_and_never_rises(see
         assert done.after == pytest.approx(error_by_hand(found), rel=1e-6, abs=1e-12)
         assert done.iterations <= iterations
         errors.append(done.after)
-    assert all(later <= earlier * (1 + 1e-9) + 1e-12 for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-9) + 1e-12 for earlier, later in pairwise(errors))
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(5, 12), (12, 5), (6, 6)])

@@ -14,13 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD
 
-from anymask import models
 from anymask.config import Bench, Experiment
-from anymask.data import DATASETS
 from anymask.errors import SettingError, UnknownName
-from anymask.recipe import presets
 from anymask.runlog import settings_id
-from anymask.sweep import Cell, Grid, Runner
+from anymask.sweep import Cell, Runner
 from anymask.sweep.plan import read_plan
 from anymask.train import Protocol
 from anymask.train.presets import PROTOCOLS, preset_about, preset_settings, protocol_of

@@ -164,7 +164,7 @@ def _least(a: Tensor, b: Tensor, c: Tensor) -> tuple[float, float]:
         return 0.0, float(polynomial[-1])
     turns = np.roots(np.polyder(polynomial))
     real = turns.real[np.abs(turns.imag) <= 1e-9 * np.abs(turns)]  # a cubic has one at least
-    values = np.polyval(polynomial, real)
+    values = np.polyval(polynomial, real).clip(min=0.0)  # rounding may take a square below 0
     best = int(values.argmin())
     return float(real[best]), float(values[best])
 
