@@ -3,26 +3,35 @@
 from anymask.techniques.base import Attached, Context, Loss, Technique
 from anymask.techniques.ghost_activation import GhostActivation
 from anymask.techniques.ghost_skip import GhostSkip
+from anymask.techniques.gradient_correction import GradientCorrection
+from anymask.techniques.ham import HAM
 from anymask.techniques.label_smoothing import LabelSmoothing
 from anymask.techniques.lrsi import LRsI
 from anymask.techniques.rescale import RescaleSettings
+from anymask.techniques.sign_in import SignIn
 
 TECHNIQUES: dict[str, type[Technique]] = {
     "lrsi": LRsI,
     "ghost_activation": GhostActivation,
     "ghost_skip": GhostSkip,
     "label_smoothing": LabelSmoothing,
+    "ham": HAM,
+    "sign_in": SignIn,
+    "gradient_correction": GradientCorrection,
 }
 
 __all__ = [
+    "HAM",
     "TECHNIQUES",
     "Attached",
     "Context",
     "GhostActivation",
     "GhostSkip",
+    "GradientCorrection",
     "LRsI",
     "LabelSmoothing",
     "Loss",
     "RescaleSettings",
+    "SignIn",
     "Technique",
 ]
