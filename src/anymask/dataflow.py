@@ -145,8 +145,7 @@ def units(model: nn.Module, example: Any) -> list[Unit]:
     """
     flow = _watch(model, example)
     inputs = {id(t) for t in _tensors(example)}
-    layers = [c for c in flow.calls if c.kind in {"conv", "linear"} and isinstance(getattr(c.module, "weight", None), Tensor)]
-    norms = [c for c in flow.calls if c.kind == "norm"]
+    layers, norms = _layers(flow)
     pairs = _after(layers, norms, flow)
     taken = {id(c.module) for pair in pairs for c in pair}
     pairs += _before([c for c in layers if id(c.module) not in taken], [c for c in norms if id(c.module) not in taken], flow)
@@ -159,6 +158,19 @@ def units(model: nn.Module, example: Any) -> list[Unit]:
         if times[first] == len(every) == times[last] and _in_turn(every) and (unit := _unit(*every[0], flow=flow, inputs=inputs)):
             made.append((every[0][1].order, unit))
     return [unit for _, unit in sorted(made, key=lambda item: item[0])]
+
+
+@torch.no_grad()
+def before_norms(model: nn.Module, example: Any) -> list[tuple[nn.Module, nn.Module]]:
+    """(layer, norm) for each layer whose output a norm alone uses, in the order of the norms; `units` has those that a skip can span.
+
+    Example:
+        >>> net = nn.Sequential(nn.ConvTranspose2d(1, 4, 2, stride=2), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
+        >>> [(type(layer).__name__, type(norm).__name__) for layer, norm in before_norms(net, torch.ones(1, 1, 8, 8))]
+        [('ConvTranspose2d', 'BatchNorm2d')]
+    """
+    flow = _watch(model, example)
+    return [(layer.module, norm.module) for layer, norm in _after(*_layers(flow), flow)]
 
 
 @torch.no_grad()
@@ -180,6 +192,12 @@ def norms_with_relu(model: nn.Module, example: Any) -> list[tuple[nn.Module, nn.
         if norm is not None and type(call.module) is nn.ReLU and call.used == 0 and (call.module.inplace or flow.uses[id(call.given)] == 1):
             pairs.append((norm, call.module))
     return pairs
+
+
+def _layers(flow: _Flow) -> tuple[list[_Call], list[_Call]]:
+    """The calls of layers with a weight, and those of norms."""
+    layers = [c for c in flow.calls if c.kind in {"conv", "linear"} and isinstance(getattr(c.module, "weight", None), Tensor)]
+    return layers, [c for c in flow.calls if c.kind == "norm"]
 
 
 def _watch(model: nn.Module, example: Any) -> _Flow:

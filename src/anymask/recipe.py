@@ -182,10 +182,10 @@ class Recipe:
             )
         carried = held(optimizer)
         mask = mask if mask is not None else (carried.mask if carried is not None else None)
-        context = Context(model, optimizer, loss, mask=mask, example=example, data=data, total_steps=total_steps, seed=seed)
+        steps: dict[str, Any] = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
         return RunningRecipe(
             self.techniques,
-            context,
+            Context(model, optimizer, loss, mask=mask, example=example, data=data, seed=seed, **steps),
             name=self.name,
             remedy=self._remedy,
             total_steps=total_steps,

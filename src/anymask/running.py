@@ -212,21 +212,30 @@ class RunningRecipe:
     def _listen(self) -> None:
         """Hear of the optimiser's steps, for as long as a technique works on them."""
         optimizer = self._context.optimizer
-        if optimizer is None or not any(technique.seam == "step" for technique, _ in self._live.values()):
+        names = [technique.name for technique, _ in self._live.values() if technique.seam == "step"]
+        if optimizer is None or not names:
             return
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TechniqueError(
+                f"{', '.join(names)} got LBFGS, which looks at several gradients within one step",
+                allowed="optimisers that make one step from one gradient",
+                fix="take another optimiser, or leave these out of the recipe",
+            )
+        self._handles = [optimizer.register_step_pre_hook(self._stepping), optimizer.register_step_post_hook(self._stepped)]
 
-        def tell(what: str) -> Callable[..., None]:
-            def hook(*_: Any) -> None:
-                for technique, attached in list(self._live.values()):
-                    if technique.seam == "step":
-                        getattr(attached, what)()
+    def _stepping(self, _optimizer: Any, args: Any, kwargs: Any) -> Any:
+        """Tell techniques of the step to come; its closure (Lightning gives one) is run first, for they work on the gradients."""
+        given = _evaluated(args, kwargs)
+        self._tell("before_update")
+        return given
 
-            return hook
+    def _stepped(self, *_: Any) -> None:
+        self._tell("after_update")
 
-        self._handles = [
-            optimizer.register_step_pre_hook(tell("before_update")),
-            optimizer.register_step_post_hook(tell("after_update")),
-        ]
+    def _tell(self, what: str) -> None:
+        for technique, attached in list(self._live.values()):
+            if technique.seam == "step":
+                getattr(attached, what)()
 
     def _move(self, technique: Technique) -> None:
         strength = self.strength(technique, self.position)
@@ -302,6 +311,16 @@ def _refusal(refused: Mapping[str, TechniqueError], *, of: int, remedy: str) -> 
 def _revived(parameter: Tensor, kept: Tensor) -> bool:
     here = local(parameter)
     return bool(here[~shard(kept, parameter).to(here.device)].any())
+
+
+def _evaluated(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """What `Optimizer.step` was called with, its closure replaced by what it gave; None without one."""
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        value = closure()
+    return args[:1], {**kwargs, "closure": lambda: value}
 
 
 def _spread(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import anymask
-from anymask import Mask
+from anymask import Mask, models
 from anymask.errors import SettingError
 from anymask.techniques import Context, IsometryInit
 from anymask.techniques.isometry_init import _least, towards_isometry
@@ -148,7 +148,7 @@ def test_the_gain_is_the_size_of_the_singular_values():
 
 
 def test_a_masked_network_comes_nearer_to_an_isometry_in_every_layer_and_twice_to_the_same_bits():
-    nets = [anymask.models.build("resnet20", classes=5, seed=0) for _ in range(2)]
+    nets = [models.build("resnet20", classes=5, seed=0) for _ in range(2)]
     mask = anymask.prune(nets[0], "random-erk", sparsity=0.9)
     mask.apply(nets[0])
     before = {name: error_by_hand(nets[0].get_parameter(name).detach().flatten(1).double().numpy()) for name in mask}

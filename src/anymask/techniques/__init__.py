@@ -5,10 +5,13 @@ from anymask.techniques.density_lr import DensityLR
 from anymask.techniques.fan_in_init import FanInInit
 from anymask.techniques.ghost_activation import GhostActivation
 from anymask.techniques.ghost_skip import GhostSkip
+from anymask.techniques.gradient_correction import GradientCorrection
+from anymask.techniques.ham import HAM
 from anymask.techniques.isometry_init import IsometryInit
 from anymask.techniques.label_smoothing import LabelSmoothing
 from anymask.techniques.lrsi import LRsI
 from anymask.techniques.rescale import RescaleSettings
+from anymask.techniques.sign_in import SignIn
 
 TECHNIQUES: dict[str, type[Technique]] = {
     "lrsi": LRsI,
@@ -18,9 +21,13 @@ TECHNIQUES: dict[str, type[Technique]] = {
     "ghost_activation": GhostActivation,
     "ghost_skip": GhostSkip,
     "label_smoothing": LabelSmoothing,
+    "ham": HAM,
+    "sign_in": SignIn,
+    "gradient_correction": GradientCorrection,
 }
 
 __all__ = [
+    "HAM",
     "TECHNIQUES",
     "Attached",
     "Context",
@@ -28,10 +35,12 @@ __all__ = [
     "FanInInit",
     "GhostActivation",
     "GhostSkip",
+    "GradientCorrection",
     "IsometryInit",
     "LRsI",
     "LabelSmoothing",
     "Loss",
     "RescaleSettings",
+    "SignIn",
     "Technique",
 ]

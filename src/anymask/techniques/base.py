@@ -27,6 +27,7 @@ class Context:
     example: Any = None  # a batch of inputs, as `surgery.run` takes them
     data: Iterable[tuple[Any, Tensor]] | None = None  # batches of (inputs, target)
     total_steps: int = 1  # optimiser steps of the whole training
+    steps_per_epoch: int | None = None
     seed: int = 0
 
     def needs_optimizer(self, technique: str) -> Optimizer:
@@ -44,10 +45,25 @@ class Context:
         if self.mask is None:
             raise TechniqueError(
                 f"{technique} got no mask",
-                allowed="a mask, which says what is kept",
-                fix="call anymask.hold(mask, model, optimizer) first, or pass mask=mask to Recipe.attach",
+                allowed="a mask that is held, whose weights it works on",
+                fix=f"call anymask.hold(mask, model, optimizer) before Recipe.attach, or leave {technique} out of the recipe",
             )
         return self.mask
+
+    def masked_weights(self, technique: str) -> dict[str, nn.Parameter]:
+        """The weights of the mask that the optimiser trains, by name, tied ones once; raises TechniqueError when there are none."""
+        optimizer = self.needs_optimizer(technique)
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        weights = self.needs_mask(technique).check(self.model)
+        first = {id(p): name for name, p in reversed(weights.items())}
+        found = {name: p for name, p in weights.items() if id(p) in trained and first[id(p)] == name}
+        if not found:
+            raise TechniqueError(
+                f"{technique} got an optimiser that trains none of the masked weights",
+                allowed="the optimiser that trains this very model",
+                fix="pass that one to Recipe.attach",
+            )
+        return found
 
     def needs_example(self, technique: str) -> Any:
         """The example; raises TechniqueError when there is none."""

@@ -149,7 +149,7 @@ def _descend(w: Tensor, kept: Tensor, *, iterations: int, tolerance: float) -> t
         linear, square = w @ direction.T, direction @ direction.T
         linear += linear.T.clone()
         t, there = _least(error, linear, square)
-        if not there < value * (1 - tolerance) or value <= len(w) * torch.finfo(w.dtype).eps ** 2:
+        if not there < value * (1 - tolerance) or value <= (len(w) * torch.finfo(w.dtype).eps) ** 2:  # rounding
             return w, value, step
         w = w + t * direction
         error += t * linear + t * t * square
