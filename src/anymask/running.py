@@ -215,18 +215,30 @@ class RunningRecipe:
         if optimizer is None or not any(technique.seam == "step" for technique, _ in self._live.values()):
             return
 
-        def tell(what: str) -> Callable[..., None]:
-            def hook(*_: Any) -> None:
-                for technique, attached in list(self._live.values()):
-                    if technique.seam == "step":
-                        getattr(attached, what)()
+        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")
+            if closure is None:
+                self._tell("before_update")
+                return None
 
-            return hook
+            def told() -> Any:  # the gradients come within step(closure), as Lightning calls it
+                value = closure()
+                self._tell("before_update")
+                return value
+
+            return ((args[0], told, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": told})
 
         self._handles = [
-            optimizer.register_step_pre_hook(tell("before_update")),
-            optimizer.register_step_post_hook(tell("after_update")),
+            optimizer.register_step_pre_hook(before),
+            optimizer.register_step_post_hook(lambda *_: self._tell("after_update")),
         ]
+
+    def _tell(self, what: str) -> None:
+        """Tell the techniques of a step, before it in their order and after it in the reverse, as brackets close."""
+        live = list(self._live.values())
+        for technique, attached in live if what == "before_update" else reversed(live):
+            if technique.seam == "step":
+                getattr(attached, what)()
 
     def _move(self, technique: Technique) -> None:
         strength = self.strength(technique, self.position)

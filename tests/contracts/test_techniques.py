@@ -15,7 +15,7 @@ from anymask import Mask, Recipe, hold, prunable
 from anymask.errors import TechniqueError
 from anymask.schedules import Schedule
 from anymask.surgery import fingerprint
-from anymask.techniques import TECHNIQUES, Context, GhostActivation, GhostSkip, LabelSmoothing, LRsI, RescaleSettings, Technique
+from anymask.techniques import SAM, TECHNIQUES, Context, GhostActivation, GhostSkip, LabelSmoothing, LRsI, RescaleSettings, Technique
 
 FADE = Schedule("linear", full="20%", end="60%")
 VARIANTS: dict[str, Technique] = {
@@ -28,6 +28,8 @@ VARIANTS: dict[str, Technique] = {
     "ghost_skip all": GhostSkip(FADE, where="all"),
     "label_smoothing": LabelSmoothing(),
     "label_smoothing faded": LabelSmoothing(FADE),
+    "sam": SAM(),
+    "sam faded": SAM(FADE, rho=0.2),
 }
 FADING = {name: t for name, t in VARIANTS.items() if t.seam != "init"}
 STEP = {name: t for name, t in VARIANTS.items() if t.seam == "step"}

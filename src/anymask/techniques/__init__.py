@@ -6,15 +6,18 @@ from anymask.techniques.ghost_skip import GhostSkip
 from anymask.techniques.label_smoothing import LabelSmoothing
 from anymask.techniques.lrsi import LRsI
 from anymask.techniques.rescale import RescaleSettings
+from anymask.techniques.sam import SAM
 
 TECHNIQUES: dict[str, type[Technique]] = {
     "lrsi": LRsI,
     "ghost_activation": GhostActivation,
     "ghost_skip": GhostSkip,
     "label_smoothing": LabelSmoothing,
+    "sam": SAM,
 }
 
 __all__ = [
+    "SAM",
     "TECHNIQUES",
     "Attached",
     "Context",
