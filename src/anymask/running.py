@@ -233,7 +233,9 @@ class RunningRecipe:
         self._tell("after_update")
 
     def _tell(self, what: str) -> None:
-        for technique, attached in list(self._live.values()):
+        """Tell the techniques of a step, before it in their order and after it in the reverse, as brackets close."""
+        live = list(self._live.values())
+        for technique, attached in live if what == "before_update" else reversed(live):
             if technique.seam == "step":
                 getattr(attached, what)()
 

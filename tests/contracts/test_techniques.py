@@ -18,6 +18,7 @@ from anymask.schedules import Schedule
 from anymask.surgery import fingerprint
 from anymask.techniques import (
     HAM,
+    SAM,
     TECHNIQUES,
     Context,
     DensityLR,
@@ -56,6 +57,8 @@ VARIANTS: dict[str, Technique] = {
     "sign_in faded": SignIn(FADE, beta=0.5, every="2it"),
     "gradient_correction": GradientCorrection(),
     "gradient_correction all": GradientCorrection(FADE, where="all"),
+    "sam": SAM(),
+    "sam faded": SAM(FADE, rho=0.2),
 }
 FADING = {name: t for name, t in VARIANTS.items() if t.seam != "init"}
 STEP = {name: t for name, t in VARIANTS.items() if t.seam == "step"}

@@ -12,6 +12,7 @@ from anymask.techniques.label_smoothing import LabelSmoothing
 from anymask.techniques.lrsi import LRsI
 from anymask.techniques.rescale import RescaleSettings
 from anymask.techniques.sign_in import SignIn
+from anymask.techniques.sam import SAM
 
 TECHNIQUES: dict[str, type[Technique]] = {
     "lrsi": LRsI,
@@ -28,6 +29,11 @@ TECHNIQUES: dict[str, type[Technique]] = {
 
 __all__ = [
     "HAM",
+    "sam": SAM,
+}
+
+__all__ = [
+    "SAM",
     "TECHNIQUES",
     "Attached",
     "Context",

@@ -90,10 +90,16 @@ class Attached:
         return value
 
     def before_update(self) -> None:
-        """The optimiser is about to make its step: gradients are accumulated, clipped, and 0 where the mask says so."""
+        """The optimiser is about to make its step: gradients are accumulated, clipped, and 0 where the mask says so.
+
+        In `step(closure)` this is after each call of the closure.
+        """
 
     def after_update(self) -> None:
-        """The optimiser has made its step: the weights are new, and 0 where the mask says so; they must stay 0 there."""
+        """The optimiser has made its step: the weights are new, and 0 where the mask says so; they must stay 0 there.
+
+        Techniques are told in the order of the recipe before a step and in the reverse after it.
+        """
 
     def settle(self) -> None:
         """The network is about to be evaluated: give it what training would leave if it ended here. `unsettle` is due after it."""
