@@ -11,8 +11,8 @@ from anymask.techniques.isometry_init import IsometryInit
 from anymask.techniques.label_smoothing import LabelSmoothing
 from anymask.techniques.lrsi import LRsI
 from anymask.techniques.rescale import RescaleSettings
-from anymask.techniques.sign_in import SignIn
 from anymask.techniques.sam import SAM
+from anymask.techniques.sign_in import SignIn
 
 TECHNIQUES: dict[str, type[Technique]] = {
     "lrsi": LRsI,
@@ -25,14 +25,11 @@ TECHNIQUES: dict[str, type[Technique]] = {
     "ham": HAM,
     "sign_in": SignIn,
     "gradient_correction": GradientCorrection,
-}
-
-__all__ = [
-    "HAM",
     "sam": SAM,
 }
 
 __all__ = [
+    "HAM",
     "SAM",
     "TECHNIQUES",
     "Attached",

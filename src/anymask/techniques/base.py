@@ -90,9 +90,8 @@ class Attached:
         return value
 
     def before_update(self) -> None:
-        """The optimiser is about to make its step: gradients are accumulated, clipped, and 0 where the mask says so.
-
-        In `step(closure)` this is after each call of the closure.
+        """The optimiser is about to make its step: gradients are accumulated, clipped, and 0 where the mask says so. In
+        `step(closure)` the closure has been called.
         """
 
     def after_update(self) -> None:

@@ -47,7 +47,8 @@ class SAM(Technique):
         >>> model = torch.nn.Linear(1, 1, bias=False)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
         >>> _ = model.weight.data.fill_(1.0)
-        >>> running = anymask.Recipe((SAM(rho=0.25),)).attach(model, optimizer, total_steps=9, loss=lambda out, target: (out - target).sum())
+        >>> recipe = anymask.Recipe((SAM(rho=0.25),))
+        >>> running = recipe.attach(model, optimizer, total_steps=9, loss=lambda out, target: (out - target).sum())
         >>> running.loss(model(torch.ones(1, 1)), torch.zeros(1, 1)).backward(); optimizer.step(); running.step()
         >>> model.weight.item()  # 1 - 0.5, and 0.25 uphill
         0.75
