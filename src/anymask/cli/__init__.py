@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str], say: Callable[[str], None]) -> int:
+    """Run one command; what the user can mend goes to `say`."""
     try:
         with _warnings_as_notes():
             code = make_app()(words, exit_on_error=False, print_error=False)

@@ -43,7 +43,9 @@ class Spread:
         """Average the gradients of all ranks from now on; for a model that is as it will be trained, with its ghosts and sparse layers."""
         if self.ranks > 1:
             self.network = DistributedDataParallel(self.model)
-            self.network.broadcast_buffers = False  # before each step: `agree` does better (as an argument it has two names since torch 2.13)
+            self.network.broadcast_buffers = (
+                False  # before each step: `agree` does better (as an argument it has two names since torch 2.13)
+            )
 
     def end(self) -> None:
         """Undo `begin`."""
