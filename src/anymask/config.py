@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from anymask import data, models
 from anymask.data import Augment, Batches, Dataset
 from anymask.errors import SettingError
+from anymask.ranks import first_of_machine, ranks, together
 from anymask.train import Protocol
 
 
@@ -52,7 +54,7 @@ class Bench:
         self.experiment, self.protocol, self.tests = experiment, protocol, tests
         models.find(experiment.model)  # a name that is not there is told before the data are read
         self.device = pick_device(experiment.device)
-        whole = data.load(experiment.data, dir=experiment.data_dir, download=experiment.download)
+        whole = first_of_machine(self._load) if experiment.download else self._load(False)
         self.dataset: Dataset = whole if cut is None else cut(whole)
         self.mean, self.std = data.statistics(self.dataset.train)
         self.data_hash = _hash(self.dataset)
@@ -87,24 +89,39 @@ class Bench:
         here = {"data": e.data, "data_hash": self.data_hash, "model": e.model, "validation": e.validation}
         return {**here, **self.protocol.plain(), **untested}
 
+    def _load(self, download: bool) -> Dataset:
+        return data.load(self.experiment.data, dir=self.experiment.data_dir, download=download)
+
     def _batches(self, split: data.Split, **settings: Any) -> Batches:
         return Batches(split, device=self.device, mean=self.mean, std=self.std, channels_last=True, **settings)
 
 
 def pick_device(name: str) -> str:
-    """The device called `name`; "auto" is a GPU where there is one.
+    """The device called `name`; "auto" is a GPU where there is one. Of several ranks each has the GPU of its LOCAL_RANK.
 
     Raises:
-        SettingError: when PyTorch knows no such device, or it is not there.
+        SettingError: when PyTorch knows no such device, or it is not there, or not for each rank.
     """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "auto":  # PyTorch has no process group for mps
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and not together() else "cpu"
+    if together() and name.startswith("cuda"):
+        _check_one_each(name)
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise SettingError(f"device {name!r} ({reason})", allowed="cpu, or a device that is there", fix='leave it at "auto"') from error
     return name
+
+
+def _check_one_each(name: str) -> None:
+    there = torch.cuda.device_count()
+    if name != "cuda" or int(os.environ.get("LOCAL_RANK", "0")) >= there:
+        raise SettingError(
+            f"device {name!r} came for {ranks()} ranks, with {there} GPUs on this machine",
+            allowed="cuda, with a GPU for each rank, or cpu",
+            fix="leave --device at auto, and give torchrun --nproc-per-node as many as there are GPUs",
+        )
 
 
 def _hash(dataset: Dataset) -> str:

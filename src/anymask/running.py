@@ -202,7 +202,7 @@ class RunningRecipe:
         if strength is not None:
             self._live[technique.name] = (technique, attached)
             attached.set_strength(strength)
-        if attached.added.parameters and (how := _spread(self._given)):
+        if attached.added.parameters and (how := how_spread(self._given)):
             raise TechniqueError(
                 f"{technique.name} adds parameters to a model {how}, which does not know of them",
                 allowed="techniques without parameters of their own on a model that is spread already",
@@ -265,7 +265,7 @@ class RunningRecipe:
 
     def _check_plain(self) -> None:
         before, after = self._before, fingerprint(self._context.model)
-        if _spread(self._given).startswith("cut"):  # fully_shard adds its hooks to state dicts in the first forward pass
+        if how_spread(self._given).startswith("cut"):  # fully_shard adds its hooks to state dicts in the first forward pass
             before, after = ({key: _STATE_HOOKS.sub("", line) for key, line in found.items()} for found in (before, after))
         changed = sorted(key for key in {*after, *before} if after.get(key) != before.get(key))
         if changed:
@@ -325,7 +325,7 @@ def _evaluated(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any
     return args[:1], {**kwargs, "closure": lambda: value}
 
 
-def _spread(model: nn.Module) -> str:
+def how_spread(model: nn.Module) -> str:
     """How a model is spread over ranks by its wrapper, or ""."""
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         return "within DistributedDataParallel"

@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from anymask.errors import AnymaskError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and give its exit code: 0, 2 for what the user can mend, 130 after Ctrl-C.
+    """Run one command and give its exit code: 0, 2 for what the user can mend, 130 after Ctrl-C. Under torchrun it is one of several.
 
     Args:
         argv: the words after `anymask`; None for those of this process.
@@ -26,6 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         0
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
+        return _run(words, lambda text: print(text, file=sys.stderr))
+    from anymask.cli.ranks import as_rank  # loads torch
+
+    return as_rank(words, _run)
+
+
+def _run(words: Sequence[str], say: Callable[[str], None]) -> int:
+    """Run one command; what the user can mend goes to `say`."""
     try:
         with _warnings_as_notes():
             code = make_app()(words, exit_on_error=False, print_error=False)
@@ -37,12 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
         return 141
     except (AnymaskError, CycloptsError, OSError) as error:
-        print(explain(error), file=sys.stderr)
+        say(explain(error))
         return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(explain(error), file=sys.stderr)
+        say(explain(error))
         return 2
     return int(code or 0)
 

@@ -146,6 +146,9 @@ Examples:
   # Go on after Ctrl-C or a power cut
   anymask train --mask snip --sparsity 0.98 --out runs/snip --resume
 
+  # One training on four GPUs (docs/integrations.md); compare can do so, too
+  torchrun --nproc-per-node 4 -m anymask train --mask snip --out runs/four
+
   # The dense network, of another kind, on CIFAR-100
   anymask train --mask dense --data cifar100 --data-dir data \\
     --model resnet32-2x --epochs 160 --out runs/dense

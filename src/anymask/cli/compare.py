@@ -11,6 +11,7 @@ from anymask.cli.outcome import LEDGER, show_table, write_outcome
 from anymask.cli.progress import watching
 from anymask.cli.settings import EXPERIMENT, GRID, PROTOCOL, RUN, ConfigFile, Diagnose, Preset, Sparse
 from anymask.config import Bench, Experiment
+from anymask.ranks import leads
 from anymask.runlog import Ledger
 from anymask.sweep import Grid, Runner
 from anymask.train import Protocol
@@ -44,7 +45,7 @@ def compare(
         print(f"\nStopped. {kept}; the same command goes on from there.", file=sys.stderr)
         code = 130
     finally:  # a training that failed takes nothing from those that are finished
-        if ledger.rows():
+        if leads() and ledger.rows():
             show_table(ledger, baseline=grid.recipes[0])
             write_outcome(ledger, baseline=grid.recipes[0])
     return code

@@ -69,6 +69,9 @@ def lottery_ticket(
     `model` is only read: copies are trained. Before each call of `train` the global random state is set by `seed`, and
     put back after it.
 
+    Several ranks of torch.distributed, of which each has to call this, find one ticket: `train` trains on all of them, masks are those
+    of rank 0, which alone reads and writes `folder`.
+
     Args:
         model: as initialised.
         sparsity: share of zeros among the prunable weights, in [0, 1); None where an N:M pattern decides it.
@@ -132,7 +135,7 @@ def lottery_ticket(
     for number, left in list(enumerate(plan, 1))[done:]:
         trained = _train(model, mask if number > 1 else None, weights=weights, train=train, steps=(rewind_step, None), seed=seed)
         choose = selector(model, shapes, generator=torch.Generator().manual_seed(seed), **how)
-        mask = Mask(_smallest_out(choose, mask, trained, left), info=info)
+        mask = Mask(_smallest_out(choose, mask, trained, left), info=info).broadcast()
         weights = weights if rewinds else trained
         place.write_round(number, mask, trained=None if rewinds else trained)
     return Ticket(report_collapse(Mask(mask, info=info), on_collapse=on_collapse), weights, step=rewind_step)

@@ -14,6 +14,7 @@ from torch import Tensor
 from anymask.errors import FileFormatError, SettingError
 from anymask.formats import load_mask
 from anymask.mask import Mask
+from anymask.ranks import by_rank_0, leads
 from anymask.runlog import atomic
 
 
@@ -21,6 +22,7 @@ class LotteryFolder:
     """`settings.json`, `rewind.safetensors` (the weights at the rewinding step) and `round-01.mask`, `round-02.mask`, ...
 
     Each file is written whole or not at all, in this order, so what is there is finished. Without a folder nothing is kept.
+    Of several ranks the first one reads and writes for all.
 
     Raises:
         SettingError: when the folder was made with other settings.
@@ -29,9 +31,11 @@ class LotteryFolder:
 
     def __init__(self, folder: str | PathLike[str] | None, settings: Mapping[str, Any]) -> None:
         self.path = None if folder is None else Path(folder)
-        if self.path is None:
-            return
-        file = self.path / "settings.json"
+        if self.path is not None:
+            by_rank_0(lambda: self._begin(settings))
+
+    def _begin(self, settings: Mapping[str, Any]) -> None:
+        file = (self.path or Path()) / "settings.json"
         if file.exists():
             self._compare(file, json.loads(json.dumps(settings)))
             return
@@ -54,11 +58,11 @@ class LotteryFolder:
 
     def weights(self) -> dict[str, Tensor] | None:
         """The weights at the rewinding step, if they are there."""
-        return self._read("rewind.safetensors")
+        return by_rank_0(lambda: self._read("rewind.safetensors"))
 
     def write_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Keep the weights at the rewinding step."""
-        if self.path is not None:
+        if self.path is not None and leads():
             self._write("rewind.safetensors", weights)
 
     def trained(self, number: int) -> dict[str, Tensor]:
@@ -68,12 +72,15 @@ class LotteryFolder:
             FileFormatError: when they are not there.
         """
         file = f"round-{number:02d}.safetensors"
-        if (weights := self._read(file)) is None:
+        if (weights := by_rank_0(lambda: self._read(file))) is None:
             raise FileFormatError(f"{self.path} has no {file}", allowed="the weights beside the mask of a round", fix="use another folder")
         return weights
 
     def last_round(self, plan: Sequence[int] | None) -> tuple[Mask, int] | None:
         """The mask and the number of the last finished round; `plan` holds how many weights each round keeps, where that is exact."""
+        return by_rank_0(lambda: self._last_round(plan))
+
+    def _last_round(self, plan: Sequence[int] | None) -> tuple[Mask, int] | None:
         done = max((int(file.stem[6:]) for file in self.path.glob("round-*.mask")), default=0) if self.path else 0
         if not done:
             return None
@@ -86,7 +93,7 @@ class LotteryFolder:
 
     def write_round(self, number: int, mask: Mask, *, trained: Mapping[str, Tensor] | None) -> None:
         """Keep the mask of a finished round, last, and the weights it trained, where the next one needs them."""
-        if self.path is None:
+        if self.path is None or not leads():
             return
         if trained is not None:
             self._write(f"round-{number:02d}.safetensors", trained)

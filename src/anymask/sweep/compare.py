@@ -17,6 +17,7 @@ from anymask.config import Bench, Experiment
 from anymask.connectivity import reachable
 from anymask.errors import SettingError
 from anymask.mask import Mask
+from anymask.ranks import by_rank_0, leads, ranks
 from anymask.runlog import Ledger, settings_id
 from anymask.sweep.masks import DENSE, Masks, Start, check_mask, file_hash, file_name, file_sparsity, is_dynamic, is_mask_file
 from anymask.sweep.variants import variant
@@ -98,6 +99,9 @@ def compare(
     May be stopped at any moment and called again: finished trainings are kept, the one that was running goes on from
     its last epoch, and the numbers are those of an undisturbed run.
 
+    Several ranks of torch.distributed, of which each has to call this, train each cell together (see `fit`); rank 0 reads and writes
+    `folder`.
+
     Args:
         grid: masks, sparsities, recipes and seeds.
         folder: the run folder; made when it is not there.
@@ -113,7 +117,7 @@ def compare(
     moves = any(is_dynamic(mask) for mask in grid.masks)
     runner = Runner(bench, folder, sparse=sparse, diagnose=diagnose, moves=moves)
     planned = [(cell, runner.name(cell)) for cell in cells(grid, bench.model(grid.first_seed))]
-    done = runner.ledger.ids()
+    done = by_rank_0(runner.ledger.ids)
     watcher.begin(total=len(planned), done=sum(name in done for _, name in planned))
     for cell, name in planned:
         if name not in done:
@@ -178,8 +182,9 @@ class Runner:
     def run(self, cell: Cell, name: str, watcher: Watcher) -> dict[str, Any]:
         """Train `cell`, or go on with it, and put it into the ledger."""
         row = self.train(cell, name, watcher).row
-        self.ledger.append(row)
-        self.checkpoint_file(name).unlink(missing_ok=True)
+        if leads():
+            self.ledger.append(row)
+            self.checkpoint_file(name).unlink(missing_ok=True)
         return row
 
     def train(self, cell: Cell, name: str, watcher: Watcher, *, log_dir: Path | None = None) -> Trained:
@@ -261,7 +266,7 @@ def versions() -> dict[str, str | None]:
 def machine(device: str) -> dict[str, Any]:
     """Where a row was made."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
-    return {"device": device, "processor": name, "threads": torch.get_num_threads()}
+    return {"device": device, "processor": name, "threads": torch.get_num_threads(), **({"ranks": ranks()} if ranks() > 1 else {})}
 
 
 def _now() -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from anymask.pruning.budget import density_of
 from anymask.pruning.lottery import Train
 from anymask.pruning.methods import is_method, method_of
 from anymask.pruning.patterns import pattern
+from anymask.ranks import by_rank_0, from_rank, leads
 from anymask.registry import lookup
 from anymask.runlog import atomic
 from anymask.sweep.claims import Busy, clear_halves, held
@@ -113,20 +115,20 @@ class Masks:
         self.between: Callable[[], None] = lambda: None  # called before each round of a lottery ticket; it may raise to stop there
 
     def start(self, mask: str, *, sparsity: float, seed: int, model: nn.Module) -> Start:
-        """Where the trainings of this mask, sparsity and seed begin, with any recipe: made once on the initialisation, then read."""
+        """Where the trainings of this mask, sparsity and seed begin, with any recipe: made once on the initialisation, then read.
+
+        Several ranks make it together, and all have that of rank 0, which alone writes and reads files here.
+        """
         if is_mask_file(mask):
-            return Start(load_mask(mask, model=model))
+            return Start(by_rank_0(lambda: load_mask(mask, model=model)))
         moving = dynamic_named(mask) if is_dynamic(mask) else None
         file = self.file(mask, sparsity=sparsity, seed=seed)
         if file is None:
             return Start(None, dynamic=moving)
-        if not file.exists():
+        if not by_rank_0(file.exists):
             self._make_once(file, mask, sparsity=sparsity, seed=seed, model=model)
-        found = load_mask(file)
-        if moving is not None:
-            return Start(found, dynamic=moving)
-        weights = weights_file(file)
-        return Start(found, load_file(weights), int(found.info["rewind_step"])) if weights.exists() else Start(found)
+        found = by_rank_0(lambda: _read(file))
+        return found if moving is None else Start(found.mask, dynamic=moving)
 
     def file(self, mask: str, *, sparsity: float, seed: int) -> Path | None:
         """Where the mask that these trainings begin with is kept; None where they begin dense, or with a file of the user's."""
@@ -136,23 +138,27 @@ class Masks:
 
     def _make_once(self, file: Path, mask: str, **how: Any) -> None:
         """Make `file`, unless another process has made it meanwhile: the rounds of a ticket share a folder."""
-        with held(file.with_suffix(".lock"), wait=self.wait) as mine:
-            if not mine:
+        with held(file.with_suffix(".lock"), wait=self.wait) if leads() else nullcontext(True) as mine:
+            if not from_rank(mine):
                 raise Busy(f"{file} is being made by another process")
-            if not file.exists():
+            if not by_rank_0(file.exists):
                 self.make_file(file, mask, **how)
 
     def make_file(self, file: Path, mask: str, **how: Any) -> None:
         """Make the mask that trainings of `mask` begin with; nobody else may be making it."""
-        clear_halves(file)
-        self.make(dynamic_named(mask).start if is_dynamic(mask) else mask, **how).save(file)
+        by_rank_0(lambda: clear_halves(file))
+        made = self.make(dynamic_named(mask).start if is_dynamic(mask) else mask, **how)
+        by_rank_0(lambda: made.save(file))
 
     def make(self, mask: str, *, sparsity: float | None, seed: int, model: nn.Module, **how: Any) -> Mask:
-        """The mask, made anew, by the method of that name with the settings `how`; weights that a ticket starts from are kept."""
+        """The mask, made anew, by the method of that name with the settings `how`; weights that a ticket starts from are kept.
+
+        On several ranks the mask is that of rank 0.
+        """
         if "train" in method_of(mask).needs:
             made = self._ticket(mask, sparsity=sparsity, seed=seed, model=model, **how)
         else:
-            made = prune(model, mask, sparsity=sparsity, data=self.bench.batches(seed)[0], seed=seed, **how)
+            made = prune(model, mask, sparsity=sparsity, data=self.bench.batches(seed)[0], seed=seed, **how).broadcast()
         return Mask(made, info=made.info | {"network": self._network()})
 
     def _ticket(self, mask: str, *, sparsity: float | None, seed: int, model: nn.Module, **how: Any) -> Mask:
@@ -169,7 +175,7 @@ class Masks:
             folder=file.with_suffix(".rounds"),  # so that a stopped search goes on with the next round
             **how,
         )
-        if ticket.step or not row.rewinds:
+        if leads() and (ticket.step or not row.rewinds):
             with atomic(weights_file(file)) as out:
                 out.write(to_bytes(dict(ticket.weights)))
         return ticket.mask
@@ -190,6 +196,12 @@ class Masks:
         """What rebuilds the network, for those who look at the mask later."""
         train = self.bench.dataset.train
         return {"model": self.bench.experiment.model, "classes": len(self.bench.dataset.classes), "input": list(train.images.shape[1:])}
+
+
+def _read(file: Path) -> Start:
+    """Where a mask that was made leads to, with the weights beside it."""
+    found, weights = load_mask(file), weights_file(file)
+    return Start(found, load_file(weights), int(found.info["rewind_step"])) if weights.exists() else Start(found)
 
 
 def weights_file(mask_file: Path) -> Path:

@@ -13,8 +13,9 @@ from torch import nn
 from anymask.config import Bench, Experiment
 from anymask.errors import SettingError
 from anymask.mask import Mask
+from anymask.ranks import by_rank_0, leads
 from anymask.runlog import atomic
-from anymask.sweep.compare import Cell, Grid, Runner, Watcher
+from anymask.sweep.compare import Cell, Grid, Runner, Trained, Watcher
 from anymask.sweep.masks import DENSE, Masks, check_mask, file_sparsity, is_dynamic, is_mask_file
 from anymask.train import Protocol, sparse_possible
 
@@ -59,21 +60,24 @@ def train_one(
     if is_mask_file(cell.mask):  # which tells its sparsity of this network only now
         cell = replace(cell, sparsity=file_sparsity(cell.mask, runner.bench.model(cell.seed)))
     name = runner.name(cell)
-    finished = {row["id"]: row for row in runner.ledger.rows()}
-    _check_folder(runner, cell, name, finished=finished, resume=resume)
+    finished = by_rank_0(lambda: _look(runner, cell, name, resume=resume))
     watcher.begin(total=1, done=len(finished))
     if name in finished:
         return finished[name]
-    runner.folder.mkdir(parents=True, exist_ok=True)  # fails now, not after the work
     watcher.cell(cell, epochs=runner.bench.protocol.epochs)
     done = runner.train(cell, name, watcher, log_dir=runner.folder / "tensorboard" if tensorboard else None)
+    if leads():
+        _keep(done, runner)
+    watcher.finished(done.row)
+    return done.row
+
+
+def _keep(done: Trained, runner: Runner) -> None:
     _write_weights(done.model, runner.folder / "model.safetensors")
     if done.mask is not None:
         done.mask.save(runner.folder / "mask.mask")
     runner.ledger.append(done.row)
     shutil.rmtree(runner.folder / "unfinished")
-    watcher.finished(done.row)
-    return done.row
 
 
 def cell_of(mask: str, *, sparsity: float | None, recipe: str, seed: int) -> Cell:
@@ -92,6 +96,15 @@ def cell_of(mask: str, *, sparsity: float | None, recipe: str, seed: int) -> Cel
             fix="leave --sparsity out, or name a method",
         )
     return Cell(mask, fixed, recipe, seed)
+
+
+def _look(runner: Runner, cell: Cell, name: str, *, resume: bool) -> dict[str, dict[str, Any]]:
+    """The finished rows in the folder, by their ids; it is there afterwards, and holds nothing that would be mixed with this training."""
+    finished = {row["id"]: row for row in runner.ledger.rows()}
+    _check_folder(runner, cell, name, finished=finished, resume=resume)
+    if name not in finished:
+        runner.folder.mkdir(parents=True, exist_ok=True)  # fails now, not after the work
+    return finished
 
 
 def _check_folder(runner: Runner, cell: Cell, name: str, *, finished: Mapping[str, Mapping[str, Any]], resume: bool) -> None:

@@ -1,5 +1,6 @@
 """What a training needs to go on from where it stopped, bit for bit."""
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 
 from anymask.errors import FileFormatError
+from anymask.ranks import by_rank_0, together
 from anymask.runlog import atomic
 
 FORMAT = "anymask-checkpoint-1"
@@ -21,14 +23,17 @@ def save(path: Path, state: dict[str, Any]) -> None:
         torch.save({"format": FORMAT, "random": random, **state}, file)
 
 
-def load(path: Path, *, device: str) -> dict[str, Any]:
-    """Read what `save` wrote. Nothing in the file is run.
+def load(path: Path, *, device: str) -> dict[str, Any] | None:
+    """Read what `save` wrote; None where no file is. Nothing in it is run. Of several ranks the first one reads it for all.
 
     Raises:
         FileFormatError: when the file is damaged or another kind of file.
     """
+    if not by_rank_0(path.exists):
+        return None
+    source = io.BytesIO(by_rank_0(path.read_bytes)) if together() else path
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(source, map_location=device, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise _bad(path) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:

@@ -10,6 +10,7 @@ from anymask.data import Batches
 from anymask.errors import SettingError
 from anymask.mask import Mask
 from anymask.pruning.dynamic import Dynamic, dense_mask, dynamic_of
+from anymask.ranks import leads
 from anymask.recipe import Recipe
 from anymask.train.run import Result, Run
 from anymask.train.settings import Protocol
@@ -40,6 +41,11 @@ def fit(
 
     The network that is evaluated, chosen and reported is always the plain one: ghosts are at strength 0 there.
 
+    Where torch.distributed is initialised, all ranks train this one network (DistributedDataParallel), with the mask and the initial
+    weights of rank 0: call `fit` on each of them, with the same arguments and the model itself. `train` gives the batches of the whole
+    training, of which each rank computes its part; results are known on all ranks, and files are read and written by rank 0. The
+    numbers are those of one process but for rounding and batch norms, which see the images of their own rank.
+
     Args:
         model: on the device of `train`.
         train: shuffled batches; `validation` and `test`: the same, not shuffled. Without `validation` the last
@@ -62,14 +68,15 @@ def fit(
             a few hundred dense steps; "off" nothing. The training is the same, bit for bit.
         checkpoint_file: written atomically after every epoch, and every `checkpoint_every` steps; where it exists,
             training goes on from it, and ends bit-equal to a training that was never stopped. It is the same file whether the
-            layers were sparse; with "auto" those are sparse again that were.
+            layers were sparse; with "auto" those are sparse again that were. It is also the same for any number of ranks.
         log_dir: TensorBoard events go there (extra `tensorboard`).
-        on_epoch: called with the epoch (from 1) and its figures.
+        on_epoch: called with the epoch (from 1) and its figures, on every rank.
 
     Raises:
         TechniqueError: when the loss becomes NaN or infinite, a technique does not fit, or gmp had no step left for its last update.
-        SettingError: when `rewire` and `mask` or `sparsity` do not go together, sparse="on" cannot be, or the checkpoint is of a
-            training with another `rewire` or `diagnose`.
+        SettingError: when `rewire` and `mask` or `sparsity` do not go together, sparse="on" cannot be, the checkpoint is of a
+            training with another `rewire` or `diagnose`, or there are several ranks and the model is within DistributedDataParallel
+            already.
 
     Example:
         >>> from anymask import data, fit, models
@@ -86,7 +93,7 @@ def fit(
     recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
     moving = dynamic_of(rewire, {}) if rewire is not None else None
     mask = _first_mask(model, mask, moving=moving, sparsity=sparsity)
-    run = Run(model, train, mask=mask, protocol=protocol, first_step=first_step, file=checkpoint_file)
+    run = Run(model, train, mask=None if mask is None else mask.broadcast(), protocol=protocol, first_step=first_step, file=checkpoint_file)
     how: dict[str, Any] = {"recipe": recipe, "moving": moving, "sparsity": sparsity, "sparse": sparse, "diagnose": diagnose}
     try:
         run.begin(train, **how, seed=seed, first_step=first_step)
@@ -112,10 +119,9 @@ def _train(
         epoch = run.step // run.per_epoch
         run.model.train()
         for index, (x, y) in enumerate(train.epoch(epoch, start=run.first_batch), run.first_batch + 1):
-            with run.autocast():
-                loss = run.recipe.loss(run.model(x), y)
-            run.backward(loss)
-            if index % run.protocol.accumulate == 0 or index == len(train):
+            last = index % run.protocol.accumulate == 0 or index == len(train)
+            run.add(x, y, last=last)
+            if last:
                 run.update()
                 if run.step == stop:
                     break
@@ -152,7 +158,7 @@ def _first_mask(model: nn.Module, mask: Mask | None, *, moving: Dynamic | None, 
 
 
 def _writer(log_dir: str | Path | None) -> Any:
-    if log_dir is None:
+    if log_dir is None or not leads():
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter

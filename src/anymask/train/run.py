@@ -18,11 +18,13 @@ from anymask.mask import Mask
 from anymask.prunables import bare
 from anymask.pruning import rewiring
 from anymask.pruning.dynamic import Dynamic
+from anymask.ranks import by_rank_0, leads, on_any_rank
 from anymask.recipe import Recipe
 from anymask.registry import unknown
 from anymask.train import checkpoint
-from anymask.train.settings import Protocol, accuracy, autocast_dtype, set_lr
+from anymask.train.settings import Protocol, autocast_dtype, set_lr
 from anymask.train.sparsity import SparseLayers, slots_loaded, slots_stored, sparse_possible
+from anymask.train.spread import Spread
 
 DIAGNOSE = ("off", "on", "sharpness")
 
@@ -65,13 +67,14 @@ class Run:
     ) -> None:
         self.model, self.protocol = model, protocol
         self.file = None if file is None else Path(file)
-        self.example, self.target = next(iter(train))
+        self.spread, self.probe = Spread(model), next(iter(train))
+        self.example, _, _ = self.spread.part(*self.probe)
         self.device = str(self.example.device)
         self.dtype = autocast_dtype(protocol.precision)
         self.per_epoch = math.ceil(len(train) / protocol.accumulate)
         self.total = protocol.epochs * self.per_epoch
         self.first_batch, self.batches = 0, len(train)
-        self.loss = torch.zeros((), device=self.device)  # summed on the device: nothing waits for it inside an epoch
+        self.loss = torch.zeros((), device=self.device)  # summed on the device: nothing waits for it inside an epoch; on each rank its part
         self.progress: dict[str, Any] = {
             "step": first_step,
             "seconds": 0.0,
@@ -97,7 +100,7 @@ class Run:
     ) -> None:
         """Convert the layers, attach the recipe, and go on from the checkpoint, if there is one. Then `layers.leave` is due."""
         check_diagnose(diagnose)
-        saved = checkpoint.load(self.file, device=self.device) if self.file is not None and self.file.exists() else None
+        saved = None if self.file is None else checkpoint.load(self.file, device=self.device)
         # Before the recipe: its ghosts would hide which ReLU follows which norm, and LRsI makes the layers dense by itself.
         self._convert(sparse, moves=moving is not None, known=saved.get("sparse") if saved else None)
         torch.manual_seed(seed)
@@ -116,6 +119,9 @@ class Run:
         if saved is not None:
             self._restore(saved)
         self.diagnose, self.watch = diagnose, self._watched(diagnose, saved)
+        self.spread.begin()
+        self.seed = seed
+        self.spread.draw(seed, self.step)
         self.strengths = self.recipe.strengths
         self.began = time.monotonic() - self.progress["seconds"]
 
@@ -128,10 +134,14 @@ class Run:
         """Mixed precision, where the protocol asks for it."""
         return nullcontext() if self.dtype is None else torch.autocast(self.device.split(":")[0], self.dtype)
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one batch."""
-        self.loss += loss.detach()
-        self.scaler.scale(loss / self.protocol.accumulate).backward()
+    def add(self, x: Tensor, y: Tensor, *, last: bool) -> None:
+        """Add the gradients of one batch; `last` before a step."""
+        x, y, weight = self.spread.part(x, y)
+        with self.spread.adding(last=last):
+            with self.autocast():
+                loss = self.recipe.loss(self.spread.network(x), y) * weight
+            self.loss += loss.detach()
+            self.scaler.scale(loss / self.protocol.accumulate).backward()
 
     def update(self) -> None:
         """One step of the optimiser and of the recipe."""
@@ -145,11 +155,13 @@ class Run:
         self.strengths = self.recipe.strengths  # of the step that was just made
         self.recipe.step()
         self.progress["step"] += 1
+        self.spread.draw(self.seed, self.step)
         self.first_batch = self.step % self.per_epoch * self.protocol.accumulate
 
     def end_epoch(self, epoch: int, *, validation: Batches | None) -> None:
         """Evaluate and diagnose the plain network, remember the best one, and save."""
         curves = self.progress["curves"]
+        self.spread.agree(self.loss)
         loss = float(self.loss) / self.batches
         if not math.isfinite(loss):
             raise TechniqueError(
@@ -159,7 +171,7 @@ class Run:
             )
         self.loss.zero_()
         with self.recipe.plain() as plain:
-            score = None if validation is None else accuracy(plain, validation)
+            score = None if validation is None else self.spread.accuracy(plain, validation)
             more = {} if self.watch is None else {"diagnostics": self._diagnosed(self.watch)}
         self._remember(score, epoch=epoch + 1)
         figures = {"epoch": epoch + 1, "train_loss": loss, "validation_accuracy": score, "lr": self._lr()}
@@ -182,12 +194,13 @@ class Run:
 
     def finish(self, *, stop: int, validation: Batches | None, test: Batches | None) -> Result:
         """The plain model with the chosen checkpoint's weights, and what it is worth."""
+        self.spread.end()
         self.recipe.finish(early=stop < self.total)
         self.layers.leave()
         self._check_shrunk(whole=stop == self.total)
         self.progress["seconds"] = time.monotonic() - self.began
         best, curves = self.progress["best"], self.progress["curves"]
-        last_test = None if test is None else accuracy(self.model, test)
+        last_test = None if test is None else self.spread.accuracy(self.model, test)
         if best is not None:
             if self.hold is not None and best.get("mask") is not None:
                 self.hold.move(rewiring.unpacked(best["mask"]))
@@ -196,7 +209,7 @@ class Run:
             self.hold.release()
         return Result(
             validation=best["validation"] if best else None,
-            test=None if test is None else accuracy(self.model, test),
+            test=None if test is None else self.spread.accuracy(self.model, test),
             best_epoch=best["epoch"] if best else 0,
             last_validation=curves["validation_accuracy"][-1] if curves["validation_accuracy"] else None,
             last_test=last_test,
@@ -209,8 +222,11 @@ class Run:
         )
 
     def save(self) -> None:
-        """Write the checkpoint file, if there is one."""
+        """Write the checkpoint file, if there is one: the same one for any number of ranks."""
         if self.file is None:
+            return
+        self.spread.agree(self.loss)
+        if not leads():
             return
         self.progress["seconds"] = time.monotonic() - self.began
         parts: dict[str, Any] = {"model": self.model, "scaler": self.scaler, "recipe": self.recipe}
@@ -225,8 +241,13 @@ class Run:
 
     def _convert(self, sparse: str, *, moves: bool, known: list[str] | None) -> None:
         where: dict[str, Any] = {"device": self.device, "precision": self.protocol.precision, "model": self.model}
-        if sparse_possible(sparse, **where, masked=self.hold is not None, moves=moves) and self.hold is not None:
-            self.layers.enter(self.hold.mask, self.example, measure=sparse == "auto", known=known)
+        possible = sparse_possible(sparse, **where, masked=self.hold is not None, moves=moves)
+        if self.hold is None or on_any_rank([not possible], device=self.example.device)[0]:
+            return
+        how: dict[str, Any] = {"mask": self.hold.mask, "example": self.example, "measure": sparse == "auto"}
+        chosen = by_rank_0(lambda: self.layers.enter(**how, known=known))  # each rank would measure something else
+        if not leads():
+            self.layers.enter(**how, known=chosen)
 
     def _rewire(
         self, moving: Dynamic | None, *, sparsity: float | None, seed: int, start: int, saved: dict[str, Any] | None
@@ -253,7 +274,7 @@ class Run:
             )
         if diagnose == "off":
             return None
-        watch = Diagnostics(self.model, self.optimizer, self.example)
+        watch = Diagnostics(self.model, self.optimizer, self.probe[0])  # of the whole batch on every rank
         if saved is not None:
             watch.load_state_dict(saved["diagnostics"])
         return watch
@@ -263,7 +284,7 @@ class Run:
         found = watch.epoch()
         if self.diagnose == "sharpness":
             mask = None if self.hold is None else self.hold.mask
-            value = sharpness(self.model, self.example, self.target, mask=mask)
+            value = sharpness(self.model, *self.probe, mask=mask)
             found["sharpness"] = value if math.isfinite(value) else None
         return found
 

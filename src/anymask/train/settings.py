@@ -132,12 +132,25 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
 
 def accuracy(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
     """Share of images, in [0, 1], whose class `model` gives the largest logit, in eval mode."""
+    return share_right(*count_right(model, batches))
 
-    right = total = 0
+
+def count_right(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[int, int]:
+    """How many images `model` gives the right class, in eval mode, and how many there are."""
+    right, total = torch.zeros((), dtype=torch.int64), 0
     with torch.no_grad(), evaluating(model):
         for x, y in batches:
-            right = right + (model(x).argmax(1) == y).sum()  # stays on the device: one synchronisation in all
+            right = right.to(y.device) + (model(x).argmax(1) == y).sum()  # stays on the device: one synchronisation in all
             total += len(y)
+    return int(right), total
+
+
+def share_right(right: int, total: int) -> float:
+    """`right` of `total` images as a share.
+
+    Raises:
+        SettingError: for no image at all.
+    """
     if total == 0:
         raise SettingError("no batch to evaluate on", allowed="at least one image", fix="check the data split")
-    return float(right) / total
+    return right / total

@@ -66,7 +66,7 @@ class SparseLayers:
         self.count = len(compact(model))
         self.names: list[str] | None = None  # of the weights that were converted; None where that was not decided
 
-    def enter(self, mask: Mask, example: Tensor, *, measure: bool, known: list[str] | None) -> None:
+    def enter(self, mask: Mask, example: Tensor, *, measure: bool, known: list[str] | None) -> list[str] | None:
         """Convert the layers of `mask` that are faster sparse, or all that can be if not `measure`; of `known` ones those.
 
         Args:
@@ -74,14 +74,18 @@ class SparseLayers:
             example: a batch of the training's size, which decides what is faster.
             measure: ask what is faster.
             known: `names` of the training that goes on, which was measured then.
+
+        Returns:
+            `names` of this one.
         """
         if not self._ours:
-            return
+            return self.names
         wanted = {name: mask[name] for name in mask if not measure or known is None or name in known}
         if wanted:
             to_sparse(self.model, Mask(wanted), example, optimizer=self.optimizer, measure=measure and known is None)
         self.names = list(compact(self.model))
         self.count = len(self.names)
+        return self.names
 
     def leave(self) -> None:
         """Make the model dense; once is enough, and it may be at any moment."""
