@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from anymask.prunables import bare
+
 
 @contextmanager
 def isolated_random(seed: int) -> Iterator[None]:
@@ -41,11 +43,11 @@ def isolated_random(seed: int) -> Iterator[None]:
 
 
 def masked_copy(model: nn.Module, kept: Mapping[str, Tensor]) -> nn.Module:
-    """A deep copy of `model` without gradients, its weights 0 where `kept` is False.
+    """A deep copy of `model`, without its wrapper and without gradients, its weights 0 where `kept` is False.
 
     Tied weights stay tied. Hooks are copied too and fire: weight normalisation and the like are hooks.
     """
-    twin = copy.deepcopy(model)
+    twin = copy.deepcopy(bare(model))
     twin.zero_grad(set_to_none=True)
     parameters = dict(twin.named_parameters())
     with torch.no_grad():

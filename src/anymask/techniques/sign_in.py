@@ -88,7 +88,7 @@ class _SignIn(Attached):
         self._guests: list[tuple[dict[str, Any], str]] = []  # during a step: group and name of those that are in the optimiser
         self._handle = optimizer.register_step_post_hook(self._leave)
         # Before all others: a mask that moves, and averages of weights, must find m * w again.
-        optimizer._optimizer_step_post_hooks.move_to_end(self._handle.id, last=False)
+        optimizer._optimizer_step_post_hooks.move_to_end(self._handle.id, last=False)  # type: ignore[attr-defined]
         self.found = f"{len(weights)} masked weights, shared out every {every} steps"
 
     def set_strength(self, strength: float) -> None:
@@ -107,6 +107,7 @@ class _SignIn(Attached):
 
     def _enter(self, name: str, weight: nn.Parameter, *, group: dict[str, Any]) -> None:
         """Let the parameter hold w and m join the optimiser, each with its gradient."""
+        assert weight.grad is not None
         factor, theta, gradient = self._shared_out(name, weight), local(weight), local(weight.grad)
         m = self._strong(factor)
         theta.div_(m)  # w from here on
