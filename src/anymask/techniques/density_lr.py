@@ -52,7 +52,7 @@ class DensityLR(Technique):
     Reference: Sparse maximal update parameterization (arXiv 2405.15743): with Adam, the learning rate of a hidden layer goes as
     1 / (width * density), and its initial variance, too (that half is `fan_in_init`). Ours: densities of each layer, relative to the
     dense network; the power and the bound; strengths between; that decoupled weight decay grows along, as by a larger learning rate;
-    and other optimisers. See docs/cards-init.md for SGD, and for networks with batch norm.
+    and other optimisers. See docs/techniques.md for SGD, and for networks with batch norm.
     """
 
     name: ClassVar[str] = "density_lr"
