@@ -45,6 +45,7 @@ class RunningRecipe:
         self._hold = held(context.optimizer) if context.optimizer is not None else None
         self._live: dict[str, tuple[Technique, Attached]] = {}
         self._handles: list[Any] = []  # of the optimiser's hooks
+        self._settled = False  # while the model is as `plain` gives it
         self._strengths = {t.name: self.strength(t, self.position) for t in techniques if t.seam != "init"}
         vars(context.model)[MARK] = name
         weights = self._weights() if state is None and any(t.seam == "init" for t in techniques) else []
@@ -119,11 +120,16 @@ class RunningRecipe:
             ...     bool((model(torch.randn(5, 1)) >= 0).all())
             True
         """
+        if self._settled:  # within another such block
+            yield self.model
+            return
+        self._settled = True
         for _, attached in self._live.values():
             attached.settle()
         try:
             yield self.model
         finally:
+            self._settled = False
             for technique, attached in reversed(self._live.values()):
                 attached.unsettle()
                 attached.set_strength(self._strengths[technique.name])

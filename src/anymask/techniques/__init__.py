@@ -1,5 +1,6 @@
 """Training tricks for sparse networks. `TECHNIQUES` is the table of all of them."""
 
+from anymask.techniques.averaging import Averaging
 from anymask.techniques.base import Attached, Context, Loss, Technique
 from anymask.techniques.density_lr import DensityLR
 from anymask.techniques.fan_in_init import FanInInit
@@ -26,6 +27,7 @@ TECHNIQUES: dict[str, type[Technique]] = {
     "sign_in": SignIn,
     "gradient_correction": GradientCorrection,
     "sam": SAM,
+    "averaging": Averaging,
 }
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "SAM",
     "TECHNIQUES",
     "Attached",
+    "Averaging",
     "Context",
     "DensityLR",
     "FanInInit",

@@ -1,0 +1,117 @@
+"""The moving average: by hand in float64, what evaluation sees, and what a mask that moves does to it."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from anymask import Mask, Recipe, hold
+from anymask.errors import SettingError
+from anymask.schedules import Schedule
+from anymask.techniques import SAM, Averaging
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).double()
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(8, 4, generator=torch.Generator().manual_seed(step)).double(), torch.arange(8) % 3
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, running, *, steps: int) -> list[dict[str, np.ndarray]]:
+    """What is trained after each step, read behind the back of the recipe."""
+    seen = []
+    for step in range(steps):
+        x, y = batch(step)
+        running.loss(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append({name: value.numpy().copy() for name, value in model.state_dict().items()})
+        running.step()
+    return seen
+
+
+def by_hand(first: dict[str, np.ndarray], seen: list[dict[str, np.ndarray]], *, decay: float) -> dict[str, np.ndarray]:
+    average = {name: value.copy() for name, value in first.items() if value.dtype.kind == "f"}
+    for t, values in enumerate(seen, start=1):
+        d = min(decay, t / (t + 9))
+        average = {name: d * a + (1 - d) * values[name] for name, a in average.items()}
+    return average
+
+
+def test_weights_and_statistics_of_norms_are_averaged_and_left_at_the_end() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    first = {name: value.numpy().copy() for name, value in model.state_dict().items()}
+    running = Recipe((Averaging(decay=0.3),)).attach(model, optimizer, total_steps=6)
+    seen = train(model, optimizer, running, steps=6)
+    running.finish()
+    for name, value in by_hand(first, seen, decay=0.3).items():
+        np.testing.assert_allclose(model.state_dict()[name].numpy(), value, rtol=1e-12, atol=1e-15)
+        assert not np.allclose(value, seen[-1][name]) or name == "0.bias"  # which batch norm takes away: it has no gradient
+
+
+def test_evaluation_sees_the_average_and_training_goes_on_from_the_very_same_bits() -> None:
+    twins = [net(), net()]
+    after = []
+    for model, looks in zip(twins, (True, False), strict=True):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+        running = Recipe((Averaging(decay=0.9),)).attach(model, optimizer, total_steps=9)
+        train(model, optimizer, running, steps=4)
+        if looks:
+            trained = model[0].weight.detach().clone()
+            with running.plain():
+                assert not torch.equal(model[0].weight, trained)
+                assert torch.equal(running.plain_state_dict()["0.weight"], model[0].weight)
+            assert torch.equal(model[0].weight, trained)
+        train(model, optimizer, running, steps=5)
+        after.append(running.finish().state_dict())
+    assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
+
+
+@pytest.mark.parametrize(("schedule", "share"), [(Schedule("step", full="100%", end="100%"), 1.0), (Schedule("linear", end="100%"), 0.25)])
+def test_what_is_left_is_of_the_strength_of_the_last_step(schedule: Schedule, share: float) -> None:
+    model = net()
+    first = {name: value.numpy().copy() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    running = Recipe((Averaging(schedule, decay=0.5),)).attach(model, optimizer, total_steps=4)
+    seen = train(model, optimizer, running, steps=4)
+    running.finish()
+    wanted = (1 - share) * seen[-1]["0.weight"] + share * by_hand(first, seen, decay=0.5)["0.weight"]
+    np.testing.assert_allclose(model[0].weight.detach().numpy(), wanted, rtol=1e-12)
+
+
+def test_a_mask_that_moves_takes_its_zeros_into_the_average() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    half = torch.arange(24).reshape(6, 4) % 2 == 0
+    carried = hold(Mask({"0.weight": half}), model, optimizer)
+    running = Recipe((Averaging(decay=0.9),)).attach(model, optimizer, total_steps=6)
+    train(model, optimizer, running, steps=3)
+    carried.move(Mask({"0.weight": ~half}))
+    with running.plain():
+        assert not model[0].weight.any()
+    train(model, optimizer, running, steps=3)
+    running.finish()
+    assert not model[0].weight[half].any()
+    assert model[0].weight[~half].any()
+
+
+def test_after_a_perturbation_the_average_is_of_the_weights_without_it() -> None:
+    left = []
+    for techniques in ((SAM(rho=0.5), Averaging(decay=0.0)), (SAM(rho=0.5),)):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+        running = Recipe(techniques).attach(model, optimizer, total_steps=5)
+        train(model, optimizer, running, steps=3)
+        with running.plain():
+            left.append(model[0].weight.detach().clone())
+    assert torch.equal(*left)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
+def test_a_decay_out_of_range_is_refused(decay: float) -> None:
+    with pytest.raises(SettingError, match="decay"):
+        Averaging(decay=decay)
