@@ -101,8 +101,8 @@ def test_the_first_step_goes_down_the_slope_by_hand_to_the_least_error_on_that_l
 def test_the_least_value_along_a_line_is_the_least_of_a_fine_grid(seed, size):
     rng = np.random.default_rng(seed)
     a, b, c = (torch.from_numpy(rng.standard_normal((size, size))) for _ in range(3))
-    t, value = _least(a, b, c)
-    assert value == pytest.approx(float((a + t * b + t * t * c).square().sum()), rel=1e-8)
+    t = _least(a, b, c)
+    value = float((a + t * b + t * t * c).square().sum())
     grid = torch.linspace(-5, 5, 1001, dtype=torch.float64)[:, None, None]
     assert value <= float((a + grid * b + grid**2 * c).square().sum((1, 2)).min()) * (1 + 1e-9)
 
