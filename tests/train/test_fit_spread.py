@@ -27,7 +27,7 @@ def on_two_ranks(part: str, folder: Path) -> Found:
     where = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": where}
     done = subprocess.run([*command, part, str(folder)], env=env, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr.partition("torch.distributed.elastic")[0][-4000:]
     assert "Warning" not in done.stderr
     return [torch.load(folder / f"{part}-{rank}.pt", weights_only=True) for rank in (0, 1)]
 
@@ -86,8 +86,6 @@ def _batch_norm_and_dropout_train_as_well(ours: dict[str, Any]) -> None:
     assert ours["demo"]["mask"] == alone["mask"]
     assert ours["demo"]["accuracies"]["test"] == pytest.approx(alone["accuracies"]["test"], abs=0.04)
     assert ours["undisturbed"]["accuracies"]["test"] > 0.6
-    counted = [value for name, value in ours["undisturbed"]["state"].items() if name.endswith("num_batches_tracked")]
-    assert counted == [ours["undisturbed"]["accuracies"]["best_epoch"] * 7] * 2
 
 
 def test_a_process_alone_has_nothing_to_share() -> None:

@@ -33,7 +33,7 @@ def as_rank(words: Sequence[str], run: Callable[[Sequence[str], Say], int]) -> i
 
     try:
         with _muted() if rank else contextlib.nullcontext():
-            code = _refused(words, say) or run(words, say)
+            code = refused(words, say) or run(words, say)
             if code == 0:
                 dist.barrier()  # nobody leaves while another may still fail
     except Exception:
@@ -64,7 +64,8 @@ def _first(failures: Any) -> bool:
     return False
 
 
-def _refused(words: Sequence[str], say: Say) -> int:
+def refused(words: Sequence[str], say: Say) -> int:
+    """2, having said why, for a command that cannot use several ranks; 0 for all that comes to its own end."""
     if not words or words[0] not in COMMANDS or words[0] in SPREAD:
         return 0
     allowed = f"{' and '.join(SPREAD)}, which spread a training over ranks"
