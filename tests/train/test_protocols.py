@@ -29,7 +29,7 @@ else:
 
 ROOT = Path(__file__).parents[2]
 LEDGERS = sorted(ROOT.glob("results/*/ledger.jsonl"))
-PLANS = sorted((ROOT / "plans").glob("*.toml"))
+PLANS = sorted(path for path in (ROOT / "plans").glob("*.toml") if not path.stem.startswith("study"))  # those: tests/sweep/test_study.py
 NAMES = {f.name for f in fields(Protocol)}
 
 

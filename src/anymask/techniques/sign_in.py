@@ -50,7 +50,7 @@ class SignIn(Technique):
         >>> running = anymask.Recipe((SignIn(),)).attach(model, optimizer, total_steps=1, loss=lambda out, _: out.sum())
         >>> running.loss(model(torch.ones(1, 2)), None).backward(); optimizer.step()
         >>> m = ((1 + (1 + 4 * 0.36) ** 0.5) / 2) ** 0.5  # by hand: g = 1, so m falls by 0.1 w and w by 0.1 m
-        >>> bool(abs(model.weight[0, 0] - (m - 0.1 * 0.6 / m) * (0.6 / m - 0.1 * m)) < 1e-6), float(model.weight[0, 1])
+        >>> bool(abs(model.weight[0, 0] - (m - 0.1 * 0.6 / m) * (0.6 / m - 0.1 * m)) < 1e-6), model.weight[0, 1].item()
         (True, 0.0)
 
     Reference: Sign-In (arXiv 2504.12801): the product, m^2 - w^2 = beta with beta = 1, the sharing out every p epochs. Ours, because
