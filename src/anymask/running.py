@@ -240,7 +240,7 @@ class RunningRecipe:
 
     def _tell(self, what: str) -> None:
         """Tell the techniques of a step, before it in their order and after it in the reverse, as brackets close."""
-        live = list(self._live.values())
+        live = sorted(self._live.values(), key=lambda pair: pair[1].innermost)
         for technique, attached in live if what == "before_update" else reversed(live):
             if technique.seam == "step":
                 getattr(attached, what)()

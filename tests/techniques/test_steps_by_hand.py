@@ -8,20 +8,20 @@ from torch import nn
 from anymask import Mask, Recipe, hold
 from anymask.errors import SettingError, TechniqueError
 from anymask.prunables import prunable
-from anymask.techniques import HAM, GradientCorrection, SignIn, Technique
+from anymask.techniques import HAM, SAM, DensityLR, GradientCorrection, SignIn, Technique
 
 LR, STEPS = 0.05, 4
 
 
-def trained(technique: Technique, *, momentum: float = 0.0, decay: float = 0.0) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """First and last weights (3, 4) of a linear map trained with `technique` on sum(c * W), and the constants c of each step."""
+def trained(*techniques: Technique, momentum: float = 0.0, decay: float = 0.0) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """First and last weights (3, 4) of a linear map trained with `techniques` on sum(c * W), and the constants c of each step."""
     torch.manual_seed(3)
     model = nn.Linear(4, 3, bias=False).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=momentum, weight_decay=decay)
     hold(Mask({"weight": torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1]])}), model, optimizer)
     first = model.weight.detach().numpy().copy()
     constants = [np.random.default_rng(step).normal(size=(3, 4)) for step in range(STEPS)]
-    running = Recipe((technique,)).attach(model, optimizer, total_steps=STEPS, loss=lambda output, _: output)
+    running = Recipe(techniques).attach(model, optimizer, total_steps=STEPS, loss=lambda output, _: output)
     for c in constants:
         running.loss((model.weight * torch.from_numpy(c)).sum(), None).backward()
         optimizer.step()
@@ -66,6 +66,14 @@ def test_sign_in_steps_on_both_factors(momentum: float, decay: float) -> None:
         w, m = w - LR * slots[0], m - LR * slots[1]
         theta = m * w * KEPT
     np.testing.assert_allclose(last, theta, rtol=1e-12)
+
+
+@pytest.mark.parametrize("other", [DensityLR(), GradientCorrection(where="all"), HAM(alpha=3.0), SAM(rho=0.1)], ids=lambda t: t.name)
+def test_sign_in_goes_with_others_wherever_it_stands(other: Technique) -> None:
+    _, last, _ = trained(other, SignIn(beta=0.7), momentum=0.9)
+    _, again, _ = trained(SignIn(beta=0.7), other, momentum=0.9)
+    np.testing.assert_array_equal(last, again)
+    assert np.abs(last).max() < 10
 
 
 def test_gradient_correction_weighs_each_neuron_by_what_it_keeps() -> None:

@@ -81,6 +81,7 @@ class Attached:
 
     found: str = ""  # what it applies to, for people
     added: Cost = Cost()  # what it adds while it is there
+    innermost: bool = False  # told last before a step and first after it, wherever it stands in the recipe
 
     def set_strength(self, strength: float) -> None:
         """Set the strength, in [0, 1]; at 0 the network computes what the plain one does, bit for bit."""

@@ -80,6 +80,8 @@ class SignIn(Technique):
 
 
 class _SignIn(Attached):
+    innermost = True  # while the parameters hold w, nobody else may look at them or at their gradients
+
     def __init__(self, model: nn.Module, optimizer: Optimizer, weights: dict[str, nn.Parameter], *, beta: float, every: int) -> None:
         self.model, self.optimizer, self.beta, self.every = model, optimizer, beta, every
         self.weights, self.strength, self.steps = weights, 1.0, 0
