@@ -51,6 +51,7 @@ class RunningRecipe:
         weights = self._weights() if state is None and any(t.seam == "init" for t in techniques) else []
         try:
             self._join_all(remedy, fresh=state is None)
+            self._live = dict(sorted(self._live.items(), key=lambda item: item[1][0].depth))
             self._listen()
             if state is not None:
                 self.added = Cost(**state["added"])
@@ -104,7 +105,7 @@ class RunningRecipe:
                 fix="give the true total_steps to attach",
             )
         self.position += 1
-        for technique in self.techniques:
+        for technique in sorted(self.techniques, key=lambda technique: technique.depth):
             self._move(technique)
 
     @contextmanager
@@ -240,7 +241,7 @@ class RunningRecipe:
 
     def _tell(self, what: str) -> None:
         """Tell the techniques of a step, before it in their order and after it in the reverse, as brackets close."""
-        live = sorted(self._live.values(), key=lambda pair: pair[1].innermost)
+        live = list(self._live.values())
         for technique, attached in live if what == "before_update" else reversed(live):
             if technique.seam == "step":
                 getattr(attached, what)()
@@ -260,7 +261,7 @@ class RunningRecipe:
                     _forget_graphs()
 
     def _leave_all(self) -> None:
-        for _, attached in reversed(self._live.values()):
+        for _, attached in self._live.values():  # perturbations leave before averages, which are left in the model
             attached.detach()
         if any(technique.seam == "model" for technique, _ in self._live.values()):
             _forget_graphs()

@@ -8,26 +8,28 @@ from torch import nn
 from anymask import Mask, Recipe, hold
 from anymask.errors import SettingError, TechniqueError
 from anymask.prunables import prunable
-from anymask.techniques import HAM, SAM, DensityLR, GradientCorrection, SignIn, Technique
+from anymask.techniques import HAM, SAM, Averaging, DensityLR, GradientCorrection, SignIn, Technique
 
 LR, STEPS = 0.05, 4
 
 
-def trained(*techniques: Technique, momentum: float = 0.0, decay: float = 0.0) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+def trained(
+    *techniques: Technique, momentum: float = 0.0, decay: float = 0.0, steps: int = STEPS, total: int = STEPS
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     """First and last weights (3, 4) of a linear map trained with `techniques` on sum(c * W), and the constants c of each step."""
     torch.manual_seed(3)
     model = nn.Linear(4, 3, bias=False).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=momentum, weight_decay=decay)
     hold(Mask({"weight": torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1]])}), model, optimizer)
     first = model.weight.detach().numpy().copy()
-    constants = [np.random.default_rng(step).normal(size=(3, 4)) for step in range(STEPS)]
-    running = Recipe(techniques).attach(model, optimizer, total_steps=STEPS, loss=lambda output, _: output)
+    constants = [np.random.default_rng(step).normal(size=(3, 4)) for step in range(steps)]
+    running = Recipe(techniques).attach(model, optimizer, total_steps=total, loss=lambda output, _: output)
     for c in constants:
         running.loss((model.weight * torch.from_numpy(c)).sum(), None).backward()
         optimizer.step()
         optimizer.zero_grad()
         running.step()
-    running.finish()
+    running.finish(early=steps < total)
     return first, model.weight.detach().numpy(), constants
 
 
@@ -150,3 +152,26 @@ def test_they_need_a_mask_and_an_optimiser_of_single_steps(technique: Technique)
     hold(Mask({"weight": torch.eye(2)}), model, optimizer)
     with pytest.raises(TechniqueError, match="LBFGS"):
         Recipe((technique,)).attach(model, optimizer, total_steps=1)
+
+
+STEPPING = (SAM(rho=0.1), Averaging(decay=0.5), HAM(alpha=3.0), GradientCorrection(where="all"), DensityLR(), SignIn(beta=0.7))
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_all_of_them_together_are_one_training_in_whatever_order_they_are_listed(early: bool) -> None:
+    orders = (STEPPING, STEPPING[::-1], STEPPING[3:] + STEPPING[:3])
+    left = [trained(*order, momentum=0.9, total=STEPS + early)[1] for order in orders]
+    np.testing.assert_array_equal(left[0], left[1])
+    np.testing.assert_array_equal(left[0], left[2])
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("others", [(SAM(rho=0.1),), (HAM(alpha=3.0), DensityLR()), (SignIn(beta=0.7),)], ids=lambda t: t[0].name)
+def test_what_is_averaged_are_the_weights_that_each_step_leaves(others: tuple[Technique, ...], early: bool) -> None:
+    first, average, _ = trained(*others, Averaging(decay=0.5), total=STEPS + early)
+    by_hand = first.copy()
+    for step in range(1, STEPS + 1):
+        d = min(0.5, step / (step + 9))
+        by_hand = d * by_hand + (1 - d) * trained(*others, steps=step, total=STEPS + 1)[1]
+    np.testing.assert_allclose(average, by_hand, rtol=1e-12)
+    assert not np.allclose(average, trained(*others)[1], rtol=1e-3)

@@ -54,6 +54,7 @@ class Averaging(Technique):
     seam: ClassVar[str] = "step"
     about: ClassVar[str] = "a moving average (EMA) of the weights is what is evaluated and left"
     paper: ClassVar[str] = "arXiv 2208.10842"
+    depth: ClassVar[int] = 1  # of what all others make of the weights, but for SAM's perturbation
 
     schedule: Schedule = field(default_factory=lambda: Schedule("step", full="100%", end="100%"))
     decay: float = 0.99

@@ -81,7 +81,6 @@ class Attached:
 
     found: str = ""  # what it applies to, for people
     added: Cost = Cost()  # what it adds while it is there
-    innermost: bool = False  # told last before a step and first after it, wherever it stands in the recipe
 
     def set_strength(self, strength: float) -> None:
         """Set the strength, in [0, 1]; at 0 the network computes what the plain one does, bit for bit."""
@@ -98,7 +97,7 @@ class Attached:
     def after_update(self) -> None:
         """The optimiser has made its step: the weights are new, and 0 where the mask says so; they must stay 0 there.
 
-        Techniques are told in the order of the recipe before a step and in the reverse after it.
+        Techniques are told by their depth, those of equal depth in the order of the recipe; in the reverse after a step.
         """
 
     def settle(self) -> None:
@@ -131,6 +130,7 @@ class Technique:
     seam: ClassVar[str]
     about: ClassVar[str]  # one line for `anymask list`
     paper: ClassVar[str]
+    depth: ClassVar[int] = 3  # at the seam "step": the smaller, the earlier before a step, and the later after it
     schedule: Schedule = field(default_factory=Schedule)
 
     def attach(self, context: Context) -> Attached:

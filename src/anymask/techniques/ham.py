@@ -57,6 +57,7 @@ class HAM(Technique):
     seam: ClassVar[str] = "step"
     about: ClassVar[str] = "after each step, masked weights times exp(lr * (-alpha * sign(w) * g - beta))"
     paper: ClassVar[str] = "arXiv 2506.02630"
+    depth: ClassVar[int] = 2  # its own step, which density_lr does not scale
 
     schedule: Schedule = field(default_factory=lambda: Schedule("step", full="100%", end="100%"))
     alpha: float = 200.0

@@ -33,7 +33,7 @@ class SAM(Technique):
     weights in memory at each step, and a second copy of them: that is a slot of the optimiser, and saved, moved and masked as one.
     What is saved in the middle of a training, outside of `plain`, are the weights w_t + e_t, and w_t with the optimiser.
 
-    In a recipe, list it before others that work on steps: they then see w_t. `anymask.rewire` that is called before `Recipe.attach`
+    Other techniques that work on steps see w_t, wherever they stand in the recipe. `anymask.rewire` that is called before `Recipe.attach`
     ranks |w_t|; called after it, |w_t + e_t|.
 
     Args:
@@ -67,6 +67,7 @@ class SAM(Technique):
     seam: ClassVar[str] = "step"
     about: ClassVar[str] = "flatter minima: gradients taken uphill of the weights, by the previous gradient (S2-SAM)"
     paper: ClassVar[str] = "OpenReview MJgMMqMDu4"
+    depth: ClassVar[int] = 0  # everybody else sees w_t
 
     schedule: Schedule = field(default_factory=lambda: Schedule("step", end="100%"))
     rho: float = 0.05

@@ -63,6 +63,7 @@ class SignIn(Technique):
     seam: ClassVar[str] = "step"
     about: ClassVar[str] = "masked weights are stepped on as products m * w, shared out anew now and then, so that signs can change"
     paper: ClassVar[str] = "arXiv 2504.12801"
+    depth: ClassVar[int] = 4  # while the parameters hold w, nobody else may look at them or at their gradients
 
     schedule: Schedule = field(default_factory=lambda: Schedule("step", full="100%", end="100%"))
     beta: float = 1.0
@@ -80,8 +81,6 @@ class SignIn(Technique):
 
 
 class _SignIn(Attached):
-    innermost = True  # while the parameters hold w, nobody else may look at them or at their gradients
-
     def __init__(self, model: nn.Module, optimizer: Optimizer, weights: dict[str, nn.Parameter], *, beta: float, every: int) -> None:
         self.model, self.optimizer, self.beta, self.every = model, optimizer, beta, every
         self.weights, self.strength, self.steps = weights, 1.0, 0
