@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from anymask.errors import MaskError
 from anymask.mask import Mask, local, shard
+from anymask.prunables import trained
 
 
 class Hold:
@@ -138,8 +139,8 @@ def hold(mask: Mask, model: nn.Module, optimizer: Optimizer) -> Hold:
             allowed="one hold for each optimiser",
             fix="call release() on the first hold",
         )
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if not any(id(parameter) in trained for parameter in mask.check(model).values()):
+    here = trained(optimizer)
+    if not any(id(parameter) in here for parameter in mask.check(model).values()):
         raise MaskError(
             f"this {type(optimizer).__name__} trains none of the {len(mask)} masked parameters",
             allowed="an optimiser made from the parameters of this very model",

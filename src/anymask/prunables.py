@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from anymask.errors import MaskError, SettingError
 
@@ -110,6 +111,17 @@ def rows_of(shape: Sequence[int], *, transposed: int = 0) -> Tensor:
         grouped = index.reshape(transposed, shape[0] // transposed, *shape[1:]).transpose(1, 2)
         index = grouped.reshape(transposed * shape[1], shape[0] // transposed, *shape[2:])
     return index.movedim(1, -1).reshape(index.shape[0], -1, index.shape[1])
+
+
+def trained(optimizer: Optimizer) -> set[int]:
+    """The ids of the parameters that `optimizer` trains.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> id(model.weight) in trained(torch.optim.SGD([model.bias], lr=0.1))
+        False
+    """
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def compact(model: nn.Module) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from anymask.errors import AnymaskError, SettingError, TechniqueError, UnknownNa
 from anymask.recipe import Recipe
 from anymask.runlog import Ledger
 from anymask.sweep import Studied, Watcher, read_study, study
-from anymask.sweep.claims import held
+from anymask.sweep.claims import claimed
 from anymask.sweep.halves import tuning_cut
 from anymask.sweep.space import read_space
 from anymask.sweep.variants import variant
@@ -312,7 +312,7 @@ def test_a_winner_that_was_changed_by_hand_is_not_confirmed(file: Path, whole: A
 
 
 def test_a_second_process_is_refused(file: Path, tmp_path: Path) -> None:
-    with held(tmp_path / "run" / "study.lock"), pytest.raises(SettingError, match="another process works on"):
+    with claimed(tmp_path / "run" / "study.lock"), pytest.raises(SettingError, match="another process works on"):
         study(read_study(file), tmp_path / "run")
 
 

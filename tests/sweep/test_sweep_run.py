@@ -15,7 +15,7 @@ import pytest
 from anymask.errors import SettingError
 from anymask.runlog import Ledger
 from anymask.sweep import Cell, Outcome, Runner, Watcher, read_plan, sweep, tasks
-from anymask.sweep.claims import held
+from anymask.sweep.claims import claimed
 from anymask.sweep.masks import Masks
 from anymask.sweep.run import Benches, Clock, Stopped
 from tests.sweep.plans import CELLS, FAILING, PLAN, write_images, write_plan
@@ -163,7 +163,7 @@ def test_two_processes_on_one_folder_never_do_a_training_twice(plan: Path, whole
 
 def test_what_another_process_holds_is_left_to_it_until_it_lets_go(plan: Path, tmp_path: Path) -> None:
     planned = tasks(read_plan(plan), tmp_path)
-    with held(tmp_path / "claims" / f"{planned[0].name}.lock"), pytest.raises(KeyboardInterrupt):
+    with claimed(tmp_path / "claims" / f"{planned[0].name}.lock"), pytest.raises(KeyboardInterrupt):
         sweep(read_plan(plan), tmp_path, sparse="off", watcher=Log(enough=CELLS - 1))
     assert [row["id"] for row in rows(tmp_path)] == [task.name for task in planned[1:]]
     assert not sweep(read_plan(plan), tmp_path, sparse="off").left
@@ -174,7 +174,7 @@ def test_a_mask_that_another_process_makes_is_not_waited_for(plan: Path, tmp_pat
     planned = tasks(read_plan(plan), tmp_path)
     theirs = [task for task in planned if (task.cell.mask, task.cell.seed) == ("snip", 0)]
     file = Benches().runner(theirs[0].part, tmp_path, sparse="off").mask_file("snip", 0.9, 0)
-    with held(file.with_suffix(".lock")), pytest.raises(KeyboardInterrupt):
+    with claimed(file.with_suffix(".lock")), pytest.raises(KeyboardInterrupt):
         sweep(read_plan(plan), tmp_path, sparse="off", watcher=Log(enough=CELLS - 2))
     assert {row["id"] for row in rows(tmp_path)} == {task.name for task in planned if task not in theirs}
     assert not sweep(read_plan(plan), tmp_path, sparse="off").left

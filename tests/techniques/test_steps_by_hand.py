@@ -143,7 +143,7 @@ def test_settings_out_of_range_are_refused(make: object, said: str) -> None:
         make()  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("technique", [HAM(), SignIn(), GradientCorrection(where="all")], ids=lambda t: t.name)
+@pytest.mark.parametrize("technique", [HAM(), SignIn(), GradientCorrection(where="all"), DensityLR()], ids=lambda t: t.name)
 def test_they_need_a_mask_and_an_optimiser_of_single_steps(technique: Technique) -> None:
     model = nn.Linear(2, 2)
     with pytest.raises(TechniqueError, match="no mask"):

@@ -19,6 +19,7 @@ from anymask.kernels import available
 from anymask.prunables import bare
 from anymask.schedules import Schedule
 from anymask.sparse import converting, tuning
+from anymask.sweep.run import Clock, Worker
 from anymask.techniques import GhostActivation, GhostSkip, LabelSmoothing, LRsI, RescaleSettings
 from anymask.train import Protocol, Result
 from anymask.train.run import Run
@@ -124,6 +125,8 @@ def refusals() -> None:
     """What cannot be trained on several ranks says so."""
     with pytest.raises(SettingError, match="within DistributedDataParallel"):
         train(nn.parallel.DistributedDataParallel(Net()))
+    with pytest.raises(SettingError, match="on 2 ranks"):
+        Worker([], Path("nowhere"), retries=0, sparse="off", clock=Clock())
     with pytest.raises(TechniqueError, match='use kind="free"'):
         train(Net(), recipe=RECIPE)
 

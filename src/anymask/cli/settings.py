@@ -40,6 +40,8 @@ Diagnose = Annotated[
         "The training is the same.",
     ),
 ]
+Budget = Annotated[str | None, Parameter(group=RUN, help="Stop in time, at the end of an epoch, and say what is left: 25m, 2h, 90s.")]
+Device = Annotated[str, Parameter(group=RUN, help="cpu, cuda, cuda:1, mps, or auto for the fastest there is.")]
 ConfigFile = Annotated[
     Path | None,
     Parameter(group=RUN, help="File.toml or file.yaml with settings, named as the options are; options given here override it."),

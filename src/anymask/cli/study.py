@@ -11,7 +11,7 @@ from rich.markdown import Markdown
 
 from anymask import sweep
 from anymask.cli.progress import watching
-from anymask.cli.settings import RUN, Sparse
+from anymask.cli.settings import RUN, Budget, Device, Sparse
 from anymask.cli.sweep import FAILED, say, writable
 from anymask.sweep import Studied, Study, budget_seconds, read_study
 from anymask.sweep.study import REPORT, WINNER
@@ -22,12 +22,10 @@ def study(
     /,
     *,
     out: Annotated[Path, Parameter(group=RUN, help="The folder of this study; trainings that it holds already are not run again.")],
-    budget: Annotated[
-        str | None, Parameter(group=RUN, help="Stop in time, at the end of an epoch, and say what is left: 25m, 2h, 90s.")
-    ] = None,
+    budget: Budget = None,
     dry_run: Annotated[bool, Parameter(group=RUN, negative=(), help="Only show how many trainings there would be.")] = False,
     sparse: Sparse = "auto",
-    device: Annotated[str, Parameter(group=RUN, help="cpu, cuda, cuda:1, mps, or auto for the fastest there is.")] = "auto",
+    device: Device = "auto",
 ) -> int:
     """Search, and confirm what wins."""
     if budget is not None:

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from anymask import sweep as sweeping
 from anymask.cli.outcome import LEDGER
 from anymask.cli.progress import watching
-from anymask.cli.settings import RUN, Diagnose, Sparse
+from anymask.cli.settings import RUN, Budget, Device, Diagnose, Sparse
 from anymask.errors import SettingError
 from anymask.runlog import Ledger
 from anymask.sweep import Outcome, budget_seconds, read_plan
@@ -28,13 +28,11 @@ def sweep(
     ray: Annotated[
         str | None, Parameter(group=RUN, help="Train on the Ray cluster of this address, such as 10.0.0.1:6379, instead of here.")
     ] = None,
-    budget: Annotated[
-        str | None, Parameter(group=RUN, help="Stop in time, at the end of an epoch, and say what is left: 25m, 2h, 90s.")
-    ] = None,
+    budget: Budget = None,
     dry_run: Annotated[bool, Parameter(group=RUN, negative=(), help="Only show which trainings would run.")] = False,
     sparse: Sparse = "auto",
     diagnose: Diagnose = "off",
-    device: Annotated[str, Parameter(group=RUN, help="cpu, cuda, cuda:1, mps, or auto for the fastest there is.")] = "auto",
+    device: Device = "auto",
 ) -> int:
     """Train what is left of a plan."""
     if budget is not None:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from anymask.errors import MaskError, SettingError, TechniqueError
 from anymask.holding import Hold, held
 from anymask.mask import Mask
+from anymask.prunables import trained
 from anymask.pruning.budget import keep_count
 from anymask.pruning.distribution import layer_counts
 from anymask.pruning.dynamic import Dynamic, Times, cosine, cubic, dynamic_of, exchange, lots, thin
@@ -384,8 +385,8 @@ def _check_covered(hold: Hold) -> None:
     twice = [" and ".join(found) for found in names.values() if len(found) > 1]
     if twice:
         raise MaskError(f"the mask covers one tensor as {'; '.join(twice)}", allowed="each tensor once", fix="leave one of the names out")
-    trained = {id(parameter) for group in hold.optimizer.param_groups for parameter in group["params"]}
-    others = [name for name, parameter in hold.parameters.items() if parameter.requires_grad and id(parameter) not in trained]
+    here = trained(hold.optimizer)
+    others = [name for name, parameter in hold.parameters.items() if parameter.requires_grad and id(parameter) not in here]
     if others:
         raise MaskError(
             f"the optimiser of this hold does not train {', '.join(others)}",

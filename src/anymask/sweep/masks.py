@@ -25,7 +25,7 @@ from anymask.pruning.patterns import pattern
 from anymask.ranks import by_rank_0, from_rank, leads
 from anymask.registry import lookup
 from anymask.runlog import atomic
-from anymask.sweep.claims import Busy, clear_halves, held
+from anymask.sweep.claims import Busy, claimed, clear_halves
 from anymask.train import fit
 
 DENSE = "dense"
@@ -138,7 +138,7 @@ class Masks:
 
     def _make_once(self, file: Path, mask: str, **how: Any) -> None:
         """Make `file`, unless another process has made it meanwhile: the rounds of a ticket share a folder."""
-        with held(file.with_suffix(".lock"), wait=self.wait) if leads() else nullcontext(True) as mine:
+        with claimed(file.with_suffix(".lock"), wait=self.wait) if leads() else nullcontext(True) as mine:
             if not from_rank(mine):
                 raise Busy(f"{file} is being made by another process")
             if not by_rank_0(file.exists):

@@ -20,7 +20,7 @@ import torch
 
 from anymask.errors import AnymaskError, DataError, SettingError
 from anymask.runlog import atomic
-from anymask.sweep.claims import clear_halves, held
+from anymask.sweep.claims import claimed, clear_halves
 from anymask.sweep.compare import Runner, Watcher
 from anymask.sweep.masks import weights_file
 from anymask.sweep.run import LOOK_AGAIN, Benches, Task, Worker
@@ -177,7 +177,7 @@ class _Driver:
         mask = None if task.mask is None or task.mask.exists() else task.mask.absolute()
         lock = mask.with_suffix(".lock") if mask else folder / "claims" / f"{task.name}.lock"
         with ExitStack() as claim:
-            if not claim.enter_context(held(lock)):
+            if not claim.enter_context(claimed(lock)):
                 return False
             if (mask and mask.exists()) or task.name in self.worker.ledger.ids():  # by another process, just now
                 return False

@@ -14,8 +14,9 @@ from typing import Any
 from anymask.config import Bench, Experiment
 from anymask.data import Dataset
 from anymask.errors import SettingError
+from anymask.ranks import ranks
 from anymask.runlog import Ledger
-from anymask.sweep.claims import Busy, clear_halves, held
+from anymask.sweep.claims import Busy, claimed, clear_halves
 from anymask.sweep.compare import Cell, Runner, Watcher, cells
 from anymask.sweep.masks import is_dynamic, is_mask_file
 from anymask.sweep.plan import Part, Plan, naming
@@ -255,6 +256,10 @@ class Worker:
         benches: Benches | None = None,
     ) -> None:
         check_diagnose(diagnose)
+        if ranks() > 1:
+            raise SettingError(
+                f"a sweep was started on {ranks()} ranks", allowed="one process, which starts others by itself", fix="give workers, or ray"
+            )
         self.planned, self.folder, self.retries, self.clock = planned, folder, retries, clock
         self.sparse, self.diagnose = sparse, diagnose
         self.ledger, self.failures = Ledger(folder / "ledger.jsonl"), Ledger(folder / "failures.jsonl")
@@ -289,7 +294,7 @@ class Worker:
 
     def _try(self, task: Task, watcher: Watcher) -> bool | None:
         """Train `task`: True when it is in the ledger, False when it failed, None when another process is at it or at its mask."""
-        with held(self.folder / "claims" / f"{task.name}.lock") as mine:
+        with claimed(self.folder / "claims" / f"{task.name}.lock") as mine:
             if not mine:
                 return None
             if task.name in self.ledger.ids():

@@ -12,7 +12,7 @@ from typing import Any
 from anymask.errors import AnymaskError, SettingError, TechniqueError
 from anymask.report import markdown, overviews, table
 from anymask.runlog import Ledger, atomic, settings_id
-from anymask.sweep.claims import held
+from anymask.sweep.claims import claimed
 from anymask.sweep.compare import Watcher
 from anymask.sweep.halves import confirmation_cut, tuning_cut
 from anymask.sweep.plan import Plan
@@ -80,7 +80,7 @@ def study(
     if not (folder / WINNER).exists():
         _optuna()
         tuning = Tuning(wanted, folder / "tune", cut=tuning_cut(wanted), **how)
-    with held(folder / "study.lock") as mine:
+    with claimed(folder / "study.lock") as mine:
         if not mine:
             raise SettingError(f"another process works on {folder}", allowed="one at a time", fix="wait for it, or choose another --out")
         if tuning is not None:

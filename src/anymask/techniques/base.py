@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from anymask.errors import TechniqueError
 from anymask.mask import Mask
+from anymask.prunables import trained
 from anymask.schedules import Schedule
 from anymask.surgery import Cost
 
@@ -53,10 +54,10 @@ class Context:
     def masked_weights(self, technique: str) -> dict[str, nn.Parameter]:
         """The weights of the mask that the optimiser trains, by name, tied ones once; raises TechniqueError when there are none."""
         optimizer = self.needs_optimizer(technique)
-        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        here = trained(optimizer)
         weights = self.needs_mask(technique).check(self.model)
         first = {id(p): name for name, p in reversed(weights.items())}
-        found = {name: p for name, p in weights.items() if id(p) in trained and first[id(p)] == name}
+        found = {name: p for name, p in weights.items() if id(p) in here and first[id(p)] == name}
         if not found:
             raise TechniqueError(
                 f"{technique} got an optimiser that trains none of the masked weights",

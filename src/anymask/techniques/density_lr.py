@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from anymask.errors import SettingError, TechniqueError
+from anymask.errors import SettingError
 from anymask.holding import held
 from anymask.mask import Mask, local
 from anymask.schedules import Schedule
@@ -71,18 +71,8 @@ class DensityLR(Technique):
             raise SettingError(f"most came as {self.most}", allowed="a finite number >= 1", fix="10 is the default")
 
     def attach(self, context: Context) -> "_Scaling":
-        mask, optimizer = context.needs_mask(self.name), context.needs_optimizer(self.name)
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise TechniqueError(
-                "density_lr with LBFGS, which chooses the length of its steps itself",
-                allowed="optimisers whose step is the learning rate times something",
-                fix="take SGD or Adam, or leave density_lr out of the recipe",
-            )
-        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        parameters = {id(p): (name, p) for name, p in mask.check(context.model).items() if id(p) in trained}
-        if not parameters:
-            raise self.nothing("masked weights that its optimiser trains", context.model, fix="give that optimiser")
-        return _Scaling(self, dict(parameters.values()), mask, optimizer)
+        weights = context.masked_weights(self.name)
+        return _Scaling(self, weights, context.needs_mask(self.name), context.needs_optimizer(self.name))
 
     def factors(self, mask: Mask) -> dict[str, float]:
         """c of each tensor of `mask`, in [1, most]; 1 for one that keeps nothing.

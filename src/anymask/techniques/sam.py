@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from anymask.errors import SettingError, TechniqueError
 from anymask.holding import held
 from anymask.mask import local
+from anymask.prunables import trained
 from anymask.schedules import Schedule
 from anymask.techniques.base import Attached, Context, Technique
 
@@ -84,8 +85,8 @@ class SAM(Technique):
                 allowed="a mask that is held, whose gradients are 0 where it prunes",
                 fix="call anymask.hold(mask, model, optimizer) before Recipe.attach",
             )
-        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        parameters = {name: p for name, p in context.model.named_parameters() if id(p) in trained}
+        here = trained(optimizer)
+        parameters = {name: p for name, p in context.model.named_parameters() if id(p) in here}
         if not parameters:
             raise self.nothing("parameters that the optimiser trains", context.model, fix="make the optimiser from this model's parameters")
         return _Perturbing(parameters, optimizer, rho=float(self.rho))
