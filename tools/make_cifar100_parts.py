@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from anymask.data.catalog import load
-from anymask.data.splits import Split
+from anymask.data.splits import Dataset, Split
 from anymask.errors import AnymaskError
 from anymask.runlog import atomic
 
@@ -33,14 +33,23 @@ def main() -> None:
         dataset = load("cifar100", dir=options.source)
     except (AnymaskError, OSError) as error:
         sys.exit(f"{error}")
-    for name, (train, test) in PARTS.items():
+    for name, splits in parts(dataset).items():
         folder = options.to / f"cifar-100-{name}"
-        folder.mkdir(parents=True, exist_ok=True)
-        held = dataset.test if test is None else _of_each_class(dataset.train, test)
-        for file, split in {"train": _of_each_class(dataset.train, train), "test": held}.items():
+        for file, split in splits.items():
             _write(folder / file, {"data": split.images.reshape(len(split.labels), -1).numpy(), "fine_labels": split.labels.tolist()})
         _write(folder / "meta", {"fine_label_names": list(dataset.classes)})
         print(folder)
+
+
+def parts(dataset: Dataset) -> dict[str, dict[str, Split]]:
+    """The splits "train" and "test" of each part, in published order."""
+    return {
+        name: {
+            "train": _of_each_class(dataset.train, train),
+            "test": dataset.test if test is None else _of_each_class(dataset.train, test),
+        }
+        for name, (train, test) in PARTS.items()
+    }
 
 
 def _of_each_class(split: Split, which: slice) -> Split:

@@ -173,19 +173,12 @@ class Watching(Technique):
     paper: ClassVar[str] = "none"
     schedule: Schedule = FOREVER
 
-    def attach(self, context: Context) -> "Seen":
-        return Seen(context.model)
-
-
-class Seen(Attached):
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.before, self.after = model, [], []
-
-    def before_update(self) -> None:
-        self.before.append(weights(self.model))
-
-    def after_update(self) -> None:
-        self.after.append(weights(self.model))
+    def attach(self, context):
+        seen = Attached()
+        seen.before, seen.after = [], []
+        seen.before_update = lambda: seen.before.append(weights(context.model))
+        seen.after_update = lambda: seen.after.append(weights(context.model))
+        return seen
 
 
 def test_what_follows_it_in_a_recipe_sees_the_weights_that_are_not_perturbed():
@@ -275,12 +268,9 @@ def test_gradients_without_a_direction_leave_the_weights_as_the_optimiser_left_t
         parameter.grad = torch.full_like(parameter, gradient)
     optimizer.step()
     assert perturbed(model, running) == 0.0 or gradient != 0.0  # 0 * nan: the optimiser's own step made the weights nan
-    assert_same({k: v.nan_to_num() for k, v in weights(model).items()}, {k: v.nan_to_num() for k, v in plain_of(model, running).items()})
-
-
-def plain_of(model, running):
+    left = {name: value.nan_to_num() for name, value in weights(model).items()}
     with running.plain():
-        return weights(model)
+        assert_same(left, {name: value.nan_to_num() for name, value in weights(model).items()})
 
 
 # -- masks ---------------------------------------------------------------------------------------------------------
