@@ -110,7 +110,8 @@ class Wild(nn.Module):
         torch.manual_seed(1)
         self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
         self.inner = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-        self.relu, self.soft, self.fail = nn.ReLU(inplace=True), soft, False
+        self.relu, self.soft = nn.ReLU(inplace=True), soft
+        self.fail: BaseException | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         act, relu = self.soft or F.relu, self.soft or self.relu
@@ -123,8 +124,8 @@ class Wild(nn.Module):
             shortcut = x = self.soft(x)
         else:
             self.relu(x)  # in place: the shortcut reads what it wrote
-        if self.fail:
-            raise ValueError("broken")
+        if self.fail is not None:
+            raise self.fail
         x = relu(self.layers[1](x))
         return act(x - 0.5) + shortcut if x.sum() > 0 else act(x) - shortcut
 
@@ -150,15 +151,34 @@ def test_keyword_examples_and_modules_without_an_example() -> None:
 def test_an_error_in_forward_leaves_no_mode_behind() -> None:
     model, x = Wild(), torch.randn(6, 4)
     attached, depth = attach(model, x), torch._C._len_torch_function_stack()
-    model.fail = True
+    model.fail = ValueError("broken")
     with pytest.raises(ValueError, match="broken"):
         model(x)
     assert torch._C._len_torch_function_stack() == depth
     assert torch.equal(F.relu(-x.abs()), torch.zeros(6, 4))
-    model.fail = False
+    model.fail = None
     soft = model(x)
     attached.set_strength(0.0)
     assert not torch.equal(soft, model(x))
+
+
+def test_ctrl_c_in_forward_softens_nothing_else_and_training_may_go_on() -> None:
+    model, x = Wild(), torch.randn(6, 4)
+    attached, depth = attach(model, x), torch._C._len_torch_function_stack()
+    soft, model.fail = model(x), KeyboardInterrupt()
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+        assert torch.equal(F.relu(-x.abs()), torch.zeros(6, 4))
+        assert torch.equal(nn.ReLU()(-x.abs()), torch.zeros(6, 4))
+    model.fail = None
+    assert torch.equal(model(x), soft)
+    assert torch._C._len_torch_function_stack() == depth
+    model.fail = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    attached.detach()
+    assert torch._C._len_torch_function_stack() == depth
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from anymask.errors import SettingError, TechniqueError
 from anymask.prunables import bare
@@ -117,7 +117,7 @@ class GhostActivation(Technique):
             # torch.utils.checkpoint runs modules again on their own.
             handles.append(owner.register_forward_pre_hook(ghost.enter))
             handles.append(owner.register_forward_hook(ghost.leave, prepend=True, always_call=True))
-        ghosts.add(ghost, handles)
+        ghosts.add(ghost, [*handles, ghost])
         return ghosts
 
     def _nothing_soft(self, model: nn.Module, left: Mapping[str, int], *, traced: bool) -> TechniqueError:
@@ -214,19 +214,31 @@ class _SoftReLU(Ghost):
         self.soft, self.beta, self.fade = SOFT[settings.soft], settings.beta, settings.fade
         self.silu = settings.soft == "swish" and settings.beta == 1.0 and settings.fade == "blend"
         self.modes: list[_Softened] = []
-        self.checked: set[int] = set()  # owners that trained a step
 
     def enter(self, owner: nn.Module, _args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._exit_dead(begun=owner)
         mode = _Softened(self, owner)
         mode.__enter__()
         self.modes.append(mode)
 
-    def leave(self, owner: nn.Module, _args: Any, _out: Any) -> None:
-        if not self.modes:
-            return
-        self.modes.pop().__exit__(None, None, None)
-        if not torch.compiler.is_compiling() and owner.training:
-            self.checked.add(id(owner))
+    def leave(self, *_: Any) -> None:  # nothing by name: compiled by itself, its frame is searched for tensors, which warns of their .grad
+        if self.modes:
+            self.modes.pop().__exit__(None, None, None)
+
+    def remove(self) -> None:
+        """As a handle that is removed on detach."""
+        self._exit_dead()
+
+    def _exit_dead(self, *, begun: nn.Module | None = None) -> None:
+        """Exit the modes of calls that ended without their hooks; `begun` is called just now and has no mode yet."""
+        while self.modes:
+            owner = self.modes[-1].owner
+            if sum(mode.owner is owner for mode in self.modes) <= _calls(owner) - (owner is begun):
+                return
+            mode = self.modes.pop()
+            if _get_current_function_mode() is mode:
+                mode.__exit__(None, None, None)
 
     def soften(self, x: Tensor, *, capped: bool) -> Tensor:
         """`x` (any shape) through a ReLU as soft as the strength says."""
@@ -256,21 +268,41 @@ class _Softened(TorchFunctionMode):
         x = _argument(args, kwargs, 0, name="input")
         if not x.is_floating_point():
             return func(*args, **kwargs)
-        if not torch.compiler.is_compiling() and self.owner.training and id(self.owner) not in self.ghost.checked:
-            _refuse_checkpointed(self.owner)
+        running, checkpointed = (True, False) if torch.compiler.is_compiling() else _around(self.owner)
+        if not running:  # Ctrl-C went through it, for which modules call no hooks (Module._call_impl catches Exception)
+            return func(*args, **kwargs)
+        if checkpointed and self.owner.training:
+            raise TechniqueError(
+                f"a ReLU of {type(self.owner).__name__} runs inside torch.utils.checkpoint of a function",
+                allowed="checkpoints of whole modules, which are softened in their second run, too",
+                fix="put the function's code into a module and checkpoint that, or leave ghost_activation out of the recipe",
+            )
         capped, inplace = call
         # In place stays in place: what reads the tensor afterwards (a shortcut) must see what the ReLU wrote.
         return x.copy_(self.ghost.soften(x.clone(), capped=capped)) if inplace else self.ghost.soften(x, capped=capped)
 
 
-def _refuse_checkpointed(owner: nn.Module) -> None:
-    """Raises where torch.utils.checkpoint runs the ReLU, but not all of `owner`: its second run would be a plain one."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and not (frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is owner):
-        if frame.f_code.co_filename == _CHECKPOINT:
-            raise TechniqueError(
-                f"a ReLU of {type(owner).__name__} runs inside torch.utils.checkpoint of a function",
-                allowed="checkpoints of whole modules, which are softened in their second run, too",
-                fix="put the function's code into a module and checkpoint that, or leave ghost_activation out of the recipe",
-            )
+def _around(owner: nn.Module) -> tuple[bool, bool]:
+    """Whether `owner` runs now, and whether torch.utils.checkpoint runs a part of it: its second run would be a plain one."""
+    checkpointed = False
+    for frame in _frames():
+        if _is_call(frame, owner) or frame.f_code.co_name.startswith("torch_dynamo_resume"):
+            return True, checkpointed
+        checkpointed = checkpointed or frame.f_code.co_filename == _CHECKPOINT
+    return False, checkpointed
+
+
+def _calls(owner: nn.Module) -> int:
+    """How many calls of `owner` run now, one within the other."""
+    return sum(_is_call(frame, owner) for frame in _frames())
+
+
+def _is_call(frame: FrameType, owner: nn.Module) -> bool:
+    return frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is owner
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
         frame = frame.f_back
