@@ -132,6 +132,7 @@ class Recipe:
         example: Any = None,
         data: Iterable[tuple[Any, Any]] | None = None,
         mask: Mask | None = None,
+        teacher: nn.Module | None = None,
         steps_per_epoch: int | None = None,
         loss: Loss = F.cross_entropy,
         seed: int = 0,
@@ -149,6 +150,8 @@ class Recipe:
                 inputs or a mapping of keyword inputs.
             data: batches of (inputs, target), for techniques that look at gradients (LRsI); inputs as in `example`.
             mask: the mask that is held; found by itself when `anymask.hold` was called on `optimizer`.
+            teacher: a trained network of the same inputs and outputs, on the model's device, for techniques that learn from one
+                (distillation); it is put into eval mode.
             steps_per_epoch: needed when a schedule counts epochs ("90ep").
             loss: (logits, target) -> loss.
             seed: for what techniques draw at random.
@@ -185,7 +188,7 @@ class Recipe:
         steps: dict[str, Any] = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
         return RunningRecipe(
             self.techniques,
-            Context(model, optimizer, loss, mask=mask, example=example, data=data, seed=seed, **steps),
+            Context(model, optimizer, loss, mask=mask, example=example, data=data, seed=seed, teacher=teacher, **steps),
             name=self.name,
             remedy=self._remedy,
             total_steps=total_steps,

@@ -23,6 +23,7 @@ from anymask.techniques import (
     Averaging,
     Context,
     DensityLR,
+    Distillation,
     FanInInit,
     GhostActivation,
     GhostSkip,
@@ -52,6 +53,8 @@ VARIANTS: dict[str, Technique] = {
     "ghost_skip all": GhostSkip(FADE, where="all"),
     "label_smoothing": LabelSmoothing(),
     "label_smoothing faded": LabelSmoothing(FADE),
+    "distillation": Distillation(),
+    "distillation faded": Distillation(FADE, share=1.0, temperature=1.0),
     "ham": HAM(alpha=20.0),
     "ham faded": HAM(FADE, alpha=20.0, beta=0.1),
     "sign_in": SignIn(),
@@ -95,6 +98,13 @@ def setting(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer, Tensor, Te
     return model, optimizer, x, torch.arange(8) % 5
 
 
+def teacher() -> nn.Module:
+    """Another network, always the same one; draws nothing."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return Block()
+
+
 def carried(optimizer: torch.optim.Optimizer) -> Hold:
     carried = held(optimizer)
     assert carried is not None
@@ -102,7 +112,8 @@ def carried(optimizer: torch.optim.Optimizer) -> Hold:
 
 
 def attach(technique: Technique, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, **more: object):
-    return Recipe((technique,)).attach(model, optimizer, total_steps=10, example=x[:2], data=[(x, y)], **more)  # type: ignore[arg-type]
+    how = {"total_steps": 10, "example": x[:2], "data": [(x, y)], "teacher": teacher()} | more
+    return Recipe((technique,)).attach(model, optimizer, **how)  # type: ignore[arg-type]
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, running, x: Tensor, y: Tensor, *, steps: int) -> None:
@@ -118,9 +129,8 @@ def observed(technique: Technique, running, model: nn.Module, x: Tensor, y: Tens
     """What the technique acts on: the output, the loss, or the output after three steps."""
     if technique.seam == "step":
         return trained_at(technique, strength=strength)
-    model.eval()
     with torch.no_grad():
-        return running.loss(model(x), y) if technique.seam == "loss" else model(x)
+        return running.loss(model.train()(x), y) if technique.seam == "loss" else model.eval()(x)
 
 
 def trained_at(technique: Technique | None, *, strength: float) -> Tensor:
@@ -152,7 +162,7 @@ def test_every_technique_is_under_contract() -> None:
 def test_it_changes_something_at_full_strength(name: str) -> None:
     model, optimizer, x, y = setting()
     technique, plain = VARIANTS[name], model.eval()(x).detach()
-    before = F.cross_entropy(plain, y) if technique.seam == "loss" else plain
+    before = F.cross_entropy(model.train()(x), y) if technique.seam == "loss" else plain
     before = trained_at(None, strength=0.0) if technique.seam == "step" else before
     running = attach(technique, model, optimizer, x, y)
     atol = 1e-6 if technique.seam == "step" else 1e-4  # three steps are not many

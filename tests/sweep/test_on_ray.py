@@ -20,7 +20,7 @@ pytest.importorskip("ray", reason="Ray is not installed", exc_type=ImportError)
 from anymask.errors import AnymaskError, DataError, SettingError
 from anymask.runlog import Ledger
 from anymask.sweep import on_ray, read_plan, sweep, tasks
-from tests.sweep.plans import CELLS, FAILING, PLAN, write_images, write_plan
+from tests.sweep.plans import CELLS, DENSELY, FAILING, PLAN, write_images, write_plan
 from tests.sweep.test_sweep_run import Log, rows, settled
 
 QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 200, "health_check_failure_threshold": 5}  # a dead node is noticed
@@ -54,7 +54,7 @@ def plan(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(plan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a sweep in this process."""
     folder = tmp_path_factory.mktemp("whole")
-    sweep(read_plan(plan).on("cpu"), folder, sparse="off")
+    sweep(read_plan(plan).on("cpu"), folder, computing=DENSELY)
     return folder
 
 
@@ -126,7 +126,7 @@ def test_of_two_nodes_one_is_lost_and_every_training_is_in_the_ledger_once_as_if
         cluster.remove_node(node, allow_graceful=False)
 
     with beside(remove):
-        outcome = sweep(read_plan(plan).on("cpu"), tmp_path, sparse="off", ray=cluster.address, watcher=log)
+        outcome = sweep(read_plan(plan).on("cpu"), tmp_path, computing=DENSELY, ray=cluster.address, watcher=log)
     assert len(cut) == 1
     assert (len(outcome.finished), outcome.failed, outcome.left) == (CELLS, (), ())
     assert by_id(rows(tmp_path)) == by_id(rows(whole))
@@ -146,7 +146,7 @@ def test_one_node_trains_in_the_order_of_the_plan_and_what_fails_is_tried_again_
     text = f"retries = 2\n[protocol]\nepochs = 1\nbatch_size = 16\n{FAILING}\n[[block]]\n{dense}"
     wanted, folder = read_plan(write_plan(tmp_path / "plan.toml", images, text)).on("cpu"), tmp_path / "run"
     log = Counting(folder)
-    outcome = sweep(wanted, folder, sparse="off", ray=cluster.address, watcher=log)
+    outcome = sweep(wanted, folder, computing=DENSELY, ray=cluster.address, watcher=log)
     bad, *good = tasks(wanted, folder)
     assert log.names == [task.name for task in good]
     assert max(log.failures[:3]) == 1
@@ -158,12 +158,12 @@ def test_one_node_trains_in_the_order_of_the_plan_and_what_fails_is_tried_again_
 def test_a_budget_stops_and_the_next_call_does_what_is_left(cluster: Any, plan: Path, whole: Path, tmp_path: Path) -> None:
     wanted = read_plan(plan).on("cpu")
     begun = time.monotonic()
-    outcome = sweep(wanted, tmp_path, sparse="off", ray=cluster.address, budget=0.1)
+    outcome = sweep(wanted, tmp_path, computing=DENSELY, ray=cluster.address, budget=0.1)
     assert time.monotonic() - begun < 10
     until(lambda: not at_work(raylet(cluster.head_node)))
     assert len(outcome.left) >= CELLS - 2
     assert not outcome.failed
-    assert not sweep(wanted, tmp_path, sparse="off", ray=cluster.address).left
+    assert not sweep(wanted, tmp_path, computing=DENSELY, ray=cluster.address).left
     assert by_id(rows(tmp_path)) == by_id(rows(whole))
 
 
@@ -175,7 +175,7 @@ def test_a_process_that_dies_more_often_than_it_may_is_a_try_that_failed(
     wanted = read_plan(write_plan(tmp_path / "plan.toml", images, text)).on("cpu")
     head = raylet(cluster.head_node)
     with beside(lambda: os.kill(until(lambda: at_work(head))[0], signal.SIGKILL)):
-        outcome = sweep(wanted, tmp_path / "run", sparse="off", ray=cluster.address)
+        outcome = sweep(wanted, tmp_path / "run", computing=DENSELY, ray=cluster.address)
     assert (len(outcome.finished), outcome.failed) == (1, ())
     (line,) = Ledger(tmp_path / "run" / "failures.jsonl").rows()
     assert line["type"] == "WorkerCrashedError"
@@ -186,7 +186,7 @@ def test_a_node_without_anymask_stops_the_sweep_and_says_so(cluster: Any, plan: 
     (tmp_path / "other" / "anymask" / "__init__.py").write_text("raise ImportError('no anymask here')")
     node = cluster.add_node(**NODE, env_vars={"PYTHONPATH": str(tmp_path / "other")})
     with pytest.raises(AnymaskError, match=r"a node cannot begin a training .*no anymask here"):
-        sweep(read_plan(plan).on("cpu"), tmp_path / "run", sparse="off", ray=cluster.address)
+        sweep(read_plan(plan).on("cpu"), tmp_path / "run", computing=DENSELY, ray=cluster.address)
     cluster.remove_node(node)
     assert not list((tmp_path / "run" / "claims").iterdir())
 
@@ -216,7 +216,7 @@ def order(plan: Path, folder: Path, whole: Path) -> on_ray.Order:
     """To train with SNIP's mask, away from the run folder."""
     task = next(task for task in tasks(read_plan(plan), whole) if task.cell.mask == "snip")
     assert task.mask is not None
-    return on_ray.Order(task, "off", "off", Path.cwd(), folder, folder / "claims" / "gone.lock", {task.mask.name: task.mask.read_bytes()})
+    return on_ray.Order(task, DENSELY, Path.cwd(), folder, folder / "claims" / "gone.lock", {task.mask.name: task.mask.read_bytes()})
 
 
 def test_a_node_that_does_not_see_the_run_folder_gives_the_same_rows_and_masks_and_writes_nothing_there(

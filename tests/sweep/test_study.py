@@ -23,7 +23,7 @@ from anymask.sweep.claims import claimed
 from anymask.sweep.halves import tuning_cut
 from anymask.sweep.space import read_space
 from anymask.sweep.variants import variant
-from tests.sweep.plans import write_images
+from tests.sweep.plans import DENSELY, write_images
 
 ROOT = Path(__file__).parents[2]
 TRIALS, TUNE, CONFIRM = 12, 2 * 2, 3  # settings, and trainings of one recipe in each half
@@ -78,7 +78,7 @@ def file(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Studied]:
     """The folder of an undisturbed study, and what it gave."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    return folder, study(read_study(file), folder, sparse="off")
+    return folder, study(read_study(file), folder, computing=DENSELY)
 
 
 def changed(file: Path, folder: Path, *pairs: tuple[str, str]) -> Path:
@@ -168,7 +168,7 @@ def test_the_confirmation_trains_baseline_and_winner_once_and_a_second_call_noth
     before = rows(folder, "confirm")
     assert sorted(row["settings"]["recipe"] for row in before) == sorted([done.winner.baseline, done.winner.recipe] * CONFIRM)
     frozen = (folder / "winner.toml").read_bytes()
-    assert study(read_study(file), folder, sparse="off") == done
+    assert study(read_study(file), folder, computing=DENSELY) == done
     assert (rows(folder, "confirm"), (folder / "winner.toml").read_bytes()) == (before, frozen)
 
 
@@ -191,7 +191,7 @@ def test_the_report_says_which_numbers_chose_and_which_confirm(whole: Any) -> No
 
 
 def _study(file: Path, folder: Path) -> None:
-    study(read_study(file), folder, sparse="off")
+    study(read_study(file), folder, computing=DENSELY)
 
 
 def test_killed_at_random_moments_it_ends_with_the_trainings_and_the_winner_of_an_undisturbed_study(
@@ -217,13 +217,13 @@ def test_killed_at_random_moments_it_ends_with_the_trainings_and_the_winner_of_a
 
 
 def test_a_budget_stops_it_cleanly_and_the_same_call_goes_on(file: Path, whole: Any, tmp_path: Path) -> None:
-    stopped = study(read_study(file), tmp_path / "run", sparse="off", budget=0.3)
+    stopped = study(read_study(file), tmp_path / "run", computing=DENSELY, budget=0.3)
     assert stopped.winner is None
     assert stopped.trials < TRIALS
     assert not (tmp_path / "run" / "winner.toml").exists()
     with (tmp_path / "run" / "tune" / "journal.log").open("ab") as journal:
         journal.write(b'{"op_code": 4')  # as a power cut leaves it
-    assert study(read_study(file), tmp_path / "run", sparse="off").winner == whole[1].winner
+    assert study(read_study(file), tmp_path / "run", computing=DENSELY).winner == whole[1].winner
 
 
 class Once(Watcher):
@@ -242,9 +242,9 @@ class Once(Watcher):
 
 def test_a_confirmation_that_was_stopped_goes_on_without_the_search(file: Path, whole: Any, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        study(read_study(file), tmp_path / "run", sparse="off", watcher=Once())
+        study(read_study(file), tmp_path / "run", computing=DENSELY, watcher=Once())
     (tmp_path / "run" / "tune" / "journal.log").unlink()
-    assert study(read_study(file), tmp_path / "run", sparse="off").winner == whole[1].winner
+    assert study(read_study(file), tmp_path / "run", computing=DENSELY).winner == whole[1].winner
     assert keys(rows(tmp_path / "run", "confirm")) == keys(rows(whole[0], "confirm"))
 
 
@@ -318,12 +318,12 @@ def test_a_second_process_is_refused(file: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_trained_counts_as_bad_and_where_nothing_can_it_says_why(file: Path, tmp_path: Path) -> None:
     short = changed(file, tmp_path, ("trials = 12", "trials = 2"), ("lr = [0.001, 0.05]", "lr = [1e30, 0.05]"))
-    done = study(read_study(short), tmp_path / "some", sparse="off")
+    done = study(read_study(short), tmp_path / "some", computing=DENSELY)
     assert done.winner is not None
     assert done.winner.baseline == "default@lr=0.05"
     assert "| 1e+30 | failed | 0 |" in (tmp_path / "some" / "study.md").read_text()
     with pytest.raises(TechniqueError, match=r"default failed with each learning rate \(TechniqueError: the training loss became"):
-        study(read_study(changed(short, tmp_path, ("lr = [1e30, 0.05]", "lr = [1e30]"))), tmp_path / "none", sparse="off")
+        study(read_study(changed(short, tmp_path, ("lr = [1e30, 0.05]", "lr = [1e30]"))), tmp_path / "none", computing=DENSELY)
 
 
 def test_the_study_in_plans_is_whole() -> None:

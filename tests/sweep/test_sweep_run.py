@@ -15,10 +15,10 @@ import pytest
 from anymask.errors import SettingError
 from anymask.runlog import Ledger
 from anymask.sweep import Cell, Outcome, Runner, Watcher, read_plan, sweep, tasks
-from anymask.sweep.claims import claimed
+from anymask.sweep.claims import claimed, make_once
 from anymask.sweep.masks import Masks
 from anymask.sweep.run import Benches, Clock, Stopped
-from tests.sweep.plans import CELLS, FAILING, PLAN, write_images, write_plan
+from tests.sweep.plans import CELLS, DENSELY, FAILING, PLAN, write_images, write_plan
 
 KILLS = 8
 CONTEXT = multiprocessing.get_context("forkserver")  # its children have torch from the beginning, and no threads of this process
@@ -86,7 +86,7 @@ class Told(Watcher):
 
 
 def _sweep(plan: Path, folder: Path, pipe: Any, file: Path) -> None:
-    sweep(read_plan(plan), folder, sparse="off", watcher=Told(pipe, file))
+    sweep(read_plan(plan), folder, computing=DENSELY, watcher=Told(pipe, file))
 
 
 def begin(plan: Path, folder: Path) -> tuple[Any, float]:
@@ -114,7 +114,7 @@ def settled(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_everything_is_trained_in_its_order_and_a_second_call_trains_nothing(plan: Path, whole: Any, tmp_path: Path) -> None:
     first, second = Log(), Log()
-    outcome = sweep(read_plan(plan), tmp_path, sparse="off", watcher=first)
+    outcome = sweep(read_plan(plan), tmp_path, computing=DENSELY, watcher=first)
     planned = tasks(read_plan(plan), tmp_path)
     assert first.names == [row["id"] for row in rows(tmp_path)] == [task.name for task in planned]
     assert outcome == Outcome(tuple(planned), (), ())
@@ -164,27 +164,27 @@ def test_two_processes_on_one_folder_never_do_a_training_twice(plan: Path, whole
 def test_what_another_process_holds_is_left_to_it_until_it_lets_go(plan: Path, tmp_path: Path) -> None:
     planned = tasks(read_plan(plan), tmp_path)
     with claimed(tmp_path / "claims" / f"{planned[0].name}.lock"), pytest.raises(KeyboardInterrupt):
-        sweep(read_plan(plan), tmp_path, sparse="off", watcher=Log(enough=CELLS - 1))
+        sweep(read_plan(plan), tmp_path, computing=DENSELY, watcher=Log(enough=CELLS - 1))
     assert [row["id"] for row in rows(tmp_path)] == [task.name for task in planned[1:]]
-    assert not sweep(read_plan(plan), tmp_path, sparse="off").left
+    assert not sweep(read_plan(plan), tmp_path, computing=DENSELY).left
     assert [row["id"] for row in rows(tmp_path)] == [task.name for task in [*planned[1:], planned[0]]]
 
 
 def test_a_mask_that_another_process_makes_is_not_waited_for(plan: Path, tmp_path: Path) -> None:
     planned = tasks(read_plan(plan), tmp_path)
     theirs = [task for task in planned if (task.cell.mask, task.cell.seed) == ("snip", 0)]
-    file = Benches().runner(theirs[0].part, tmp_path, sparse="off").mask_file("snip", 0.9, 0)
+    file = Benches().runner(theirs[0].part, tmp_path, computing=DENSELY).mask_file("snip", 0.9, 0)
     with claimed(file.with_suffix(".lock")), pytest.raises(KeyboardInterrupt):
-        sweep(read_plan(plan), tmp_path, sparse="off", watcher=Log(enough=CELLS - 2))
+        sweep(read_plan(plan), tmp_path, computing=DENSELY, watcher=Log(enough=CELLS - 2))
     assert {row["id"] for row in rows(tmp_path)} == {task.name for task in planned if task not in theirs}
-    assert not sweep(read_plan(plan), tmp_path, sparse="off").left
+    assert not sweep(read_plan(plan), tmp_path, computing=DENSELY).left
 
 
 @pytest.mark.parametrize("retries", [0, 2])
 def test_what_fails_is_tried_again_at_the_end_and_then_reported_with_its_reason(retries: int, images: Path, tmp_path: Path) -> None:
     both = f"retries = {retries}\n[protocol]\nepochs = 1\nbatch_size = 16\n{FAILING}\n{FAILING.split('[block.protocol]')[0]}"
     path, log = write_plan(tmp_path / "plan.toml", images, both), Log()
-    outcome = sweep(read_plan(path), tmp_path / "run", sparse="off", watcher=log)
+    outcome = sweep(read_plan(path), tmp_path / "run", computing=DENSELY, watcher=log)
     assert len(log.cells) == 2 + retries  # the good one came before the bad one was tried again
     assert (len(outcome.finished), len(outcome.left)) == (1, 0)
     (failed,) = outcome.failed
@@ -194,15 +194,15 @@ def test_what_fails_is_tried_again_at_the_end_and_then_reported_with_its_reason(
     assert [line["id"] for line in lines] == [failed.task.name] * (1 + retries)
     assert lines[0]["type"] == "TechniqueError"
     assert "plan.toml" in lines[0]["block"]
-    assert sweep(read_plan(path), tmp_path / "run", sparse="off").failed[0].tries == 1 + retries  # a later sweep begins anew
+    assert sweep(read_plan(path), tmp_path / "run", computing=DENSELY).failed[0].tries == 1 + retries  # a later sweep begins anew
 
 
 def test_ctrl_c_keeps_what_is_trained(plan: Path, whole: Any, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        sweep(read_plan(plan), tmp_path, sparse="off", watcher=Log(stop_at=5))
+        sweep(read_plan(plan), tmp_path, computing=DENSELY, watcher=Log(stop_at=5))
     assert len(rows(tmp_path)) == 2
     log = Log()
-    assert not sweep(read_plan(plan), tmp_path, sparse="off", watcher=log).left
+    assert not sweep(read_plan(plan), tmp_path, computing=DENSELY, watcher=log).left
     assert log.epochs == 2 * CELLS - 5
     assert settled(rows(tmp_path)) == settled(whole[0])
 
@@ -217,7 +217,7 @@ def test_a_budget_stops_between_epochs_and_the_next_call_goes_on_to_the_same_num
     epochs, calls, outcome = 0, 0, None
     while outcome is None or outcome.left:
         log = Slow()
-        outcome = sweep(read_plan(plan), tmp_path, sparse="off", budget="1s" if calls < 3 else None, watcher=log)
+        outcome = sweep(read_plan(plan), tmp_path, computing=DENSELY, budget="1s" if calls < 3 else None, watcher=log)
         assert outcome.left or calls >= 3
         epochs, calls = epochs + log.epochs, calls + 1
     assert epochs == 2 * CELLS  # none was trained twice
@@ -226,7 +226,7 @@ def test_a_budget_stops_between_epochs_and_the_next_call_goes_on_to_the_same_num
 
 def test_a_budget_stops_the_search_for_a_lottery_ticket_between_its_rounds(plan: Path, tmp_path: Path) -> None:
     (task, *_) = tasks(read_plan(plan), tmp_path)
-    runner, rounds = Benches().runner(task.part, tmp_path, sparse="off"), []
+    runner, rounds = Benches().runner(task.part, tmp_path, computing=DENSELY), []
 
     def between() -> None:
         rounds.append(len(rounds))
@@ -241,18 +241,18 @@ def test_a_budget_stops_the_search_for_a_lottery_ticket_between_its_rounds(plan:
     assert not list((tmp_path / "masks").glob("*.lock"))
     runner.masks.between = lambda: None
     ours = runner.start(cell, runner.bench.model(0)).mask
-    theirs = Runner(runner.bench, tmp_path / "whole", sparse="off").start(cell, runner.bench.model(0)).mask
+    theirs = Runner(runner.bench, tmp_path / "whole", computing=DENSELY).start(cell, runner.bench.model(0)).mask
     assert ours == theirs
 
 
 def test_a_mask_that_was_made_while_this_process_waited_is_not_made_again(plan: Path, tmp_path: Path) -> None:
     (task, *_) = tasks(read_plan(plan), tmp_path)
-    runner = Benches().runner(task.part, tmp_path, sparse="off")
+    runner = Benches().runner(task.part, tmp_path, computing=DENSELY)
     made = Masks.make(runner.masks, "snip", sparsity=0.9, seed=0, model=runner.bench.model(0))
     file = runner.mask_file("snip", 0.9, 0)
     made.save(file)
     runner.masks.make = None  # type: ignore[assignment, method-assign]  # would raise
-    runner.masks._make_once(file, "snip", sparsity=0.9, seed=0, model=runner.bench.model(0))
+    make_once(file, lambda: runner.masks.make_file(file, "snip"), wait=True)
     assert runner.start(Cell("snip", 0.9, "default", 0), runner.bench.model(0)).mask == made
 
 
@@ -269,7 +269,7 @@ class Murderer(Log):
 
 def test_of_two_workers_one_is_killed_and_the_other_does_the_rest_each_once(plan: Path, whole: Any, tmp_path: Path) -> None:
     log = Murderer()
-    outcome = sweep(read_plan(plan), tmp_path, sparse="off", workers=2, watcher=log)
+    outcome = sweep(read_plan(plan), tmp_path, computing=DENSELY, workers=2, watcher=log)
     assert (len(outcome.finished), outcome.failed, outcome.left, outcome.died) == (CELLS, (), (), (-signal.SIGKILL,))
     assert sorted(log.names) == sorted(row["id"] for row in rows(tmp_path)) == sorted(row["id"] for row in whole[0])
     assert {row["id"]: row["accuracy"] for row in rows(tmp_path)} == {row["id"]: row["accuracy"] for row in whole[0]}

@@ -71,6 +71,7 @@ def train_once(
     moving: str = "static",
     sparse: str = "auto",
     protocol: Protocol = PROTOCOL,
+    compile: str = "off",
     diagnose: str = "off",
 ) -> Result:
     train, validation, test = batches()
@@ -85,6 +86,7 @@ def train_once(
         validation=validation,
         test=test,
         sparse=sparse,
+        compile=compile,
         diagnose=diagnose,
         checkpoint_file=file,
         checkpoint_every=every,

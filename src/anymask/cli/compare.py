@@ -2,19 +2,19 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from anymask import sweep
 from anymask.cli.outcome import LEDGER, show_table, write_outcome
 from anymask.cli.progress import watching
-from anymask.cli.settings import EXPERIMENT, GRID, PROTOCOL, RUN, ConfigFile, Diagnose, Preset, Sparse
+from anymask.cli.settings import EXPERIMENT, GRID, PROTOCOL, RUN, Compile, ConfigFile, Diagnose, Preset, Sparse
 from anymask.config import Bench, Experiment
 from anymask.ranks import leads
 from anymask.runlog import Ledger
 from anymask.sweep import Grid, Runner
-from anymask.train import Protocol
+from anymask.train import Computing, Protocol
 
 
 def compare(
@@ -27,19 +27,20 @@ def compare(
         "runs/compare"
     ),
     sparse: Sparse = "auto",
+    compile: Compile = "off",
     diagnose: Diagnose = "off",
     dry_run: Annotated[bool, Parameter(group=RUN, negative=(), help="Only show which trainings would run.")] = False,
     config: ConfigFile = None,
 ) -> int:
     """Train each mask with each recipe, and report."""
     grid, experiment, protocol = grid or Grid(), experiment or Experiment(), protocol or Protocol()
-    how: dict[str, Any] = {"sparse": sparse, "diagnose": diagnose}
+    computing = Computing(sparse, compile, diagnose)
     if dry_run:
-        return _show_plan(grid, Runner(Bench(experiment, protocol), out, **how))
+        return _show_plan(grid, Runner(Bench(experiment, protocol), out, computing))
     ledger, code = Ledger(out / LEDGER), 0
     try:
         with watching() as watcher:
-            sweep.compare(grid, out, experiment=experiment, protocol=protocol, **how, watcher=watcher)
+            sweep.compare(grid, out, experiment=experiment, protocol=protocol, computing=computing, watcher=watcher)
     except KeyboardInterrupt:
         kept = f"{len(ledger.rows())} finished trainings are kept in {out}"
         print(f"\nStopped. {kept}; the same command goes on from there.", file=sys.stderr)

@@ -32,6 +32,14 @@ Sparse = Annotated[
         "The results are those of dense layers but for rounding.",
     ),
 ]
+Compile = Annotated[
+    str,
+    Parameter(
+        group=RUN,
+        help="Train through torch.compile: on, or off. It takes its time at the start and whenever ghosts go; the results are the same "
+        "but for rounding.",
+    ),
+]
 Diagnose = Annotated[
     str,
     Parameter(

@@ -15,6 +15,7 @@ from anymask.cli.settings import RUN, Budget, Device, Sparse
 from anymask.cli.sweep import FAILED, say, writable
 from anymask.sweep import Studied, Study, budget_seconds, read_study
 from anymask.sweep.study import REPORT, WINNER
+from anymask.train import Computing
 
 
 def study(
@@ -36,7 +37,7 @@ def study(
     writable(out)
     try:
         with watching() as watcher:
-            done = sweep.study(wanted, out, budget=budget, sparse=sparse, watcher=watcher)
+            done = sweep.study(wanted, out, budget=budget, computing=Computing(sparse), watcher=watcher)
     except KeyboardInterrupt:
         print(f"\nStopped. What is finished is kept in {out}; the same command goes on from there.", file=sys.stderr)
         return 130

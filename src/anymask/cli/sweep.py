@@ -10,10 +10,11 @@ from cyclopts import Parameter
 from anymask import sweep as sweeping
 from anymask.cli.outcome import LEDGER
 from anymask.cli.progress import watching
-from anymask.cli.settings import RUN, Budget, Device, Diagnose, Sparse
+from anymask.cli.settings import RUN, Budget, Compile, Device, Diagnose, Sparse
 from anymask.errors import SettingError
 from anymask.runlog import Ledger
 from anymask.sweep import Outcome, budget_seconds, read_plan
+from anymask.train import Computing
 
 FAILED = 1
 _SHOWN = 10  # trainings that are named where many are left
@@ -31,19 +32,20 @@ def sweep(
     budget: Budget = None,
     dry_run: Annotated[bool, Parameter(group=RUN, negative=(), help="Only show which trainings would run.")] = False,
     sparse: Sparse = "auto",
+    compile: Compile = "off",
     diagnose: Diagnose = "off",
     device: Device = "auto",
 ) -> int:
     """Train what is left of a plan."""
     if budget is not None:
         budget_seconds(budget)  # refused before the data are read
-    wanted = read_plan(plan).on(device)
+    wanted, computing = read_plan(plan).on(device), Computing(sparse, compile, diagnose)
     if dry_run:
-        return _show(sweeping.tasks(wanted, out, sparse=sparse, device=None if ray is None else "cpu"), finished=Ledger(out / LEDGER).ids())
+        return _show(sweeping.tasks(wanted, out, computing, device=None if ray is None else "cpu"), finished=Ledger(out / LEDGER).ids())
     writable(out)
     try:
         with watching() as watcher:
-            how: dict[str, Any] = {"budget": budget, "workers": workers, "ray": ray, "sparse": sparse, "diagnose": diagnose}
+            how: dict[str, Any] = {"budget": budget, "workers": workers, "ray": ray, "computing": computing}
             outcome = sweeping.sweep(wanted, out, **how, watcher=watcher)
     except KeyboardInterrupt:
         kept = f"{len(Ledger(out / LEDGER).rows())} finished trainings are kept in {out}"

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from anymask.cli.progress import watching
-from anymask.cli.settings import EXPERIMENT, PROTOCOL, RUN, ConfigFile, Diagnose, Preset, Sparse
+from anymask.cli.settings import EXPERIMENT, PROTOCOL, RUN, Compile, ConfigFile, Diagnose, Preset, Sparse
 from anymask.config import Experiment
 from anymask.sweep import cell_of, train_one
-from anymask.train import Protocol
+from anymask.train import Computing, Protocol
 
 
 def train(
@@ -24,6 +24,7 @@ def train(
     preset: Preset = None,
     protocol: Annotated[Protocol | None, Parameter(name="*", group=PROTOCOL)] = None,
     sparse: Sparse = "auto",
+    compile: Compile = "off",
     diagnose: Diagnose = "off",
     resume: Annotated[bool, Parameter(group=RUN, negative=(), help="Go on with the training that OUT holds.")] = False,
     tensorboard: Annotated[bool, Parameter(group=RUN, negative=(), help="Log to OUT/tensorboard.")] = False,
@@ -31,7 +32,12 @@ def train(
 ) -> int:
     """Train one network, and keep its weights."""
     cell = cell_of(mask, sparsity=sparsity, recipe=recipe, seed=seed)
-    how: dict[str, Any] = {"experiment": experiment, "protocol": protocol, "sparse": sparse, "diagnose": diagnose, "resume": resume}
+    how: dict[str, Any] = {
+        "experiment": experiment,
+        "protocol": protocol,
+        "computing": Computing(sparse, compile, diagnose),
+        "resume": resume,
+    }
     try:
         with watching() as watcher:
             row = train_one(cell, out, **how, tensorboard=tensorboard, watcher=watcher)

@@ -1,11 +1,13 @@
 """Who does what, among processes that share a folder: locks that the kernel lets go of when their process dies."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from anymask.ranks import by_rank_0, from_rank, leads
 
 
 class Busy(Exception):
@@ -37,6 +39,19 @@ def claimed(path: str | os.PathLike[str], *, wait: bool = False) -> Iterator[boo
             with suppress(PermissionError):  # Windows keeps the file of a lock that is held
                 path.unlink(missing_ok=True)  # before the lock goes: afterwards it may be another's
             lock.release()
+
+
+def make_once(file: Path, make: Callable[[], None], *, wait: bool) -> None:
+    """Call `make`, which writes `file`, unless another process does or has; all ranks of a training call this.
+
+    Raises:
+        Busy: when another process is at it, and this one is not to `wait`.
+    """
+    with claimed(file.with_suffix(".lock"), wait=wait) if leads() else nullcontext(True) as mine:
+        if not from_rank(mine):
+            raise Busy(f"{file} is being made by another process")
+        if not by_rank_0(file.exists):
+            make()
 
 
 def clear_halves(path: Path) -> None:

@@ -3,8 +3,8 @@
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from anymask.mask import Mask
 from anymask.ranks import by_rank_0, leads, ranks
 from anymask.runlog import Ledger, settings_id
 from anymask.sweep.masks import DENSE, Masks, Start, check_mask, file_hash, file_name, file_sparsity, is_dynamic, is_mask_file
+from anymask.sweep.teachers import Teachers
 from anymask.sweep.variants import variant
-from anymask.train import Protocol, check_diagnose, fit, sparse_possible
+from anymask.train import Computing, Protocol, fit
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,7 @@ def compare(
     *,
     experiment: Experiment | None = None,
     protocol: Protocol | None = None,
-    sparse: str = "auto",
-    diagnose: str = "off",
+    computing: Computing | None = None,
     watcher: Watcher | None = None,
 ) -> Ledger:
     """Train every cell of `grid` that is not in `folder`/ledger.jsonl yet; returns the ledger.
@@ -106,8 +106,7 @@ def compare(
         grid: masks, sparsities, recipes and seeds.
         folder: the run folder; made when it is not there.
         experiment, protocol: the data, the network and how it is trained.
-        sparse: as `fit` has it; the dense network is trained dense. It changes how long a training takes, and not which it is.
-        diagnose: as `fit` has it. It changes what a row tells of its training, and not which it is.
+        computing: how; the dense network is trained dense. It changes how long a training takes and what is told of it, not which it is.
         watcher: told of progress.
 
     Raises:
@@ -115,7 +114,7 @@ def compare(
     """
     watcher, bench = watcher or Watcher(), Bench(experiment or Experiment(), protocol or Protocol())
     moves = any(is_dynamic(mask) for mask in grid.masks)
-    runner = Runner(bench, folder, sparse=sparse, diagnose=diagnose, moves=moves)
+    runner = Runner(bench, folder, computing, moves=moves)
     planned = [(cell, runner.name(cell)) for cell in cells(grid, bench.model(grid.first_seed))]
     done = by_rank_0(runner.ledger.ids)
     watcher.begin(total=len(planned), done=sum(name in done for _, name in planned))
@@ -155,19 +154,23 @@ class Trained:
 
 
 class Runner:
-    """Trains cells in a run folder: ledger.jsonl, masks/ and, while a training runs, unfinished/.
+    """Trains cells in a run folder: ledger.jsonl, masks/, teachers/ where recipes learn from one and, while a training runs, unfinished/.
 
     Raises:
-        SettingError: for a value of `sparse` that there is not, or "on" where it cannot be, as where a mask `moves`.
-        UnknownName: for a value of `diagnose` that there is not.
+        UnknownName, SettingError: for a `computing` that there is not, or not here, as sparse layers where a mask `moves`.
     """
 
-    def __init__(self, bench: Bench, folder: str | Path, *, sparse: str = "auto", diagnose: str = "off", moves: bool = False) -> None:
-        sparse_possible(sparse, device=bench.device, precision=bench.protocol.precision, moves=moves)  # fails now, not after work
-        check_diagnose(diagnose)
-        self.bench, self.folder, self.sparse, self.diagnose = bench, Path(folder), sparse, diagnose
+    def __init__(self, bench: Bench, folder: str | Path, computing: Computing | None = None, *, moves: bool = False) -> None:
+        self.bench, self.folder, self.computing = bench, Path(folder), computing or Computing()
+        self.computing.check(device=bench.device, precision=bench.protocol.precision, moves=moves)  # fails now, not after work
         self.ledger = Ledger(self.folder / "ledger.jsonl")
-        self.masks = Masks(bench, self.mask_file, sparse=sparse)
+        self.masks = Masks(bench, self.mask_file, self.computing)
+        self.teachers = Teachers(bench, self.folder / "teachers", self.computing)
+
+    def take_turns(self, between: Callable[[], None]) -> None:
+        """Wait for no other process that makes what this one needs (Busy), and call `between`, which may raise, within long makings."""
+        for maker in (self.masks, self.teachers):
+            maker.wait, maker.between = False, between
 
     def name(self, cell: Cell) -> str:
         """The id of the row of `cell`; equal for equal settings."""
@@ -193,6 +196,8 @@ class Runner:
         began = time.monotonic()
         start = self.start(cell, model)
         mask_seconds = time.monotonic() - began
+        teacher = self.teachers.of(cell.seed) if any(t.taught for t in wanted.recipe.techniques) else None
+        teacher_seconds = {} if teacher is None else {"teacher_seconds": time.monotonic() - began - mask_seconds}
         train, validation, test = self.bench.batches(cell.seed)
         result = fit(
             model,
@@ -202,12 +207,12 @@ class Runner:
             sparsity=cell.sparsity if start.dynamic is not None and start.dynamic.shrinks else None,
             first_step=start.step,
             recipe=wanted.recipe,
+            teacher=teacher,
             protocol=self.bench.protocol if wanted.lr is None else replace(self.bench.protocol, lr=wanted.lr),
             validation=validation,
             test=test,
             seed=cell.seed,
-            sparse="auto" if cell.mask == DENSE else self.sparse,
-            diagnose=self.diagnose,
+            **asdict(replace(self.computing, sparse="auto") if cell.mask == DENSE else self.computing),
             checkpoint_file=self.checkpoint_file(name),
             log_dir=log_dir,
             on_epoch=watcher.epoch,
@@ -222,7 +227,7 @@ class Runner:
             "parameters": sum(p.numel() for p in model.parameters()),
             "density": self.density(result.mask, model),
             "curves": result.curves,
-            "time": {"seconds": result.seconds, "mask_seconds": mask_seconds, "finished": _now()},
+            "time": {"seconds": result.seconds, "mask_seconds": mask_seconds, **teacher_seconds, "finished": _now()},
             "ghosts": result.added,
             "found": result.found,
             "sparse_layers": result.sparse_layers,

@@ -3,8 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,11 @@ from anymask.pruning.budget import density_of
 from anymask.pruning.lottery import Train
 from anymask.pruning.methods import is_method, method_of
 from anymask.pruning.patterns import pattern
-from anymask.ranks import by_rank_0, from_rank, leads
+from anymask.ranks import by_rank_0, leads
 from anymask.registry import lookup
 from anymask.runlog import atomic
-from anymask.sweep.claims import Busy, claimed, clear_halves
-from anymask.train import fit
+from anymask.sweep.claims import clear_halves, make_once
+from anymask.train import Computing, fit
 
 DENSE = "dense"
 REWIND = "5%"  # of the training: where lottery-rewind returns to
@@ -106,11 +105,11 @@ class Masks:
     Args:
         bench: data, network and protocol.
         file_of: where the mask of (name, sparsity, seed) is kept.
-        sparse: how the rounds of a lottery ticket are trained, as `fit` has it; "on" means all but the first, which has no mask.
+        computing: how the rounds of a lottery ticket are trained; sparse="on" means all but the first, which has no mask.
     """
 
-    def __init__(self, bench: Bench, file_of: Callable[[str, float, int], Path], *, sparse: str = "auto") -> None:
-        self.bench, self.file_of, self.sparse = bench, file_of, sparse
+    def __init__(self, bench: Bench, file_of: Callable[[str, float, int], Path], computing: Computing | None = None) -> None:
+        self.bench, self.file_of, self.computing = bench, file_of, replace(computing or Computing(), diagnose="off")
         self.wait = True  # for another process that makes the same mask; else Busy is raised
         self.between: Callable[[], None] = lambda: None  # called before each round of a lottery ticket; it may raise to stop there
 
@@ -126,7 +125,8 @@ class Masks:
         if file is None:
             return Start(None, dynamic=moving)
         if not by_rank_0(file.exists):
-            self._make_once(file, mask, sparsity=sparsity, seed=seed, model=model)
+            how: dict[str, Any] = {"sparsity": sparsity, "seed": seed, "model": model}
+            make_once(file, lambda: self.make_file(file, mask, **how), wait=self.wait)  # the rounds of a ticket share a folder
         found = by_rank_0(lambda: _read(file))
         return found if moving is None else Start(found.mask, dynamic=moving)
 
@@ -135,14 +135,6 @@ class Masks:
         if mask == DENSE or is_mask_file(mask) or (is_dynamic(mask) and dynamic_named(mask).start == DENSE):
             return None
         return self.file_of(mask, sparsity, seed)
-
-    def _make_once(self, file: Path, mask: str, **how: Any) -> None:
-        """Make `file`, unless another process has made it meanwhile: the rounds of a ticket share a folder."""
-        with claimed(file.with_suffix(".lock"), wait=self.wait) if leads() else nullcontext(True) as mine:
-            if not from_rank(mine):
-                raise Busy(f"{file} is being made by another process")
-            if not by_rank_0(file.exists):
-                self.make_file(file, mask, **how)
 
     def make_file(self, file: Path, mask: str, **how: Any) -> None:
         """Make the mask that trainings of `mask` begin with; nobody else may be making it."""
@@ -185,8 +177,8 @@ class Masks:
         train, _, _ = self.bench.batches(seed)
 
         def trainer(model: nn.Module, mask: Mask | None, first: int, last: int | None) -> None:
-            protocol, sparse = self.bench.protocol, "auto" if mask is None else self.sparse
-            how: dict[str, Any] = {"recipe": "default", "protocol": protocol, "seed": seed, "sparse": sparse}
+            computing = self.computing if mask is not None else replace(self.computing, sparse="auto")
+            how: dict[str, Any] = {"recipe": "default", "protocol": self.bench.protocol, "seed": seed, **asdict(computing)}
             self.between()
             fit(model, train, mask=mask, first_step=first, last_step=last, **how)
 

@@ -24,6 +24,7 @@ from anymask.sweep.claims import claimed, clear_halves
 from anymask.sweep.compare import Runner, Watcher
 from anymask.sweep.masks import weights_file
 from anymask.sweep.run import LOOK_AGAIN, Benches, Task, Worker
+from anymask.train import Computing
 
 LOST = 3  # how often Ray begins a training anew, whose node or process died, before that counts as one try that failed
 _REACH = 5.0  # seconds for the cluster to answer
@@ -35,8 +36,7 @@ class Order:
     """What a node is told."""
 
     task: Task
-    sparse: str
-    diagnose: str
+    computing: Computing | None
     here: Path  # the folder that paths are relative to
     folder: Path
     claim: Path  # a file that lies in `folder` as long as this is going on
@@ -67,7 +67,7 @@ def _runner(order: Order) -> Iterator[Runner]:
         os.chdir(order.here)
     with tempfile.TemporaryDirectory() as own:
         folder = order.folder if order.claim.exists() else Path(own)
-        runner = _BENCHES.runner(order.task.part, folder, sparse=order.sparse, diagnose=order.diagnose)
+        runner = _BENCHES.runner(order.task.part, folder, order.computing)
         if runner.name(order.task.cell) != order.task.name:
             raise DataError(
                 f"{socket.gethostname()} has other data, mask files or settings than the machine where the sweep was started",
@@ -182,7 +182,7 @@ class _Driver:
             if (mask and mask.exists()) or task.name in self.worker.ledger.ids():  # by another process, just now
                 return False
             masks = {} if mask or not task.mask else _contents(task.mask)
-            order = Order(task, self.worker.sparse, self.worker.diagnose, Path.cwd(), folder, lock, masks)
+            order = Order(task, self.worker.computing, Path.cwd(), folder, lock, masks)
             ref = (self.make if mask else self.train).remote(order)
             self.running[ref] = _Running(task, mask, claim.pop_all())
         return not mask

@@ -20,7 +20,7 @@ from anymask.sweep.claims import Busy, claimed, clear_halves
 from anymask.sweep.compare import Cell, Runner, Watcher, cells
 from anymask.sweep.masks import is_dynamic, is_mask_file
 from anymask.sweep.plan import Part, Plan, naming
-from anymask.train import check_diagnose
+from anymask.train import Computing
 
 LOOK_AGAIN = 0.5  # seconds between looks at what other processes are doing
 _PIECE = re.compile(r"(\d+(?:\.\d+)?)\s*([hms])")
@@ -110,8 +110,7 @@ def sweep(
     budget: str | float | None = None,
     workers: int = 1,
     ray: str | None = None,
-    sparse: str = "auto",
-    diagnose: str = "off",
+    computing: Computing | None = None,
     watcher: Watcher | None = None,
 ) -> Outcome:
     """Train what `folder`/ledger.jsonl lacks of `plan`, in its order.
@@ -127,7 +126,7 @@ def sweep(
             where the last epoch took longer than what is left. A lottery ticket stops after its round. On Ray all stop at once.
         workers: how many processes train beside each other, >= 1; they share the cores.
         ray: the address of a Ray cluster to train on, instead of here: see `anymask.sweep.on_ray`.
-        sparse, diagnose: as `fit` has them.
+        computing: how.
         watcher: told of progress; with several workers of finished trainings only.
 
     Raises:
@@ -143,8 +142,8 @@ def sweep(
     seconds = budget_seconds(budget) if isinstance(budget, str) else budget
     clock = Clock(None if seconds is None else time.monotonic() + seconds)
     folder, watcher = Path(folder), watcher or Watcher()
-    planned = tasks(plan, folder, sparse=sparse, device=None if ray is None else "cpu")
-    worker = Worker(planned, folder, retries=plan.retries, sparse=sparse, diagnose=diagnose, clock=clock)
+    planned = tasks(plan, folder, computing, device=None if ray is None else "cpu")
+    worker = Worker(planned, folder, retries=plan.retries, computing=computing, clock=clock)
     done = worker.ledger.ids()
     for task in planned:
         if task.name in done:  # its process was killed before it could remove that
@@ -168,7 +167,7 @@ def sweep(
 
 
 def tasks(
-    plan: Plan, folder: str | Path, *, sparse: str = "auto", device: str | None = None, benches: "Benches | None" = None
+    plan: Plan, folder: str | Path, computing: Computing | None = None, *, device: str | None = None, benches: "Benches | None" = None
 ) -> list[Task]:
     """The trainings of `plan` in its order: block by block, in a block seed by seed; each once. Writes nothing.
 
@@ -184,7 +183,7 @@ def tasks(
     benches = benches or Benches(device)
     for block, place, part in sorted(places, key=lambda entry: (entry[2].experiment.data, str(entry[2].experiment.data_dir))):
         with naming(part.block):
-            runner = benches.runner(part, folder, sparse=sparse)
+            runner = benches.runner(part, folder, computing)
             model = runner.bench.model(part.seeds[0]) if any(map(is_mask_file, part.grid.masks)) else None
             targets = list(cells(part.grid, model))
             for turn, seed in enumerate(part.seeds):
@@ -225,9 +224,9 @@ class Benches:
         self.bench = bench
         return bench
 
-    def runner(self, part: Part, folder: str | Path, *, sparse: str, diagnose: str = "off") -> Runner:
+    def runner(self, part: Part, folder: str | Path, computing: Computing | None) -> Runner:
         """The runner of `part`."""
-        return Runner(self.of(part), folder, sparse=sparse, diagnose=diagnose, moves=any(map(is_dynamic, part.grid.masks)))
+        return Runner(self.of(part), folder, computing, moves=any(map(is_dynamic, part.grid.masks)))
 
 
 def _data(experiment: Experiment) -> tuple[Any, ...]:
@@ -249,19 +248,16 @@ class Worker:
         folder: Path,
         *,
         retries: int,
-        sparse: str,
-        diagnose: str = "off",
+        computing: Computing | None = None,
         clock: Clock,
         seen: int | None = None,
         benches: Benches | None = None,
     ) -> None:
-        check_diagnose(diagnose)
         if ranks() > 1:
             raise SettingError(
                 f"a sweep was started on {ranks()} ranks", allowed="one process, which starts others by itself", fix="give workers, or ray"
             )
-        self.planned, self.folder, self.retries, self.clock = planned, folder, retries, clock
-        self.sparse, self.diagnose = sparse, diagnose
+        self.planned, self.folder, self.retries, self.computing, self.clock = planned, folder, retries, computing, clock
         self.ledger, self.failures = Ledger(folder / "ledger.jsonl"), Ledger(folder / "failures.jsonl")
         self.seen = len(self.failures.rows()) if seen is None else seen
         self.benches = benches or Benches()
@@ -312,8 +308,8 @@ class Worker:
         return True
 
     def _train(self, task: Task, watcher: Watcher) -> dict[str, Any]:
-        runner = self.benches.runner(task.part, self.folder, sparse=self.sparse, diagnose=self.diagnose)
-        runner.masks.wait, runner.masks.between = False, self.clock.check
+        runner = self.benches.runner(task.part, self.folder, self.computing)
+        runner.take_turns(self.clock.check)
         clear_halves(runner.checkpoint_file(task.name))
         timed = _Timed(watcher, self.clock, epochs=task.part.protocol.epochs)
         watcher.cell(task.cell, epochs=timed.epochs)

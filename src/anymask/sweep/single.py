@@ -6,21 +6,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save as to_bytes
-from torch import nn
-
 from anymask.config import Bench, Experiment
 from anymask.errors import SettingError
 from anymask.mask import Mask
 from anymask.ranks import by_rank_0, leads
-from anymask.runlog import atomic
 from anymask.sweep.compare import Cell, Grid, Runner, Trained, Watcher
 from anymask.sweep.masks import DENSE, Masks, check_mask, file_sparsity, is_dynamic, is_mask_file
-from anymask.train import Protocol, sparse_possible
+from anymask.sweep.teachers import write_weights
+from anymask.train import Computing, Protocol
 
 
 class _Single(Runner):
+    def __init__(self, bench: Bench, folder: str | Path, computing: Computing) -> None:
+        super().__init__(bench, folder, computing)
+        self.teachers.folder = self.folder / "unfinished"
+
     def mask_file(self, mask: str, sparsity: float, seed: int) -> Path:
         return self.folder / "unfinished" / super().mask_file(mask, sparsity, seed).name
 
@@ -31,8 +31,7 @@ def train_one(
     *,
     experiment: Experiment | None = None,
     protocol: Protocol | None = None,
-    sparse: str = "auto",
-    diagnose: str = "off",
+    computing: Computing | None = None,
     resume: bool = False,
     tensorboard: bool = False,
     watcher: Watcher | None = None,
@@ -43,7 +42,7 @@ def train_one(
         cell: what is trained.
         folder: of this training alone; made when it is not there.
         experiment, protocol: the data, the network and how it is trained.
-        sparse, diagnose: as `fit` has them.
+        computing: how.
         resume: go on from the last epoch of a training that was stopped, to the same numbers bit for bit; without it a
             folder that holds one is refused.
         tensorboard: log to `folder`/tensorboard.
@@ -54,9 +53,9 @@ def train_one(
     """
     Grid(masks=() if cell.mask == DENSE else (cell.mask,), sparsity=(cell.sparsity,), recipes=(cell.recipe,))  # checks the names
     bench = Bench(experiment or Experiment(), protocol or Protocol())
-    masked, moves = cell.mask != DENSE, is_dynamic(cell.mask)
-    sparse_possible(sparse, device=bench.device, precision=bench.protocol.precision, masked=masked, moves=moves)
-    watcher, runner = watcher or Watcher(), _Single(bench, folder, sparse=sparse, diagnose=diagnose)
+    watcher, computing, masked = watcher or Watcher(), computing or Computing(), cell.mask != DENSE
+    computing.check(device=bench.device, precision=bench.protocol.precision, masked=masked, moves=is_dynamic(cell.mask))
+    runner = _Single(bench, folder, computing)
     if is_mask_file(cell.mask):  # which tells its sparsity of this network only now
         cell = replace(cell, sparsity=file_sparsity(cell.mask, runner.bench.model(cell.seed)))
     name = runner.name(cell)
@@ -73,7 +72,7 @@ def train_one(
 
 
 def _keep(done: Trained, runner: Runner) -> None:
-    _write_weights(done.model, runner.folder / "model.safetensors")
+    write_weights(done.model, runner.folder / "model.safetensors")
     if done.mask is not None:
         done.mask.save(runner.folder / "mask.mask")
     runner.ledger.append(done.row)
@@ -125,13 +124,6 @@ def _check_folder(runner: Runner, cell: Cell, name: str, *, finished: Mapping[st
             allowed="the settings it was begun with",
             fix="give those, or choose another --out",
         )
-
-
-def _write_weights(model: nn.Module, path: Path) -> None:
-    """The state dict, row by row in memory (trained as channels_last), so that its bytes depend on the values alone."""
-    state = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in model.state_dict().items()}
-    with atomic(path) as file:
-        file.write(to_bytes(state, metadata={"format": "pt"}))
 
 
 def prune_to(

@@ -22,6 +22,7 @@ from anymask.sweep.studyfile import Study
 from anymask.sweep.tuning import Rate, Trial, Tuning, reason_of, tuning_table, where, with_recipes
 from anymask.sweep.variants import variant_name
 from anymask.sweep.winner import Winner, read_winner
+from anymask.train import Computing
 
 WINNER, TUNED, REPORT, STUDY = "winner.toml", "tune/table.md", "study.md", "study.json"
 JOURNAL = "tune/journal.log"
@@ -48,7 +49,7 @@ def study(
     folder: str | Path,
     *,
     budget: str | float | None = None,
-    sparse: str = "auto",
+    computing: Computing | None = None,
     watcher: Watcher | None = None,
 ) -> Studied:
     """Search, freeze the winner in `folder`/winner.toml, and confirm it.
@@ -62,7 +63,7 @@ def study(
         wanted: of `read_study`.
         folder: of this study alone; made when it is not there.
         budget: "25m", "2h", "90s" or seconds; then the training that runs stops at the end of its epoch.
-        sparse: as `fit` has it.
+        computing: how.
         watcher: told of progress; it hears of each half as of a sweep, of the first with as many trainings as there may be at most.
 
     Raises:
@@ -75,7 +76,7 @@ def study(
     clock = Clock(None if seconds is None else time.monotonic() + seconds)
     folder, watcher = Path(folder), watcher or Watcher()
     _same_study(wanted, folder)
-    how: dict[str, Any] = {"sparse": sparse, "clock": clock, "watcher": watcher}
+    how: dict[str, Any] = {"computing": computing, "clock": clock, "watcher": watcher}
     tuning = None
     if not (folder / WINNER).exists():
         _optuna()
@@ -232,11 +233,11 @@ def _mend(path: Path) -> None:
                 file.truncate(whole.rfind(b"\n") + 1)
 
 
-def _confirm(wanted: Study, winner: Winner, folder: Path, *, sparse: str, clock: Clock, watcher: Watcher) -> Outcome:
+def _confirm(wanted: Study, winner: Winner, folder: Path, *, computing: Computing | None, clock: Clock, watcher: Watcher) -> Outcome:
     """Train what the confirmation's ledger lacks of the baseline and the winner."""
     benches, plan = Benches(cut=confirmation_cut(wanted)), Plan((with_recipes(wanted.confirm, winner.baseline, winner.recipe),))
-    planned = tasks(plan, folder / "confirm", sparse=sparse, benches=benches)
-    worker = Worker(planned, folder / "confirm", retries=RETRIES, sparse=sparse, clock=clock, benches=benches)
+    planned = tasks(plan, folder / "confirm", computing, benches=benches)
+    worker = Worker(planned, folder / "confirm", retries=RETRIES, computing=computing, clock=clock, benches=benches)
     done = worker.ledger.ids()
     watcher.begin(total=len(planned), done=sum(task.name in done for task in planned))
     with suppress(Stopped):

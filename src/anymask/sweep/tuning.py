@@ -15,6 +15,7 @@ from anymask.sweep.run import Benches, Clock, Task, Worker, tasks
 from anymask.sweep.studyfile import Study
 from anymask.sweep.variants import LR, variant_name
 from anymask.sweep.winner import Winner
+from anymask.train import Computing
 
 _SHOWN = 20  # trials in the table
 
@@ -58,11 +59,11 @@ class Tuning:
         study: what is searched.
         folder: ledger.jsonl, masks/ and unfinished/ are in it.
         cut: what there is of the data.
-        sparse, clock, watcher: as a sweep has them.
+        computing, clock, watcher: as a sweep has them.
     """
 
-    def __init__(self, study: Study, folder: Path, *, cut: Cut, sparse: str, clock: Clock, watcher: Watcher) -> None:
-        self.study, self.folder, self.sparse, self.clock, self.watcher = study, folder, sparse, clock, watcher
+    def __init__(self, study: Study, folder: Path, *, cut: Cut, computing: Computing | None, clock: Clock, watcher: Watcher) -> None:
+        self.study, self.folder, self.computing, self.clock, self.watcher = study, folder, computing, clock, watcher
         self.benches = Benches(cut=cut, tests=False)
         self.reason = ""  # of the last training that failed
         planned = self.tasks(study.baseline)
@@ -77,7 +78,7 @@ class Tuning:
         Raises:
             AnymaskError: where its settings do not go together.
         """
-        return tasks(Plan((with_recipes(self.study.tune, recipe),)), self.folder, sparse=self.sparse, benches=self.benches)
+        return tasks(Plan((with_recipes(self.study.tune, recipe),)), self.folder, self.computing, benches=self.benches)
 
     def accuracy(self, task: Task) -> float | None:
         """The validation accuracy of `task` in %; None where it failed.
@@ -86,7 +87,7 @@ class Tuning:
             Stopped: when the time is up.
         """
         if task.name not in self.known:
-            worker = Worker([task], self.folder, retries=0, sparse=self.sparse, clock=self.clock, benches=self.benches)
+            worker = Worker([task], self.folder, retries=0, computing=self.computing, clock=self.clock, benches=self.benches)
             worker.work(self.watcher)
             self.known = {row["id"]: 100 * row["accuracy"]["validation"] for row in self.ledger.rows()}
             self.reason = worker.failed().get(task.name, [self.reason])[-1]

@@ -30,8 +30,7 @@ def side_by_side(worker: Worker, number: int, *, watcher: Watcher) -> tuple[int,
     """
     threads = max(1, _cores() // number)
     context = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
-    how = {"sparse": worker.sparse, "diagnose": worker.diagnose}
-    settings = {"retries": worker.retries, **how, "clock": worker.clock, "seen": worker.seen}
+    settings = {"retries": worker.retries, "computing": worker.computing, "clock": worker.clock, "seen": worker.seen}
     args = (worker.planned, worker.folder, settings, threads)
     processes: list[BaseProcess] = [context.Process(target=_work, args=args, daemon=True) for _ in range(number)]
     try:

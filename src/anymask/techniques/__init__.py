@@ -3,6 +3,7 @@
 from anymask.techniques.averaging import Averaging
 from anymask.techniques.base import Attached, Context, Loss, Technique
 from anymask.techniques.density_lr import DensityLR
+from anymask.techniques.distillation import Distillation
 from anymask.techniques.fan_in_init import FanInInit
 from anymask.techniques.ghost_activation import GhostActivation
 from anymask.techniques.ghost_skip import GhostSkip
@@ -23,6 +24,7 @@ TECHNIQUES: dict[str, type[Technique]] = {
     "ghost_activation": GhostActivation,
     "ghost_skip": GhostSkip,
     "label_smoothing": LabelSmoothing,
+    "distillation": Distillation,
     "ham": HAM,
     "sign_in": SignIn,
     "gradient_correction": GradientCorrection,
@@ -38,6 +40,7 @@ __all__ = [
     "Averaging",
     "Context",
     "DensityLR",
+    "Distillation",
     "FanInInit",
     "GhostActivation",
     "GhostSkip",

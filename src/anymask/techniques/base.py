@@ -30,6 +30,7 @@ class Context:
     total_steps: int = 1  # optimiser steps of the whole training
     steps_per_epoch: int | None = None
     seed: int = 0
+    teacher: nn.Module | None = None  # a trained network, on the device of the model
 
     def needs_optimizer(self, technique: str) -> Optimizer:
         """The optimiser; raises TechniqueError when there is none."""
@@ -131,6 +132,7 @@ class Technique:
     seam: ClassVar[str]
     about: ClassVar[str]  # one line for `anymask list`
     paper: ClassVar[str]
+    taught: ClassVar[bool] = False  # whether it needs a teacher
     depth: ClassVar[int] = 3  # at the seam "step": the smaller, the earlier before a step, and the later after it
     schedule: Schedule = field(default_factory=Schedule)
 

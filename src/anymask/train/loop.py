@@ -12,6 +12,7 @@ from anymask.mask import Mask
 from anymask.pruning.dynamic import Dynamic, dense_mask, dynamic_of
 from anymask.ranks import leads
 from anymask.recipe import Recipe
+from anymask.train.computing import Computing
 from anymask.train.run import Result, Run
 from anymask.train.settings import Protocol
 
@@ -24,6 +25,7 @@ def fit(
     rewire: Dynamic | str | None = None,
     sparsity: float | None = None,
     recipe: Recipe | str = "tost",
+    teacher: nn.Module | None = None,
     protocol: Protocol | None = None,
     validation: Batches | None = None,
     test: Batches | None = None,
@@ -31,6 +33,7 @@ def fit(
     first_step: int = 0,
     last_step: int | None = None,
     sparse: str = "auto",
+    compile: str = "off",
     diagnose: str = "off",
     checkpoint_file: str | Path | None = None,
     checkpoint_every: int | None = None,
@@ -56,6 +59,7 @@ def fit(
             may be chosen: those of epochs that end after the mask has.
         sparsity: for gmp, what it ends at.
         recipe: a Recipe, the name of a preset, or a TOML file.
+        teacher: a trained network for recipes that learn from one (distillation), as `Recipe.attach` takes it.
         protocol: epochs, optimiser and the rest.
         seed: for what techniques and dropout draw; data order is the business of `train`.
         first_step: the optimiser step to begin at (> 0 for a rewound lottery ticket).
@@ -63,6 +67,8 @@ def fit(
         sparse: whether masked layers compute their kept weights alone meanwhile, which is to_sparse. "auto": those that are measured
             faster, where it can be: a mask that stays, in float32, on the CPU, with the native kernels; "on": all that can be, and an
             error where it cannot be; "off": none. Numbers differ by rounding, and the model ends dense.
+        compile: "on" trains the network through torch.compile (docs/speed.md), which takes its time at the start and whenever ghosts go:
+            for trainings of many steps, on a GPU most of all. Numbers differ by rounding.
         diagnose: "on" records each epoch what `anymask.Diagnostics` says of the plain network, for the first training batch, in
             `Result.curves["diagnostics"]`; "sharpness" adds `anymask.diagnostics.sharpness` on that batch, which costs as much as up to
             a few hundred dense steps; "off" nothing. The training is the same, bit for bit.
@@ -74,9 +80,9 @@ def fit(
 
     Raises:
         TechniqueError: when the loss becomes NaN or infinite, a technique does not fit, or gmp had no step left for its last update.
-        SettingError: when `rewire` and `mask` or `sparsity` do not go together, sparse="on" cannot be, the checkpoint is of a
-            training with another `rewire` or `diagnose`, or there are several ranks and the model is within DistributedDataParallel
-            already.
+        SettingError: when `rewire` and `mask` or `sparsity` do not go together, sparse="on" or compile="on" cannot be, the
+            checkpoint is of a training with another `rewire` or `diagnose`, or there are several ranks and the model is within
+            DistributedDataParallel already.
 
     Example:
         >>> from anymask import data, fit, models
@@ -94,7 +100,13 @@ def fit(
     moving = dynamic_of(rewire, {}) if rewire is not None else None
     mask = _first_mask(model, mask, moving=moving, sparsity=sparsity)
     run = Run(model, train, mask=None if mask is None else mask.broadcast(), protocol=protocol, first_step=first_step, file=checkpoint_file)
-    how: dict[str, Any] = {"recipe": recipe, "moving": moving, "sparsity": sparsity, "sparse": sparse, "diagnose": diagnose}
+    how: dict[str, Any] = {
+        "recipe": recipe,
+        "teacher": teacher,
+        "moving": moving,
+        "sparsity": sparsity,
+        "computing": Computing(sparse, compile, diagnose),
+    }
     try:
         run.begin(train, **how, seed=seed, first_step=first_step)
         stop = run.total if last_step is None else min(last_step, run.total)

@@ -20,13 +20,11 @@ from anymask.pruning import rewiring
 from anymask.pruning.dynamic import Dynamic
 from anymask.ranks import by_rank_0, leads, on_any_rank
 from anymask.recipe import Recipe
-from anymask.registry import unknown
 from anymask.train import checkpoint
+from anymask.train.computing import Computing, compiled
 from anymask.train.settings import Protocol, autocast_dtype, set_lr
 from anymask.train.sparsity import SparseLayers, slots_loaded, slots_stored, sparse_possible
 from anymask.train.spread import Spread
-
-DIAGNOSE = ("off", "on", "sharpness")
 
 
 @dataclass(frozen=True)
@@ -91,18 +89,19 @@ class Run:
         train: Batches,
         *,
         recipe: Recipe,
+        teacher: nn.Module | None,
         moving: Dynamic | None,
         sparsity: float | None,
         seed: int,
         first_step: int,
-        sparse: str,
-        diagnose: str,
+        computing: Computing,
     ) -> None:
         """Convert the layers, attach the recipe, and go on from the checkpoint, if there is one. Then `layers.leave` is due."""
-        check_diagnose(diagnose)
+        moves, diagnose = moving is not None, computing.diagnose
+        computing.check(device=self.device, precision=self.protocol.precision, masked=self.hold is not None, moves=moves)
         saved = None if self.file is None else checkpoint.load(self.file, device=self.device)
         # Before the recipe: its ghosts would hide which ReLU follows which norm, and LRsI makes the layers dense by itself.
-        self._convert(sparse, moves=moving is not None, known=saved.get("sparse") if saved else None)
+        self._convert(computing.sparse, moves=moves, known=saved.get("sparse") if saved else None)
         torch.manual_seed(seed)
         self.recipe = recipe.attach(
             self.model,
@@ -112,6 +111,7 @@ class Run:
             start=first_step,
             example=self.example[:2],
             data=train,
+            teacher=teacher,
             seed=seed,
             state=saved["recipe"] if saved else None,
         )
@@ -120,6 +120,8 @@ class Run:
             self._restore(saved)
         self.diagnose, self.watch = diagnose, self._watched(diagnose, saved)
         self.spread.begin()
+        network = self.spread.network
+        self.forward = compiled(network, accumulate=self.protocol.accumulate) if computing.compile == "on" else network
         self.seed = seed
         self.spread.draw(seed, self.step)
         self.strengths = self.recipe.strengths
@@ -139,7 +141,7 @@ class Run:
         x, y, weight = self.spread.part(x, y)
         with self.spread.adding(last=last):
             with self.autocast():
-                loss = self.recipe.loss(self.spread.network(x), y) * weight
+                loss = self.recipe.loss(self.forward(x), y) * weight
             self.loss += loss.detach()
             self.scaler.scale(loss / self.protocol.accumulate).backward()
 
@@ -306,12 +308,6 @@ class Run:
 
     def _lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
-
-
-def check_diagnose(mode: str) -> None:
-    """Raise UnknownName for a `diagnose` that there is not."""
-    if mode not in DIAGNOSE:
-        raise unknown(mode, DIAGNOSE, what="value of diagnose:")
 
 
 def _record(curves: dict[str, Any], values: dict[str, Any]) -> None:

@@ -96,9 +96,11 @@ class Protocol:
         others = [p for p in model.parameters() if p.ndim <= 1 and id(p) not in vectors]
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
+        # One kernel for all weights. Not with GradScaler: fused optimisers skip a step without their hooks knowing of it.
+        fused = all(p.is_cuda for p in model.parameters()) and self.precision != "float16"
         if self.optimizer == "adamw":
-            return AdamW(groups, lr=self.lr)
-        return SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov and self.momentum > 0)
+            return AdamW(groups, lr=self.lr, fused=fused or None)
+        return SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov and self.momentum > 0, fused=fused or None)
 
     def lr_at(self, step: int, *, total: int, per_epoch: int) -> float:
         """The learning rate of optimiser step number `step` (from 0) of `total`."""

@@ -1,0 +1,122 @@
+"""Distillation: a trained network says what it thinks of each input, and the sparse one learns from that, too."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anymask.errors import SettingError, TechniqueError
+from anymask.prunables import bare
+from anymask.schedules import Schedule
+from anymask.surgery import logits_of
+from anymask.techniques.base import Attached, Context, Technique
+
+
+@dataclass(frozen=True)
+class Distillation(Technique):
+    r"""The loss is shared with that of a teacher's outputs: of logits z of the network and v of the teacher, (N, C, ...),
+
+        (1 - s * share) * loss + s * share * T^2 * KL(softmax(v / T) || softmax(z / T))
+
+    with the temperature T and the strength s (constant 1 by default), averaged over all but the classes. The teacher computes the
+    inputs that the network was last called with in training mode: in eval mode, in which it stays, and without gradients. It is not
+    trained.
+
+    Give it as `teacher=` to `Recipe.attach` or `fit`; `anymask compare` and its like train the dense network of the same seed, with the
+    same protocol and the default recipe, once for all recipes.
+
+    Args:
+        share: of the loss that is the teacher's, in (0, 1].
+        temperature: T > 0; the higher, the more the classes count that the teacher thinks unlikely.
+
+    Raises:
+        SettingError: for numbers out of their range.
+        TechniqueError: on attach, without a teacher; in training, where its outputs have another shape than the network's.
+
+    Example:
+        >>> import copy, torch
+        >>> from anymask.techniques import Context
+        >>> model, cross_entropy = torch.nn.Linear(1, 2), torch.nn.functional.cross_entropy
+        >>> taught = Distillation(share=1.0).attach(Context(model, None, cross_entropy, teacher=copy.deepcopy(model)))
+        >>> output, target = model(torch.ones(3, 1)), torch.tensor([0, 1, 1])
+        >>> taught.loss(cross_entropy(output, target), output, target).item()  # of its like it learns nothing
+        0.0
+
+    Reference: Hinton et al. (arXiv 1503.02531); for sparse networks the precursor of ToST (arXiv 2101.03255v1), whose teacher is the dense
+    network too. Share and temperature are ours.
+    """
+
+    name: ClassVar[str] = "distillation"
+    seam: ClassVar[str] = "loss"
+    about: ClassVar[str] = "a trained dense network's outputs are a part of the targets"
+    paper: ClassVar[str] = "arXiv 1503.02531"
+    taught: ClassVar[bool] = True
+
+    schedule: Schedule = field(default_factory=lambda: Schedule("step", full="100%", end="100%"))
+    share: float = 0.7
+    temperature: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise SettingError(f"share came as {self.share}", allowed="a share in (0, 1]", fix="0.7 leaves the labels 0.3")
+        if not self.temperature > 0:
+            raise SettingError(f"temperature came as {self.temperature}", allowed="a number > 0", fix="4.0 is usual")
+
+    def attach(self, context: Context) -> "_Taught":
+        if context.teacher is None or bare(context.teacher) is context.model:
+            raise TechniqueError(
+                f"{self.name} got {'no teacher' if context.teacher is None else 'the network itself as its teacher'}",
+                allowed="another, trained network that takes the same inputs and gives the same classes",
+                fix=f"pass teacher=dense_model to Recipe.attach or fit, or leave {self.name} out of the recipe",
+            )
+        return _Taught(self, context.model, context.teacher.eval())
+
+
+class _Taught(Attached):
+    def __init__(self, settings: Distillation, model: nn.Module, teacher: nn.Module) -> None:
+        self.share, self.temperature, self.teacher, self.strength = settings.share, settings.temperature, teacher, 1.0
+        self.seen: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.handle = model.register_forward_pre_hook(self._look, with_kwargs=True)
+        self.found = f"a {type(teacher).__name__} of {sum(p.numel() for p in teacher.parameters()):,} parameters"
+
+    def set_strength(self, strength: float) -> None:
+        self.strength = strength
+
+    def loss(self, value: Tensor, output: Tensor, target: Tensor) -> Tensor:
+        if not self.strength:
+            return value
+        share = self.strength * self.share
+        return (1 - share) * value + share * self.temperature**2 * self._distance(output, target)
+
+    def detach(self) -> None:
+        self.handle.remove()
+        self.seen = None
+
+    def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module.training:
+            self.seen = args, kwargs
+
+    def _distance(self, output: Tensor, target: Any) -> Tensor:
+        """The mean divergence from what the teacher says of the inputs that were seen last; targets of -100 do not count."""
+        if self.seen is None:
+            raise TechniqueError(
+                "distillation was asked for a loss before the network was called in training mode",
+                allowed="recipe.loss of the output of model(inputs), after model.train()",
+                fix="compute the output and its loss in turns",
+            )
+        (args, kwargs), self.seen = self.seen, None  # not kept: a batch may be large
+        with torch.no_grad():
+            taught = logits_of(self.teacher(*args, **kwargs))
+        if taught.shape != output.shape:
+            raise TechniqueError(
+                f"the teacher gave {tuple(taught.shape)} where the network gave {tuple(output.shape)}",
+                allowed="outputs of one shape",
+                fix="take a teacher of the same classes",
+            )
+        mine, theirs = (F.log_softmax(logits.float() / self.temperature, dim=1) for logits in (output, taught))
+        each = F.kl_div(mine, theirs, reduction="none", log_target=True).sum(1)
+        if isinstance(target, Tensor) and target.shape == each.shape and not target.is_floating_point():
+            each = each[target != -100]
+        return each.mean()

@@ -1,0 +1,77 @@
+"""How a training is computed: what it takes and records, and not what it is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anymask.errors import SettingError
+from anymask.ranks import ranks
+from anymask.registry import unknown
+from anymask.train.sparsity import sparse_possible
+
+DIAGNOSE = ("off", "on", "sharpness")
+COMPILE = ("off", "on")
+
+
+@dataclass(frozen=True)
+class Computing:
+    """The arguments of `fit` that leave a training what it is, but for rounding."""
+
+    sparse: str = "auto"
+    compile: str = "off"
+    diagnose: str = "off"
+
+    def check(self, *, device: str, precision: str, masked: bool = True, moves: bool = False) -> None:
+        """Raise before any work what `fit` would raise after some of it.
+
+        Raises:
+            UnknownName: for a value that there is not.
+            SettingError: for sparse="on" or compile="on" where it cannot be.
+        """
+        check_diagnose(self.diagnose)
+        check_compile(self.compile)
+        sparse_possible(self.sparse, device=device, precision=precision, masked=masked, moves=moves)
+
+
+def check_diagnose(mode: str) -> None:
+    """Raise UnknownName for a `diagnose` that there is not."""
+    if mode not in DIAGNOSE:
+        raise unknown(mode, DIAGNOSE, what="value of diagnose:")
+
+
+def check_compile(mode: str) -> None:
+    """Raise for a `compile` that there is not, and for "on" on several ranks."""
+    if mode not in COMPILE:
+        raise unknown(mode, COMPILE, what="value of compile:")
+    if mode == "on" and ranks() > 1:
+        raise SettingError(f"compile='on' came on {ranks()} ranks", allowed="one process", fix="leave compile at 'off'")
+
+
+def compiled(model: nn.Module, *, accumulate: int) -> Callable[[Tensor], Any]:
+    """`model` by torch.compile for training: once for each phase of a recipe and each size of a batch, in CUDA graphs on a GPU."""
+    cuda = next(model.parameters()).is_cuda
+    # CUDA graphs write each gradient where the last one is, which is wrong where several are added up.
+    mode = "reduce-overhead" if cuda and accumulate == 1 else None
+
+    def run(x: Tensor) -> Any:  # torch.compile would leave an attribute in the model itself
+        return model(x)
+
+    call = torch.compile(run, dynamic=False, mode=mode)
+
+    def forward(x: Tensor) -> Any:
+        if cuda:
+            torch.compiler.cudagraph_mark_step_begin()
+        try:
+            return call(x)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = " ".join(str(error).split("\n\n")[0].split())
+            raise SettingError(
+                f"torch.compile failed ({reason})",
+                allowed="compile='on' where PyTorch's compiler works: with a C++ compiler on a CPU, with Triton on a GPU",
+                fix="leave compile at 'off'",
+            ) from error
+
+    return forward
