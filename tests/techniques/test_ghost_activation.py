@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
+from types import FrameType
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from anymask import Recipe
 from anymask.errors import TechniqueError
 from anymask.schedules import Schedule
 from anymask.surgery import fingerprint
-from anymask.techniques import Context, GhostActivation, GhostSkip
+from anymask.techniques import Context, GhostActivation, GhostSkip, ghost_activation
 
 
 def attach(model: nn.Module, example: object = None, **settings: object):
@@ -179,6 +181,42 @@ def test_ctrl_c_in_forward_softens_nothing_else_and_training_may_go_on() -> None
         model(x)
     attached.detach()
     assert torch._C._len_torch_function_stack() == depth
+
+
+def interrupted(call: Callable[[], object], *, at: int) -> bool:
+    """Whether Ctrl-C came: before the `at`-th instruction of the technique's own code and of the modes of PyTorch that it enters."""
+    files, left = {ghost_activation.__file__, torch.overrides.__file__}, at
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable[..., object] | None:
+        nonlocal left
+        frame.f_trace_lines, frame.f_trace_opcodes = False, True
+        if event == "opcode":
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace if frame.f_code.co_filename in files else None
+
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_ctrl_c_at_any_instruction_leaves_no_mode_behind() -> None:
+    model, x, depth, at = nn.Sequential(nn.Sequential(nn.ReLU()), nn.ReLU()), torch.randn(2, 4), torch._C._len_torch_function_stack(), 1
+    while True:
+        attached = attach(model)
+        came = interrupted(lambda: model(x), at=at)
+        attached.detach()
+        assert torch._C._len_torch_function_stack() == depth, f"before instruction {at}"
+        if not came:
+            break
+        at += 1
+    assert at > 100
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

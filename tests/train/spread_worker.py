@@ -21,7 +21,7 @@ from anymask.schedules import Schedule
 from anymask.sparse import converting, tuning
 from anymask.sweep.run import Clock, Worker
 from anymask.techniques import GhostActivation, GhostSkip, LabelSmoothing, LRsI, RescaleSettings
-from anymask.train import Protocol, Result
+from anymask.train import Computing, Protocol, Result
 from anymask.train.run import Run
 from anymask.train.spread import Spread
 from tests.train.trainings import MOVING, RECIPE, Net, images, mask_of
@@ -126,7 +126,7 @@ def refusals() -> None:
     with pytest.raises(SettingError, match="within DistributedDataParallel"):
         train(nn.parallel.DistributedDataParallel(Net()))
     with pytest.raises(SettingError, match="on 2 ranks"):
-        Worker([], Path("nowhere"), retries=0, sparse="off", clock=Clock())
+        Worker([], Path("nowhere"), retries=0, computing=Computing(), clock=Clock())
     with pytest.raises(TechniqueError, match='use kind="free"'):
         train(Net(), recipe=RECIPE)
 

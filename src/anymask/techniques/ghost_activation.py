@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from anymask.errors import SettingError, TechniqueError
 from anymask.prunables import bare
@@ -218,13 +218,14 @@ class _SoftReLU(Ghost):
     def enter(self, owner: nn.Module, _args: Any) -> None:
         if not torch.compiler.is_compiling():
             self._exit_dead(begun=owner)
-        mode = _Softened(self, owner)
-        mode.__enter__()
-        self.modes.append(mode)
+        # Known before it is entered, until after it is left: Ctrl-C may come between any two steps.
+        self.modes.append(_Softened(self, owner))
+        self.modes[-1].__enter__()
 
     def leave(self, *_: Any) -> None:  # nothing by name: compiled by itself, its frame is searched for tensors, which warns of their .grad
         if self.modes:
-            self.modes.pop().__exit__(None, None, None)
+            self.modes[-1].__exit__(None, None, None)
+            self.modes.pop()
 
     def remove(self) -> None:
         """As a handle that is removed on detach."""
@@ -236,9 +237,8 @@ class _SoftReLU(Ghost):
             owner = self.modes[-1].owner
             if sum(mode.owner is owner for mode in self.modes) <= _calls(owner) - (owner is begun):
                 return
-            mode = self.modes.pop()
-            if _get_current_function_mode() is mode:
-                mode.__exit__(None, None, None)
+            _withdraw(self.modes[-1])
+            self.modes.pop()
 
     def soften(self, x: Tensor, *, capped: bool) -> Tensor:
         """`x` (any shape) through a ReLU as soft as the strength says."""
@@ -280,6 +280,18 @@ class _Softened(TorchFunctionMode):
         capped, inplace = call
         # In place stays in place: what reads the tensor afterwards (a shortcut) must see what the ReLU wrote.
         return x.copy_(self.ghost.soften(x.clone(), capped=capped)) if inplace else self.ghost.soften(x, capped=capped)
+
+
+def _withdraw(mode: TorchFunctionMode) -> None:
+    """Exit a mode wherever it is among those that are entered; nothing if it is not."""
+    entered = _get_current_function_mode_stack()
+    places = [place for place, other in enumerate(entered) if other is mode]
+    if places:
+        above = entered[places[0] + 1 :]
+        for _ in range(len(above) + 1):
+            _pop_mode()
+        for other in above:
+            _push_mode(other)
 
 
 def _around(owner: nn.Module) -> tuple[bool, bool]:
