@@ -31,6 +31,7 @@ networks: .venv/done
 OTHERS ?= $(BIN)/python
 bench: .venv/done
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/trainer.py
 	$(BIN)/python benchmarks/inference.py
 	$(OTHERS) benchmarks/layers.py
 	$(BIN)/python tools/make_docs.py

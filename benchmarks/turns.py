@@ -25,7 +25,7 @@ PAUSE = 0.03  # seconds before each turn: the threads of the one before still lo
 Call = Callable[[], object]
 
 
-def arguments(about: str, name: str, cases: Iterable[str], given: list[str] | None) -> argparse.Namespace:
+def arguments(about: str, name: str, cases: Iterable[str], given: list[str] | None, *, devices: bool = False) -> argparse.Namespace:
     """What every script takes."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="NAME", help=f"measure this one anew and leave the rest of the file: {', '.join(cases)}")
@@ -34,6 +34,8 @@ def arguments(about: str, name: str, cases: Iterable[str], given: list[str] | No
     parser.add_argument("--rounds", type=int, help="how often each is timed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    if devices:
+        parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     made = parser.parse_args(given)
     torch.set_num_threads(made.threads)
     return made

@@ -233,6 +233,22 @@ def inference_figure() -> str | None:
     return figure(panels, caption=_dashes(rows)) if rows else None
 
 
+# -- whole trainings ------------------------------------------------------------------------------------------------
+def trainer(rows: Rows) -> str:
+    """Images a second of each way to train, and of several trainings at once."""
+    lines = []
+    for row in rows:
+        for way in row["ways"]:
+            rate, times = f"{way['images a second']:,.0f}", _times(way["times the plain loop"])
+            lines.append([row["name"], way["way"], rate, times, f"{way['share of peak']:.0%}", _ms(way["first epoch s"])])
+        for case in row["beside"]:
+            rate, times = f"{case['images a second']:,.0f}", f"{case['times one']:.2f}x one"
+            lines.append([row["name"], f"{case['trainings']} at once", rate, times, "-", "-"])
+    head = ["network", "way", "images / s", "times the plain loop", "of the peak", "first epoch, s"]
+    about = f"Batches of {rows[0]['batch']}, {rows[0]['images']:,} images an epoch, masks random-erk at {rows[0]['sparsity']}."
+    return _table(head, lines) + f"\n{about}\n"
+
+
 # -- layers ---------------------------------------------------------------------------------------------------------
 def layers(rows: Rows) -> str:
     """Times as fast as the faster dense layout, by layer."""
@@ -312,6 +328,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "training-limit": part("training", training_limit),
     "training-where": part("training", training_where),
     "training-memory": part("training", training_memory),
+    "trainer-machine": made_on("trainer"),
+    "trainer-table": part("trainer", trainer),
     "inference-machine": made_on("inference"),
     "inference-plot": part("inference", lambda _: "![Speedup of inference against sparsity](figures/inference.svg)\n"),
     "inference-speed": part("inference", inference),
