@@ -63,6 +63,7 @@ VARIANTS: dict[str, Technique] = {
     "gradient_correction all": GradientCorrection(FADE, where="all"),
     "averaging": Averaging(decay=0.5),
     "averaging faded": Averaging(FADE),
+    "averaging swa": Averaging(kind="swa", start="1it"),
     "sam": SAM(),
     "sam faded": SAM(FADE, rho=0.2),
 }

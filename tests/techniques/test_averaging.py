@@ -53,6 +53,21 @@ def test_weights_and_statistics_of_norms_are_averaged_and_left_at_the_end() -> N
         assert not np.allclose(value, seen[-1][name]) or name == "0.bias"  # which batch norm takes away: it has no gradient
 
 
+def test_swa_is_the_mean_of_the_weights_from_its_start_on() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    running = Recipe((Averaging(kind="swa", start="2it"),)).attach(model, optimizer, total_steps=6)
+    assert running.found == {"averaging": "8 parameters and buffers, the mean from step 2 on"}
+    seen = train(model, optimizer, running, steps=2)
+    with running.plain():
+        np.testing.assert_array_equal(model[0].weight.detach().numpy(), seen[-1]["0.weight"])
+    seen += train(model, optimizer, running, steps=4)
+    running.finish()
+    for name in ("0.weight", "1.running_var", "3.bias"):
+        mean = np.mean([values[name] for values in seen[1:]], axis=0)
+        np.testing.assert_allclose(model.state_dict()[name].numpy(), mean, rtol=1e-12, atol=1e-15)
+
+
 def test_evaluation_sees_the_average_and_training_goes_on_from_the_very_same_bits() -> None:
     twins = [net(), net()]
     after = []

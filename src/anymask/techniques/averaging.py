@@ -5,22 +5,26 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
+from anymask.durations import Duration
 from anymask.errors import SettingError
 from anymask.holding import held
-from anymask.mask import Mask, local, shard
+from anymask.mask import local, shard
 from anymask.prunables import compact
+from anymask.registry import lookup
 from anymask.schedules import Schedule
 from anymask.techniques.base import Attached, Context, Technique
+
+KINDS = ("ema", "swa")
 
 
 @dataclass(frozen=True)
 class Averaging(Technique):
-    r"""Exponential moving average (EMA) of the weights. After step t = 1, 2 ... of the optimiser
+    r"""Average of the weights: an exponential moving one (EMA), or the mean of the last part of training (SWA). After each step
 
-        a <- d a + (1 - d) w,    d = min(decay, t / (t + 9))
+        ema:    a <- d a + (1 - d) w,    d = min(decay, t / (t + 9)) after step t = 1, 2 ...
+        swa:    a <- w up to `start`, then d = n / (n + 1) after n = 1, 2 ... more steps: the mean of all w since then
 
     for each parameter and each floating-point buffer (the statistics of norms), a = w at first. Training goes on with w. What is evaluated
     inside `RunningRecipe.plain`, and what is left at the end, is (1 - s) w + s a with the strength s (constant 1 by default) of the
@@ -28,10 +32,13 @@ class Averaging(Technique):
     what is grown, as w does.
 
     Args:
-        decay: in [0, 1): 1 / (1 - decay) steps are what it remembers. Take about a tenth of the training's steps or less: 0.99 for 1,000.
+        decay: of the EMA, in [0, 1): 1 / (1 - decay) steps are what it remembers. Take about a tenth of the training's steps or less:
+            0.99 for 1,000.
+        kind: "ema" or "swa".
+        start: where the mean of SWA begins, such as "75%" or "12ep".
 
     Raises:
-        SettingError: for a decay out of its range.
+        SettingError: for a decay out of its range, another kind, or a start that is no length of training.
         TechniqueError: on attach, without an optimiser.
 
     Example:
@@ -46,35 +53,43 @@ class Averaging(Technique):
         >>> running.step(); round(running.finish().weight.item(), 6)  # 0.1 of 1.0, the first d being 1 / 10
         0.1
 
-    Reference: Polyak averaging; for sparse networks Lottery Pools (arXiv 2208.10842) average along and over tickets. The growing d is
-    that of TensorFlow's and timm's averages.
+    Reference: Polyak averaging; stochastic weight averaging (arXiv 1803.05407); for sparse networks Lottery Pools (arXiv 2208.10842)
+    average along and over tickets. The growing d is that of TensorFlow's and timm's averages. Ours: SWA takes every step, not the end
+    of every epoch, leaves the learning rate as it is, and averages the statistics of norms instead of measuring them anew.
     """
 
     name: ClassVar[str] = "averaging"
     seam: ClassVar[str] = "step"
-    about: ClassVar[str] = "a moving average (EMA) of the weights is what is evaluated and left"
+    about: ClassVar[str] = "an average of the weights (EMA, SWA) is what is evaluated and left"
     paper: ClassVar[str] = "arXiv 2208.10842"
     depth: ClassVar[int] = 1  # of what all others make of the weights, but for SAM's perturbation
 
     schedule: Schedule = field(default_factory=lambda: Schedule("step", full="100%", end="100%"))
     decay: float = 0.99
+    kind: str = "ema"
+    start: str = "75%"
 
     def __post_init__(self) -> None:
+        lookup(dict.fromkeys(KINDS), self.kind, what="kind of average")
+        Duration.parse(self.start)
         if not 0 <= self.decay < 1:
             raise SettingError(f"decay came as {self.decay}", allowed="a number in [0, 1)", fix="0.99 suits 1,000 steps, 0.999 10,000")
 
     def attach(self, context: Context) -> "_Average":
-        return _Average(context.model, context.needs_optimizer(self.name), context.mask, decay=float(self.decay))
+        start = Duration.parse(self.start).steps(total=context.total_steps, per_epoch=context.steps_per_epoch)
+        return _Average(self, context, start=start if self.kind == "swa" else None)
 
 
 class _Average(Attached):
-    def __init__(self, model: nn.Module, optimizer: Optimizer, mask: Mask | None, *, decay: float) -> None:
-        self.model, self.optimizer, self.decay = model, optimizer, decay
-        self.strength, self.steps, self._of = 1.0, 0, mask
+    def __init__(self, settings: Averaging, context: Context, *, start: int | None) -> None:
+        model = self.model = context.model
+        self.optimizer, self.decay, self.start = context.needs_optimizer(settings.name), settings.decay, start
+        self.strength, self.steps, self._of = 1.0, 0, context.mask
         self.live = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if b.is_floating_point()}}
         self.averages = {name: tensor.detach().clone() for name, tensor in self.live.items()}
         self._aside: dict[str, Tensor] = {}  # what is trained, while the average is in its place
-        self.found = f"{len(self.live)} parameters and buffers, decay {decay:g}"
+        how = f"decay {self.decay:g}" if start is None else f"the mean from step {start} on"
+        self.found = f"{len(self.live)} parameters and buffers, {how}"
 
     def set_strength(self, strength: float) -> None:
         # Where the schedule ends, 0 comes right before `detach`, which leaves what the last step had.
@@ -86,7 +101,14 @@ class _Average(Attached):
         self._follow()
         for name, tensor in self.live.items():
             average = local(self._average(name))
-            average.lerp_(local(tensor), 1 - min(self.decay, self.steps / (self.steps + 9)))
+            average.lerp_(local(tensor), 1 - self._share())
+
+    def _share(self) -> float:
+        """How much of the average stays."""
+        if self.start is None:
+            return min(self.decay, self.steps / (self.steps + 9))
+        after = max(0, self.steps - self.start)
+        return after / (after + 1)
 
     @torch.no_grad()
     def settle(self) -> None:
