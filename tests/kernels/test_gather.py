@@ -173,6 +173,33 @@ def test_batch_norm_and_its_gradient(isa, size, offset, how, seed):
         assert np.abs(mine - right).max() <= 2e-5 * scale * max(1.0, np.abs(right).max())
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=CASES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(size=st.integers(1, 300), strength=st.floats(0.0, 1.0, width=32), spread=st.sampled_from([1.0, 30.0, 1e4]), seed=st.integers(0, 99))
+def test_the_ghost_of_a_relu_and_its_gradient(isa, size, strength, spread, seed):
+    native.library().am_use(isa.encode())
+    rng = np.random.default_rng(seed)
+    x, g = (rng.standard_normal(size).astype(np.float32) * np.float32(spread), rng.standard_normal(size).astype(np.float32))
+    y, gx = np.empty_like(x), np.empty_like(x)
+    native.soften(x, y, strength=strength, threads=2)
+    native.soften(x, gx, strength=strength, g=g, threads=2)
+    tx = torch.tensor(x, dtype=torch.float64, requires_grad=True)
+    ty = strength * F.silu(tx) + (1 - strength) * F.relu(tx)
+    ty.backward(torch.tensor(g).double())
+    np.testing.assert_allclose(y, ty.detach().numpy(), rtol=1e-6, atol=1e-30 * spread)
+    np.testing.assert_allclose(gx, tx.grad.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_ghost_of_a_relu_at_strength_0_and_far_out():
+    x = np.array([-np.inf, -1e30, -0.0, 0.0, 1e-30, 1e30, np.nan], np.float32)
+    y = np.empty_like(x)
+    native.soften(x[1:-1], y[1:-1], strength=0.0)
+    np.testing.assert_array_equal(y[1:-1], np.maximum(x[1:-1], 0))
+    native.soften(x, y, strength=0.5)
+    assert np.isnan(y[-1])
+    assert abs(y[1]) < 1e-7
+
+
 def test_a_constant_channel_is_0_after_the_norm_bit_for_bit():
     for constant in (0.1, -3.7, 1e5):
         x = np.full((1, 5000), constant, np.float32)

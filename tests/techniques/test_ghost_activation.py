@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anymask import Recipe
 from anymask.errors import TechniqueError
+from anymask.kernels import available, native, why_not
 from anymask.schedules import Schedule
 from anymask.surgery import fingerprint
 from anymask.techniques import Context, GhostActivation, GhostSkip, ghost_activation
@@ -217,6 +218,37 @@ def test_ctrl_c_at_any_instruction_leaves_no_mode_behind() -> None:
             break
         at += 1
     assert at > 100
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "as it comes": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "batch last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "with gaps": lambda x: torch.stack([x, x])[:, :, ::2][0],
+}
+
+
+@pytest.mark.skipif(not available(), reason=why_not())
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_native_kernel_gives_the_same_in_every_layout_and_may_be_differentiated_twice(layout: str) -> None:
+    x, model = LAYOUTS[layout](torch.randn(3, 8, 4, 4)).requires_grad_(), nn.ReLU()
+    attached = attach(model)
+    for strength in (1.0, 0.25, 0.0):
+        attached.set_strength(strength)
+        results = []
+        for there in (available, lambda: False):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(native, "available", there)
+                y = model(x)
+            weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).expand(2, *y.shape)[0]
+            (first,) = torch.autograd.grad((y * weight).sum(), x, retain_graph=True)
+            (again,) = torch.autograd.grad((y * weight).sum(), x, create_graph=True)
+            twice = torch.autograd.grad(again.square().sum(), x)[0] if strength else first
+            results.append([y, first, again, twice])
+        names = {type(y.grad_fn).__name__ for y, *_ in results}
+        assert len(names) == 1 + (strength > 0 and layout != "with gaps")  # the kernel was there once, and once not
+        for ours, plain in zip(*results, strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

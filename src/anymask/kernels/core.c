@@ -73,3 +73,7 @@ int am_pooling(const am_pool *p, const float *x, float *y, int threads) { return
 int am_pooling_back(const am_pool *p, const float *x, const float *y, const float *g, float *gx, int threads) {
   return chosen->pool_back(p, x, y, g, gx, threads);
 }
+
+int am_softening(int64_t size, const float *x, const float *g, float strength, float *y, int threads) {
+  return chosen->soften(size, x, g, strength, y, threads);
+}

@@ -44,6 +44,7 @@ typedef struct {
 } am_pool;
 typedef int am_pool_fn(const am_pool *, const float *x, float *y, int threads);
 typedef int am_pool_back_fn(const am_pool *, const float *x, const float *y, const float *g, float *gx, int threads);
+typedef int am_soften_fn(int64_t size, const float *x, const float *g, float strength, float *y, int threads);
 typedef struct {
   const char *name;
   int width; /* floats of a vector */
@@ -53,6 +54,7 @@ typedef struct {
   am_norm_back_fn *norm_back;
   am_pool_fn *pool;
   am_pool_back_fn *pool_back;
+  am_soften_fn *soften;
 } am_isa;
 
 extern const am_isa am_portable, am_avx2, am_avx512;

@@ -53,6 +53,7 @@ def library() -> Any:
         raise SettingError(f"ANYMASK_ISA is {wanted!r}", allowed="avx512, avx2 or portable, as far as this machine has it", fix="unset it")
     loaded.am_pooling.argtypes = [_POINTER] * 3 + [_C_INT]
     loaded.am_pooling_back.argtypes = [_POINTER] * 5 + [_C_INT]
+    loaded.am_softening.argtypes = [_INT, _POINTER, _POINTER, _C_FLOAT, _POINTER, _C_INT]
     return loaded
 
 
@@ -219,6 +220,20 @@ class Pool(ctypes.Structure):
     def _check(self, x: Floats, y: Floats) -> None:
         _check("the input", x, (self.channels, self.rows, self.cols, self.images))
         _check("the output", y, (self.channels, self.out_rows, self.out_cols, self.images))
+
+
+def soften(x: Floats, out: Floats, *, strength: float, g: Floats | None = None, threads: int = 1) -> None:
+    """`s x sigmoid(x) + (1 - s) max(x, 0)` into out, of any shape; with g, the gradient of x for the gradient g of that.
+
+    Example:
+        >>> x, out = np.array([-1.0, 1.0], np.float32), np.empty(2, np.float32)
+        >>> soften(x, out, strength=1.0); out.round(4).tolist()
+        [-0.2689, 0.7311]
+    """
+    for name, array in (("the output", out), ("the gradient", g)):
+        _check(name, array, x.shape)
+    _check("the input", x, x.shape)
+    _call(library().am_softening, x.size, x, g, strength, out, threads)
 
 
 def _struct(job: Job) -> _AmJob:

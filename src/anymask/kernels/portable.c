@@ -9,4 +9,5 @@ static inline __attribute__((always_inline)) void reduce4(const vf4 *a, float *t
 #include "gather.inc"
 #include "norm.inc"
 #include "pool.inc"
-const am_isa am_portable = {"portable", V, NAME(gather), NAME(dot), NAME(norm), NAME(norm_back), NAME(pool), NAME(pool_back)};
+#include "soft.inc"
+const am_isa am_portable = {"portable", V, NAME(gather), NAME(dot), NAME(norm), NAME(norm_back), NAME(pool), NAME(pool_back), NAME(soften)};

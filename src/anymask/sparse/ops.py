@@ -194,6 +194,62 @@ norm.register_autograd(_backward_norm, setup_context=_save_norm)
 norm_gradient.register_autograd(_no_second)
 
 
+# -- the ghost of a ReLU --------------------------------------------------------------------------------------------
+def softens(x: Tensor) -> bool:
+    """Whether `soft_relu` takes `x`: float32 on the CPU, without gaps in memory, nothing that only looks like a tensor, native kernels."""
+    here = type(x) is Tensor and x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    dense = here and x.numel() > 0 and (x.is_contiguous() or is_batch_last(x) or x.is_contiguous(memory_format=torch.channels_last))
+    return dense and native.available()
+
+
+@torch.library.custom_op("anymask::soft_relu", mutates_args=())
+def soft_relu(x: Tensor, strength: float) -> Tensor:
+    """s x sigmoid(x) + (1 - s) relu(x) of finite x that `softens`, with the strength s in [0, 1], in one pass."""
+    return _softened(x, None, strength)
+
+
+@torch.library.custom_op("anymask::soft_relu_gradient", mutates_args=())
+def soft_relu_gradient(x: Tensor, g: Tensor, strength: float) -> Tensor:
+    """The gradient of x, for the gradient g of what `soft_relu` gave."""
+    return _softened(x, g, strength)
+
+
+def _softened(x: Tensor, g: Tensor | None, strength: float) -> Tensor:
+    memory.follow()
+    out = torch.empty_like(x)
+    if g is not None and g.stride() != x.stride():
+        g = torch.empty_like(x).copy_(g)
+    x, g, into = (None if t is None else t.detach().as_strided((t.numel(),), (1,)).numpy() for t in (x, g, out))  # type: ignore[assignment]
+    native.soften(x, into, strength=strength, g=g, threads=_threads())  # type: ignore[arg-type]
+    return out
+
+
+@soft_relu.register_fake
+def _(x: Tensor, _: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@soft_relu_gradient.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _save_soft(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+    x, ctx.strength = inputs
+    ctx.save_for_backward(x)
+
+
+def _backward_soft(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    (x,), s = ctx.saved_tensors, ctx.strength
+    if not torch.is_grad_enabled():
+        return torch.ops.anymask.soft_relu_gradient(x, g, s), None
+    sigmoid = x.sigmoid()  # somebody differentiates once more
+    return g * (s * sigmoid * (1 + x * (1 - sigmoid)) + (1 - s) * (x > 0)), None
+
+
+soft_relu.register_autograd(_backward_soft, setup_context=_save_soft)
+
+
 # -- pools ----------------------------------------------------------------------------------------------------------
 @torch.library.custom_op("anymask::pool", mutates_args=())
 def pool(x: Tensor, size: list[int], window: list[int], mean: bool) -> Tensor:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from anymask.errors import SettingError, TechniqueError
 from anymask.prunables import bare
 from anymask.registry import lookup
+from anymask.sparse import ops
 from anymask.surgery import evaluating, run
 from anymask.techniques.base import AttachedGhosts, Context, Ghost, Technique, device_of
 
@@ -242,6 +243,8 @@ class _SoftReLU(Ghost):
 
     def soften(self, x: Tensor, *, capped: bool) -> Tensor:
         """`x` (any shape) through a ReLU as soft as the strength says."""
+        if self.silu and not capped and ops.softens(x) and (level := float(self.strength)) > 0:
+            return ops.soft_relu(x, level)
         # Operators, which the mode of a module around this one does not take for a ReLU of its own.
         out = torch.ops.aten.hardtanh.default(x, 0.0, 6.0) if capped else torch.ops.aten.relu.default(x)
         strength = self.strength
