@@ -10,20 +10,20 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
 
 import method_tables
 import network_table
+import recipe_tables
 import speed_tables
+from recipe_tables import named
 
 from anymask.report import grid, paired, table
 from anymask.runlog import Ledger
-from anymask.techniques import TECHNIQUES
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("README.md", "docs/evidence.md", "docs/lab.md", "docs/masks.md", "docs/networks.md", "docs/speed.md")
+FILES = ("README.md", "docs/evidence.md", "docs/lab.md", "docs/masks.md", "docs/networks.md", "docs/speed.md", "docs/techniques.md")
 PART = re.compile(r"(<!-- made by ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -78,26 +78,6 @@ def tuning_early() -> str:
     found = named(rows("tuning-early"))
     defaults = [row for row in found if row["settings"]["recipe"] == "default" and row["settings"]["model"] == "demonet"]
     return table(defaults) + "\n" + grid(found)
-
-
-def named(found: list[dict]) -> list[dict]:
-    """The rows, each recipe named by what it holds."""
-    return [{**row, "settings": {**row["settings"], "recipe": contents(row)}} for row in found]
-
-
-def contents(row: dict) -> str:
-    """The techniques of a run with the settings that differ from their defaults."""
-    return " + ".join(_contents(dict(technique)) for technique in row["techniques"]) or "default"
-
-
-def _contents(technique: dict) -> str:
-    kind = TECHNIQUES[technique.pop("name")]
-    default = asdict(kind())
-    parts = [f"{key}={value}" for key, value in technique.items() if not isinstance(value, dict) and value != default[key]]
-    parts += [f"{key}={value}" for key, value in technique.get("settings", {}).items() if value != default["settings"][key]]
-    fade = technique["schedule"]
-    ends = [] if kind.seam != "model" else [f"{fade['shape']} to {fade['end']}"]
-    return f"{kind.name}({', '.join([*ends, *parts])})"
 
 
 def times() -> str:
@@ -183,6 +163,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "tuning-early": tuning_early,
     "references": references,
     "cifar100-table": lambda: table(rows("cifar100")) + "\n" + seconds("cifar100"),
+    "screen-grid": lambda: grid(named(rows("screen"))),
+    **recipe_tables.PARTS,
     **speed_tables.PARTS,
 }
 

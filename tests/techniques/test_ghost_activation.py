@@ -251,6 +251,18 @@ def test_the_native_kernel_gives_the_same_in_every_layout_and_may_be_differentia
             torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # within torch.func
+def test_other_ways_to_differentiate_go_on_as_before() -> None:
+    model, x = nn.ReLU(), torch.randn(5, 3)
+    attach(model)
+    slope = torch.autograd.functional.jacobian(lambda x: model(x).sum(), x)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(lambda x: model(x).sum()))(x), slope)
+    torch.testing.assert_close(torch.func.jvp(model, (x,), (torch.ones(5, 3),))[1], slope)
+    with torch.autograd.forward_ad.dual_level():
+        made = model(torch.autograd.forward_ad.make_dual(x, torch.ones(5, 3)))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(made).tangent, slope)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_whole_it_trains_the_same_without_compiling_again(backend: str) -> None:
     torch._dynamo.reset()

@@ -73,6 +73,7 @@ def train_once(
     protocol: Protocol = PROTOCOL,
     compile: str = "off",
     diagnose: str = "off",
+    teacher: nn.Module | None = None,
 ) -> Result:
     train, validation, test = batches()
     return fit(
@@ -82,6 +83,7 @@ def train_once(
         rewire=MOVING[moving],
         sparsity=0.6 if moving == "gmp" else None,
         recipe=recipe,
+        teacher=teacher,
         protocol=protocol,
         validation=validation,
         test=test,

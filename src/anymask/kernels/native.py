@@ -227,7 +227,7 @@ def soften(x: Floats, out: Floats, *, strength: float, g: Floats | None = None, 
 
     Example:
         >>> x, out = np.array([-1.0, 1.0], np.float32), np.empty(2, np.float32)
-        >>> soften(x, out, strength=1.0); out.round(4).tolist()
+        >>> soften(x, out, strength=1.0); [round(float(value), 4) for value in out]
         [-0.2689, 0.7311]
     """
     for name, array in (("the output", out), ("the gradient", g)):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from anymask.errors import TechniqueError
 from anymask.kernels import native
@@ -196,10 +197,12 @@ norm_gradient.register_autograd(_no_second)
 
 # -- the ghost of a ReLU --------------------------------------------------------------------------------------------
 def softens(x: Tensor) -> bool:
-    """Whether `soft_relu` takes `x`: float32 on the CPU, without gaps in memory, nothing that only looks like a tensor, native kernels."""
-    here = type(x) is Tensor and x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    dense = here and x.numel() > 0 and (x.is_contiguous() or is_batch_last(x) or x.is_contiguous(memory_format=torch.channels_last))
-    return dense and native.available()
+    """Whether `soft_relu` takes `x`: float32 on the CPU, without gaps in memory, outside of torch.compile, torch.func and forward mode."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel():
+        return False
+    if not native.available() or torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad._current_level >= 0:
+        return False
+    return x.is_contiguous() or is_batch_last(x) or x.is_contiguous(memory_format=torch.channels_last)
 
 
 @torch.library.custom_op("anymask::soft_relu", mutates_args=())
