@@ -23,7 +23,8 @@ from anymask.report import grid, paired, table
 from anymask.runlog import Ledger
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("README.md", "docs/evidence.md", "docs/lab.md", "docs/masks.md", "docs/networks.md", "docs/speed.md", "docs/techniques.md")
+PAGES = ("evidence", "lab", "masks", "networks", "speed", "techniques", "which")
+FILES = ("README.md", *(f"docs/{page}.md" for page in PAGES))
 PART = re.compile(r"(<!-- made by ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

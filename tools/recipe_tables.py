@@ -1,13 +1,14 @@
 """The parts of docs/ about `best` and about single techniques, made of results/best and results/screen."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from anymask.report import paired, table
-from anymask.report.stats import Comparison
+from anymask.report.stats import Comparison, overall
 from anymask.runlog import Ledger
 from anymask.techniques import TECHNIQUES
 
@@ -28,13 +29,13 @@ def named(found: Rows) -> Rows:
 def contents(row: dict[str, Any]) -> str:
     """The techniques of a run with the settings that differ from their defaults, and a learning rate that is not the protocol's."""
     held = " + ".join(_contents(dict(technique)) for technique in row["techniques"]) or "default"
-    return held if "lr=" not in row["settings"]["recipe"] else f"{held}, lr={row['settings']['lr']:g}"
+    return f"{held}, lr={row['settings']['lr']:g}" if re.search("[@,]lr=", row["settings"]["recipe"]) else held
 
 
 def _contents(technique: dict[str, Any]) -> str:
     kind = TECHNIQUES[technique.pop("name")]
     default = asdict(kind())
-    parts = [f"{key}={value}" for key, value in technique.items() if not isinstance(value, dict) and value != default[key]]
+    parts = [f"{key}={value}" for key, value in technique.items() if not isinstance(value, dict) and value != default.get(key, value)]
     parts += [f"{key}={value}" for key, value in technique.get("settings", {}).items() if value != default["settings"][key]]
     fade = technique["schedule"]
     ends = [] if kind.seam != "model" else [f"{fade['shape']} to {fade['end']}"]
@@ -47,6 +48,18 @@ def best() -> str:
     rows = ledger("best")
     beside = [row for row in rows if row["settings"]["recipe"] != "default" and row["settings"]["sparsity"] == 0.98]
     return f"{table(rows)}\n{table(beside, baseline='tost')}"
+
+
+def best_short() -> str:
+    """A line for each recipe and sparsity: its difference to default over all masks, and how many masks it wins."""
+    head = ["recipe", "sparsity", "default", "recipe's", "difference, points [95% CI]", "masks won, tied, lost", "seeds"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for o in overall(paired(ledger("best"))):
+        cells = [f"`{o.recipe}`", f"{100 * o.settings['sparsity']:g}%", f"{o.baseline_mean:.2f}", f"{o.recipe_mean:.2f}"]
+        interval = f"{o.interval[0]:+.2f}, {o.interval[1]:+.2f}" if o.interval else "n/a"
+        cells += [f"{o.mean:+.2f} [{interval}]", f"{o.won}, {o.tied}, {o.lost}", f"{o.n}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def best_costs() -> str:
@@ -71,7 +84,7 @@ def alone(technique: str) -> Callable[[], str]:
 
     def made() -> str:
         found = [c for c in paired(named(ledger("screen"))) if c.recipe.startswith(f"{technique}(") and " + " not in c.recipe]
-        return "; ".join(map(_said, found)) + ".\n" if found else "nothing yet.\n"
+        return "; ".join(map(_said, found)) + ".\n" if found else "nothing in a ledger yet; lab.md tells of one run.\n"
 
     return made
 
@@ -84,8 +97,54 @@ def _said(found: Comparison) -> str:
     return f"{how}{found.mean:+.1f}{spread} points on {where} (n = {found.n})"
 
 
+def which() -> str:
+    """The page "which technique when": each sentence with its number."""
+    screen, small = paired(named(ledger("screen"))), paired(ledger("evidence"))
+    slow = _one(screen, "density_lr() + distillation() + ghost_activation(cosine to 60%)")
+    wins = [c.verdict for c in small if c.recipe == "tost"]
+    return "\n".join([
+        f"- **Begin with `best`** (`density_lr` and `ghost_activation`). {_all('best', 'default')}",
+        f"- **The paper's recipe, `tost`**: {_all('tost', 'default')} `best` against it: {_all('best', 'tost')}",
+        f"- **By mask**: {_by_mask('best', 0.98)}.",
+        f"- **With a trained dense network at hand, add `distillation`** (`best-slow`): {slow} on the tuning part.",
+        f"- **A small network that fits its images needs none of it**: on Fashion-MNIST-5k `tost` won {wins.count('won')}, "
+        f"tied {wins.count('tied')} and lost {wins.count('lost')} of {len(wins)} masks and sparsities.",
+        f"- **`fan_in_init` wants `density_lr` beside it** where batch norm follows: both {_one(screen, 'density_lr() + fan_in_init()')}.",
+        f"- **One alone**: `density_lr` {_one(screen, 'density_lr()')}; `ghost_activation` "
+        f"{_one(screen, 'ghost_activation(cosine to 60%)')}; `distillation` {_one(screen, 'distillation()')}.",
+        f"- **What it costs.** {best_costs()}",
+    ])  # fmt: skip
+
+
+def _all(recipe: str, baseline: str) -> str:
+    """The difference over all masks, at each sparsity."""
+    rows = [row for row in ledger("best") if row["settings"]["recipe"] in {recipe, baseline}]
+    found = []
+    for o in overall(paired(rows, baseline=baseline)):
+        if o.mean is not None and o.interval is not None:
+            interval = f"{o.mean:+.2f} [{o.interval[0]:+.2f}, {o.interval[1]:+.2f}] points"
+            found.append(f"{interval} at {100 * o.settings['sparsity']:g}% over {o.cells} masks, n = {o.n}")
+    return "; ".join(found) + "." if found else "not measured yet."
+
+
+def _by_mask(recipe: str, sparsity: float) -> str:
+    found = [c for c in paired(ledger("best")) if c.recipe == recipe and c.settings["sparsity"] == sparsity and c.half_width is not None]
+    return ", ".join(f"{c.settings['mask']} {c.mean:+.1f} ± {c.half_width:.1f}" for c in sorted(found, key=lambda c: -(c.mean or 0)))
+
+
+def _one(found: Iterable[Comparison], recipe: str) -> str:
+    """What a recipe of the screen gave on random-erk at 98%."""
+    for c in found:
+        if c.recipe == recipe and c.settings["mask"] == "random-erk" and c.n:
+            seeds = "seed" if c.n == 1 else "seeds"
+            return f"{c.mean:+.1f} points ({c.n} {seeds})"
+    return "not measured"
+
+
 PARTS: Mapping[str, Callable[[], str]] = {
+    "which": which,
     "best-table": best,
+    "best-short": best_short,
     "best-costs": best_costs,
     **{f"alone-{name.replace('_', '-')}": alone(name) for name in TECHNIQUES},
 }
