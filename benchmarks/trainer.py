@@ -157,7 +157,7 @@ def together(name: str, plan: Plan, number: int) -> float:
     context = multiprocessing.get_context("spawn")
     barrier, queue = context.Barrier(number), context.Queue()
     part = replace(plan, threads=max(1, plan.threads // number))
-    processes = [context.Process(target=_one_of, args=(name, part, barrier, queue)) for _ in range(number)]
+    processes = [context.Process(target=_one_of, args=(name, part, barrier, queue), daemon=True) for _ in range(number)]
     for process in processes:
         process.start()
     seconds = max(queue.get(timeout=600) for _ in processes)
@@ -234,7 +234,8 @@ def main(given: list[str] | None = None) -> None:
     asked = arguments(__doc__, "trainer", Plan().networks, given, devices=True)
     plan = TINY if asked.tiny else Plan()
     if asked.device == "cuda":
-        plan = replace(plan, device="cuda", images=45_000, beside=(2, 4), workers=min(8, os.cpu_count() or 1), peak_size=8192)
+        full = {"images": 45_000, "beside": (2, 4), "workers": min(8, os.cpu_count() or 1), "peak_size": 8192}
+        plan = replace(plan, device="cuda", **({} if asked.tiny else full))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     plan = replace(plan, rounds=asked.rounds or plan.rounds, compiled=plan.compiled and asked.compile, threads=asked.threads)
     record = Record(asked.out, only=asked.only, cases=plan.networks)

@@ -29,13 +29,14 @@ def named(found: Rows) -> Rows:
 def contents(row: dict[str, Any]) -> str:
     """The techniques of a run with the settings that differ from their defaults, and a learning rate that is not the protocol's."""
     held = " + ".join(_contents(dict(technique)) for technique in row["techniques"]) or "default"
-    return f"{held}, lr={row['settings']['lr']:g}" if re.search("[@,]lr=", row["settings"]["recipe"]) else held
+    rate = re.search("[@,]lr=([^,]+)", row["settings"]["recipe"])
+    return f"{held}, lr={rate[1]}" if rate else held
 
 
 def _contents(technique: dict[str, Any]) -> str:
     kind = TECHNIQUES[technique.pop("name")]
     default = asdict(kind())
-    parts = [f"{key}={value}" for key, value in technique.items() if not isinstance(value, dict) and value != default.get(key, value)]
+    parts = [f"{key}={value}" for key, value in technique.items() if not isinstance(value, dict) and value != default[key]]
     parts += [f"{key}={value}" for key, value in technique.get("settings", {}).items() if value != default["settings"][key]]
     fade = technique["schedule"]
     ends = [] if kind.seam != "model" else [f"{fade['shape']} to {fade['end']}"]
@@ -121,9 +122,9 @@ def _all(recipe: str, baseline: str) -> str:
     rows = [row for row in ledger("best") if row["settings"]["recipe"] in {recipe, baseline}]
     found = []
     for o in overall(paired(rows, baseline=baseline)):
-        if o.mean is not None and o.interval is not None:
-            interval = f"{o.mean:+.2f} [{o.interval[0]:+.2f}, {o.interval[1]:+.2f}] points"
-            found.append(f"{interval} at {100 * o.settings['sparsity']:g}% over {o.cells} masks, n = {o.n}")
+        if o.mean is not None:
+            interval = f"[{o.interval[0]:+.2f}, {o.interval[1]:+.2f}] " if o.interval else ""
+            found.append(f"{o.mean:+.2f} {interval}points at {100 * o.settings['sparsity']:g}% over {o.cells} masks, n = {o.n}")
     return "; ".join(found) + "." if found else "not measured yet."
 
 

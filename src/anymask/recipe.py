@@ -176,6 +176,12 @@ class Recipe:
                 allowed="plain models, torch.compile, DistributedDataParallel or fully_shard",
                 fix="use DistributedDataParallel, or attach to the model inside and train it on one device",
             )
+        if teacher is not None and not any(t.taught for t in self.techniques):
+            raise TechniqueError(
+                f"a teacher came with the recipe {self.name!r}, of which no technique learns from one",
+                allowed="a teacher where there is a technique such as distillation",
+                fix="leave teacher out, or add distillation to the recipe",
+            )
         inner = bare(model)
         if MARK in vars(inner):
             raise TechniqueError(
@@ -185,7 +191,7 @@ class Recipe:
             )
         carried = held(optimizer)
         mask = mask if mask is not None else (carried.mask if carried is not None else None)
-        steps: dict[str, Any] = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
+        steps: dict[str, Any] = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch, "start": start}
         return RunningRecipe(
             self.techniques,
             Context(model, optimizer, loss, mask=mask, example=example, data=data, seed=seed, teacher=teacher, **steps),

@@ -4,7 +4,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -347,4 +347,8 @@ def _forget_graphs() -> None:
 
 def settings_of(techniques: Iterable[Technique]) -> list[dict[str, Any]]:
     """Techniques as plain values, for a ledger or a file."""
-    return [{"name": t.name, **asdict(t)} for t in techniques]
+    young = [{f.name for f in fields(t) if "later" in f.metadata and getattr(t, f.name) == f.default} for t in techniques]
+    return [
+        {"name": t.name, **{key: value for key, value in asdict(t).items() if key not in absent}}
+        for t, absent in zip(techniques, young, strict=True)
+    ]

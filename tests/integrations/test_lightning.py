@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import anymask
 from anymask.errors import MaskError, SettingError, TechniqueError
 from anymask.surgery import fingerprint
-from anymask.techniques import LRsI
+from anymask.techniques import Distillation, LRsI
 
 try:
     from lightning.pytorch import LightningModule, Trainer
@@ -140,6 +140,17 @@ def test_a_resumed_training_equals_an_undisturbed_one(tmp_path):
         ends.append(module.state_dict())
     assert ends[0].keys() == ends[1].keys()
     assert [key for key in ends[0] if not torch.equal(ends[0][key], ends[1][key])] == []
+
+
+def test_a_teacher_is_learned_from(tmp_path):
+    ends = []
+    for bias in (0.0, 5.0):
+        module, teacher = Small(), Small().net
+        teacher[-1].bias.data += torch.tensor([bias, 0.0, 0.0])
+        module.sparse[0] = AnyMask(mask_of(module), anymask.Recipe((Distillation(share=1.0),)), teacher=teacher)
+        trainer(tmp_path, module.sparse[0]).fit(module, data(), data())
+        ends.append(module.net(data().dataset.tensors[0]).softmax(1)[:, 0].mean().item())
+    assert ends[1] > ends[0] + 0.3  # it is surer of the class that its teacher is sure of
 
 
 def test_a_loss_that_is_never_asked_for_is_refused(tmp_path):

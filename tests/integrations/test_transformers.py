@@ -9,6 +9,7 @@ from torch import nn
 import anymask
 from anymask.errors import MaskError, SettingError, TechniqueError
 from anymask.surgery import fingerprint as whole
+from anymask.techniques import Distillation
 
 try:
     from transformers import (
@@ -95,6 +96,14 @@ def test_a_pruned_model_is_fine_tuned_without_losing_a_zero(tmp_path, make, rows
     assert len(logged) == fit.state.global_step == {1: 16, 4: 4}[accumulate]
     assert logged[0]["anymask/sparsity"] == pytest.approx(mask.sparsity)
     assert "anymask/strength/label_smoothing" in logged[0]
+
+
+def test_a_teacher_is_learned_from(tmp_path):
+    model, _ = pruned(bert())
+    sparse = AnyMask("zeros", anymask.Recipe((Distillation(),)), teacher=bert())
+    fit = trainer(tmp_path, model, sentences(), sparse, loss=sparse.loss)
+    fit.train()
+    assert "anymask/strength/distillation" in next(row for row in fit.state.log_history if "loss" in row)
 
 
 def test_without_a_recipe_the_trainers_own_loss_stays(tmp_path):

@@ -11,6 +11,7 @@ from anymask.runlog import Ledger
 from anymask.sweep import Cell, Grid, compare, train_one
 from anymask.sweep.claims import Busy, claimed
 from anymask.sweep.compare import Runner, Watcher
+from anymask.sweep.teachers import Teachers
 from anymask.train import Protocol
 from tests.sweep.plans import DENSELY, write_images
 
@@ -42,7 +43,7 @@ def test_one_teacher_a_seed_serves_all_and_is_the_dense_network_of_that_seed(ben
 def test_a_teacher_that_was_stopped_goes_on_and_of_another_process_is_waited_for(bench: Bench, tmp_path: Path) -> None:
     runner, calls = Runner(bench, tmp_path, DENSELY), []
 
-    def stop() -> None:
+    def stop(**_: float) -> None:
         calls.append(1)
         raise KeyboardInterrupt
 
@@ -52,11 +53,33 @@ def test_a_teacher_that_was_stopped_goes_on_and_of_another_process_is_waited_for
     assert [file.suffix for file in (tmp_path / "teachers").iterdir()] == [".pt"]
     with claimed(runner.teachers.file(0).with_suffix(".lock")), pytest.raises(Busy):
         runner.teachers.of(0)
-    runner.take_turns(lambda: calls.append(1))
+    runner.take_turns(lambda **_: calls.append(1))
     model = runner.teachers.of(0)
-    assert len(calls) == 2  # one epoch before, and one after
+    assert len(calls) == 1  # after the first epoch, which was before; after the last one there is nothing to stop
     whole = Runner(bench, tmp_path / "whole", DENSELY).teachers.of(0)
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), whole.parameters(), strict=True))
+
+
+def test_a_single_training_that_is_stopped_in_its_teacher_goes_on(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    how: dict[str, Any] = {"experiment": bench.experiment, "protocol": bench.protocol, "computing": DENSELY}
+    whole = train_one(Cell("random-erk", 0.9, TAUGHT, 0), tmp_path / "whole", **how)
+    begin = Teachers.__init__
+
+    def stopping(self: Teachers, *args: Any) -> None:
+        begin(self, *args)
+
+        def between(**_: float) -> None:
+            raise KeyboardInterrupt
+
+        self.between = between
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Teachers, "__init__", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train_one(Cell("random-erk", 0.9, TAUGHT, 0), tmp_path / "parts", **how)
+    row = train_one(Cell("random-erk", 0.9, TAUGHT, 0), tmp_path / "parts", **how, resume=True)
+    assert row["accuracy"] == whole["accuracy"]
+    assert not (tmp_path / "parts" / "unfinished").exists()
 
 
 def test_a_single_training_leaves_no_teacher(bench: Bench, tmp_path: Path) -> None:

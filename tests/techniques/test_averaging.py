@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from anymask import Mask, Recipe, hold
-from anymask.errors import SettingError
+from anymask.errors import SettingError, TechniqueError
 from anymask.schedules import Schedule
 from anymask.techniques import SAM, Averaging
 
@@ -66,6 +66,24 @@ def test_swa_is_the_mean_of_the_weights_from_its_start_on() -> None:
     for name in ("0.weight", "1.running_var", "3.bias"):
         mean = np.mean([values[name] for values in seen[1:]], axis=0)
         np.testing.assert_allclose(model.state_dict()[name].numpy(), mean, rtol=1e-12, atol=1e-15)
+
+
+def test_swa_counts_from_where_the_training_begins() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    running = Recipe((Averaging(kind="swa", start="8it"),)).attach(model, optimizer, total_steps=10, start=6)
+    assert running.found["averaging"].endswith("from step 8 on")
+    seen = train(model, optimizer, running, steps=4)
+    running.finish()
+    np.testing.assert_allclose(model[3].bias.detach().numpy(), np.mean([s["3.bias"] for s in seen[1:]], axis=0), rtol=1e-12)
+    with pytest.raises(TechniqueError, match="end of this training"):
+        Recipe((Averaging(kind="swa", start="100%"),)).attach(model, optimizer, total_steps=10)
+
+
+def test_settings_that_came_later_name_a_training_only_where_they_are_used() -> None:
+    assert set(Recipe((Averaging(),)).settings()[0]) == {"name", "schedule", "decay"}
+    assert Recipe((Averaging(kind="swa"),)).settings()[0]["kind"] == "swa"
+    assert Recipe.from_settings(Recipe((Averaging(),)).settings()).techniques == (Averaging(),)
 
 
 def test_evaluation_sees_the_average_and_training_goes_on_from_the_very_same_bits() -> None:

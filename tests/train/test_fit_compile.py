@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor.exc import TritonMissing
 
 from anymask.errors import SettingError, UnknownName
 from anymask.kernels import available
@@ -18,6 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is dep
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is no g++")
 
 
+REAL = torch.compile
+
+
 def quiet_net() -> Net:
     """Without dropout, for which torch.compile draws other numbers."""
     model = Net()
@@ -27,8 +31,7 @@ def quiet_net() -> Net:
 
 def compiling_by(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
     """Let another backend than Inductor do it, which takes 5 s for each graph."""
-    real = torch.compile
-    monkeypatch.setattr(computing.torch, "compile", lambda function, dynamic, mode: real(function, dynamic=dynamic, backend=backend))
+    monkeypatch.setattr(computing.torch, "compile", lambda function, dynamic, mode: REAL(function, dynamic=dynamic, backend=backend))
 
 
 def check_alike(**how: Any) -> None:
@@ -98,6 +101,13 @@ def test_what_cannot_be_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
     compiling_by(monkeypatch, broken)
     with pytest.raises(SettingError, match="no compiler here"):
+        train_once(Net(), compile="on")
+
+    def without_triton(_graph, _inputs):
+        raise TritonMissing(None)
+
+    compiling_by(monkeypatch, without_triton)
+    with pytest.raises(SettingError, match=r"(?s)torch.compile failed.*[Tt]riton"):
         train_once(Net(), compile="on")
     monkeypatch.setattr(computing, "ranks", lambda: 2)
     with pytest.raises(SettingError, match="2 ranks"):

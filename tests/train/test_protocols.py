@@ -21,6 +21,7 @@ from anymask.sweep import Cell, Runner
 from anymask.sweep.plan import read_plan
 from anymask.train import Protocol
 from anymask.train.presets import PROTOCOLS, preset_about, preset_settings, protocol_of
+from anymask.train.settings import with_momentum
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -226,3 +227,19 @@ def test_the_plan_for_two_cores_has_all_masks_from_90_to_99_percent():
     assert len(found) == len(set(found)) == 2 * 5 * 4
     assert len(dense) == 2
     assert {sparsity for *_, sparsity in found} == {0.90, 0.95, 0.98, 0.99}
+
+
+def test_momentum_of_0_gives_the_same_steps_and_lets_a_fused_sgd_meet_a_late_gradient():
+    x, found = torch.ones(2, 4), []
+    for fused in (None, True):
+        torch.manual_seed(0)
+        early, late = torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)
+        optimizer = torch.optim.SGD([*early.parameters(), *late.parameters()], lr=0.1, momentum=0.9, nesterov=True, fused=fused)
+        optimizer = with_momentum(optimizer) if fused else optimizer
+        for step in range(3):
+            (late(early(x)) if step else early(x)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([*early.parameters(), *late.parameters()])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain)

@@ -37,7 +37,7 @@ Compile = Annotated[
     Parameter(
         group=RUN,
         help="Train through torch.compile: on, or off. It takes its time at the start and whenever ghosts go; the results are the same "
-        "but for rounding.",
+        "but for rounding and dropout.",
     ),
 ]
 Diagnose = Annotated[

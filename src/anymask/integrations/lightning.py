@@ -33,6 +33,7 @@ class AnyMask(Callback):
         split: batch -> (inputs, target); by default the first two of a tuple or list.
         loss: (output, target) -> loss, which `self.loss` begins with.
         seed: for what techniques draw at random.
+        teacher: a trained network, for recipes that learn from one (distillation); it is moved to where the network is.
 
     Raises:
         MaskError, TechniqueError, SettingError: when the training begins, as `anymask.hold` and `Recipe.attach` do.
@@ -53,8 +54,9 @@ class AnyMask(Callback):
         split: Callable[[Any], Batch] | None = None,
         loss: Loss = F.cross_entropy,
         seed: int = 0,
+        teacher: nn.Module | None = None,
     ) -> None:
-        self.wanted = Wanted(mask, recipe, loss, seed)
+        self.wanted = Wanted(mask, recipe, loss, seed, teacher)
         self.wanted.recipe_itself()  # an unknown name is refused now
         self._network, self._split = network, split or first_two
         self.session: Session | None = None

@@ -60,6 +60,7 @@ class Wanted:
     recipe: Recipe | str | None = None
     loss: Loss = F.cross_entropy
     seed: int = 0
+    teacher: nn.Module | None = None
 
     def mask_for(self, network: nn.Module) -> Mask | None:
         """The mask, read from its file or from the zeros of `network`."""
@@ -118,6 +119,9 @@ class Session:
     def _attach(
         self, wanted: Wanted, batches: list[Batch], *, total_steps: int, steps_per_epoch: int | None, state: Mapping[str, Any] | None
     ) -> None:
+        teacher = wanted.teacher
+        if teacher is not None:  # the trainer has moved the network alone
+            teacher = teacher.to(next(self.network.parameters()).device)
         self.running = wanted.recipe_itself().attach(
             self.network,
             self.optimizer,
@@ -127,6 +131,7 @@ class Session:
             steps_per_epoch=steps_per_epoch,
             loss=wanted.loss,
             seed=wanted.seed,
+            teacher=teacher,
             state=None if state is None else state["recipe"],
         )
         if state is not None:

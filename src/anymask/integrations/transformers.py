@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -36,6 +36,7 @@ class AnyMask(TrainerCallback):
         loss: (logits, labels) -> mean loss, which `self.loss` begins with.
         checkpoint: the folder that is resumed from, where it is not `output_dir/checkpoint-N`.
         seed: for what techniques draw at random.
+        teacher: a trained network, for recipes that learn from one (distillation); it is moved to where the network is.
 
     Raises:
         MaskError, TechniqueError, SettingError: when the training begins, as `anymask.hold` and `Recipe.attach` do.
@@ -55,8 +56,9 @@ class AnyMask(TrainerCallback):
         loss: Loss = F.cross_entropy,
         checkpoint: str | Path | None = None,
         seed: int = 0,
+        teacher: nn.Module | None = None,
     ) -> None:
-        self.wanted = Wanted(mask, recipe, loss, seed)
+        self.wanted = Wanted(mask, recipe, loss, seed, teacher)
         self.wanted.recipe_itself()  # an unknown name is refused now
         self._split, self._checkpoint = split or without_labels, checkpoint
         self.session: Session | None = None

@@ -167,7 +167,7 @@ class Runner:
         self.masks = Masks(bench, self.mask_file, self.computing)
         self.teachers = Teachers(bench, self.folder / "teachers", self.computing)
 
-    def take_turns(self, between: Callable[[], None]) -> None:
+    def take_turns(self, between: Callable[..., None]) -> None:
         """Wait for no other process that makes what this one needs (Busy), and call `between`, which may raise, within long makings."""
         for maker in (self.masks, self.teachers):
             maker.wait, maker.between = False, between

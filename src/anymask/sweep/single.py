@@ -19,7 +19,7 @@ from anymask.train import Computing, Protocol
 class _Single(Runner):
     def __init__(self, bench: Bench, folder: str | Path, computing: Computing) -> None:
         super().__init__(bench, folder, computing)
-        self.teachers.folder = self.folder / "unfinished"
+        self.teachers.folder = self.folder / "unfinished" / "teachers"
 
     def mask_file(self, mask: str, sparsity: float, seed: int) -> Path:
         return self.folder / "unfinished" / super().mask_file(mask, sparsity, seed).name

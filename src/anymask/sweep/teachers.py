@@ -1,7 +1,9 @@
 """The networks that recipes with distillation learn from."""
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ class Teachers:
     def __init__(self, bench: Bench, folder: Path, computing: Computing) -> None:
         self.bench, self.folder, self.computing = bench, folder, replace(computing, sparse="auto", diagnose="off")
         self.wait = True  # for another process that trains the same one; else Busy is raised
-        self.between: Callable[[], None] = lambda: None  # called after each of its epochs; it may raise to stop there
+        self.between: Callable[..., None] = lambda **_: None  # called after an epoch, needs= the seconds of one; it may raise to stop there
 
     def of(self, seed: int) -> nn.Module:
         """The teacher of `seed`, trained if it was not yet; a training that is stopped goes on."""
@@ -43,11 +45,20 @@ class Teachers:
         return self.folder / f"dense-seed{seed}-{settings_id({**self.bench.settings(), 'seed': seed})}.safetensors"
 
     def _train(self, seed: int, file: Path) -> None:
-        by_rank_0(lambda: clear_halves(file))
         model, unfinished = self.bench.model(seed), file.with_suffix(".pt")
+        for path in (file, unfinished):
+            by_rank_0(partial(clear_halves, path))
+        last = time.monotonic()
+
+        def on_epoch(epoch: int, _: dict[str, float]) -> None:
+            nonlocal last
+            took, last = time.monotonic() - last, time.monotonic()
+            if epoch < self.bench.protocol.epochs:
+                self.between(needs=took)
+
         train, validation, _ = self.bench.batches(seed)
         how: dict[str, Any] = {"recipe": "default", "protocol": self.bench.protocol, "seed": seed, **asdict(self.computing)}
-        fit(model, train, validation=validation, **how, checkpoint_file=unfinished, on_epoch=lambda *_: self.between())
+        fit(model, train, validation=validation, **how, checkpoint_file=unfinished, on_epoch=on_epoch)
         if leads():
             write_weights(model, file)
             unfinished.unlink(missing_ok=True)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from anymask.durations import Duration
-from anymask.errors import SettingError
+from anymask.errors import SettingError, TechniqueError
 from anymask.holding import held
 from anymask.mask import local, shard
 from anymask.prunables import compact
 from anymask.registry import lookup
 from anymask.schedules import Schedule
-from anymask.techniques.base import Attached, Context, Technique
+from anymask.techniques.base import LATER, Attached, Context, Technique
 
 KINDS = ("ema", "swa")
 
@@ -39,7 +39,7 @@ class Averaging(Technique):
 
     Raises:
         SettingError: for a decay out of its range, another kind, or a start that is no length of training.
-        TechniqueError: on attach, without an optimiser.
+        TechniqueError: on attach, without an optimiser, and for a start at the end of the training.
 
     Example:
         >>> import torch, anymask
@@ -66,8 +66,8 @@ class Averaging(Technique):
 
     schedule: Schedule = field(default_factory=lambda: Schedule("step", full="100%", end="100%"))
     decay: float = 0.99
-    kind: str = "ema"
-    start: str = "75%"
+    kind: str = field(default="ema", metadata=LATER)
+    start: str = field(default="75%", metadata=LATER)
 
     def __post_init__(self) -> None:
         lookup(dict.fromkeys(KINDS), self.kind, what="kind of average")
@@ -77,7 +77,15 @@ class Averaging(Technique):
 
     def attach(self, context: Context) -> "_Average":
         start = Duration.parse(self.start).steps(total=context.total_steps, per_epoch=context.steps_per_epoch)
-        return _Average(self, context, start=start if self.kind == "swa" else None)
+        if self.kind == "ema":
+            return _Average(self, context, start=None)
+        if start >= context.total_steps:
+            raise TechniqueError(
+                f"{self.name} came with start {self.start}, which is the end of this training",
+                allowed="a start before it",
+                fix='give start="75%", or leave averaging out of the recipe',
+            )
+        return _Average(self, context, start=max(0, start - context.start))
 
 
 class _Average(Attached):
@@ -88,7 +96,7 @@ class _Average(Attached):
         self.live = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if b.is_floating_point()}}
         self.averages = {name: tensor.detach().clone() for name, tensor in self.live.items()}
         self._aside: dict[str, Tensor] = {}  # what is trained, while the average is in its place
-        how = f"decay {self.decay:g}" if start is None else f"the mean from step {start} on"
+        how = f"decay {self.decay:g}" if start is None else f"the mean from step {context.start + start} on"
         self.found = f"{len(self.live)} parameters and buffers, {how}"
 
     def set_strength(self, strength: float) -> None:

@@ -14,6 +14,7 @@ from anymask.prunables import trained
 from anymask.schedules import Schedule
 from anymask.surgery import Cost
 
+LATER = {"later": True}  # of a field that is younger than the first ledgers: at its default it is no part of what names a training
 Loss = Callable[[Tensor, Tensor], Tensor]  # (output, target) -> 0-D loss
 
 
@@ -29,6 +30,7 @@ class Context:
     data: Iterable[tuple[Any, Tensor]] | None = None  # batches of (inputs, target)
     total_steps: int = 1  # optimiser steps of the whole training
     steps_per_epoch: int | None = None
+    start: int = 0  # the step of them at which this training began
     seed: int = 0
     teacher: nn.Module | None = None  # a trained network, on the device of the model
 

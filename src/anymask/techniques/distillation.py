@@ -118,5 +118,6 @@ class _Taught(Attached):
         mine, theirs = (F.log_softmax(logits.float() / self.temperature, dim=1) for logits in (output, taught))
         each = F.kl_div(mine, theirs, reduction="none", log_target=True).sum(1)
         if isinstance(target, Tensor) and target.shape == each.shape and not target.is_floating_point():
-            each = each[target != -100]
+            counts = target != -100  # summed, not picked out: a GPU would have to be waited for
+            return each.masked_fill(~counts, 0).sum() / counts.sum()
         return each.mean()

@@ -18,7 +18,7 @@ COMPILE = ("off", "on")
 
 @dataclass(frozen=True)
 class Computing:
-    """The arguments of `fit` that leave a training what it is, but for rounding."""
+    """The arguments of `fit` that leave a training what it is, but for rounding (and for dropout, which compiled draws other numbers)."""
 
     sparse: str = "auto"
     compile: str = "off"
@@ -66,7 +66,7 @@ def compiled(model: nn.Module, *, accumulate: int) -> Callable[[Tensor], Any]:
             torch.compiler.cudagraph_mark_step_begin()
         try:
             return call(x)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
+        except torch._dynamo.exc.ShortenTraceback as error:  # BackendCompilerFailed, TritonMissing and their like
             reason = " ".join(str(error).split("\n\n")[0].split())
             raise SettingError(
                 f"torch.compile failed ({reason})",

@@ -68,7 +68,7 @@ def fit(
             faster, where it can be: a mask that stays, in float32, on the CPU, with the native kernels; "on": all that can be, and an
             error where it cannot be; "off": none. Numbers differ by rounding, and the model ends dense.
         compile: "on" trains the network through torch.compile (docs/speed.md), which takes its time at the start and whenever ghosts go:
-            for trainings of many steps, on a GPU most of all. Numbers differ by rounding.
+            for trainings of many steps, on a GPU most of all. Numbers differ by rounding, and dropout draws others.
         diagnose: "on" records each epoch what `anymask.Diagnostics` says of the plain network, for the first training batch, in
             `Result.curves["diagnostics"]`; "sharpness" adds `anymask.diagnostics.sharpness` on that batch, which costs as much as up to
             a few hundred dense steps; "off" nothing. The training is the same, bit for bit.

@@ -20,6 +20,17 @@ SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
+def with_momentum(optimizer: SGD) -> SGD:
+    """`optimizer` with momentum of 0 from the start, which gives the same steps.
+
+    A fused SGD fails where some weights of a group have none yet, because their first gradient comes after that of others.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
 @dataclass(frozen=True)
 class Protocol:
     """The settings of one training, apart from data, model, mask, recipe and seed."""
@@ -100,7 +111,8 @@ class Protocol:
         fused = all(p.is_cuda for p in model.parameters()) and self.precision != "float16"
         if self.optimizer == "adamw":
             return AdamW(groups, lr=self.lr, fused=fused or None)
-        return SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov and self.momentum > 0, fused=fused or None)
+        made = SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov and self.momentum > 0, fused=fused or None)
+        return with_momentum(made) if fused and self.momentum else made
 
     def lr_at(self, step: int, *, total: int, per_epoch: int) -> float:
         """The learning rate of optimiser step number `step` (from 0) of `total`."""
