@@ -176,12 +176,6 @@ class Recipe:
                 allowed="plain models, torch.compile, DistributedDataParallel or fully_shard",
                 fix="use DistributedDataParallel, or attach to the model inside and train it on one device",
             )
-        if teacher is not None and not any(t.taught for t in self.techniques):
-            raise TechniqueError(
-                f"a teacher came with the recipe {self.name!r}, of which no technique learns from one",
-                allowed="a teacher where there is a technique such as distillation",
-                fix="leave teacher out, or add distillation to the recipe",
-            )
         inner = bare(model)
         if MARK in vars(inner):
             raise TechniqueError(
