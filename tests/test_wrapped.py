@@ -74,7 +74,7 @@ def test_ghosts_come_into_and_leave_a_graph_that_was_compiled_before() -> None:
     plain = model(x)
     recipe = Recipe((GhostActivation(schedule=Schedule("step", full="50%", end="50%")),))
     running = recipe.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=4)
-    assert torch.equal(model(x), inner(x))
+    torch.testing.assert_close(model(x), inner(x), rtol=1e-5, atol=1e-6)  # uncompiled, the native kernel softens
     assert not torch.allclose(model(x), plain, atol=1e-4)
     for _ in range(4):
         running.step()
