@@ -17,10 +17,9 @@ import method_tables
 import network_table
 import recipe_tables
 import speed_tables
-from recipe_tables import named
+from recipe_tables import ledger, named
 
 from anymask.report import grid, paired, table
-from anymask.runlog import Ledger
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("evidence", "lab", "masks", "networks", "speed", "techniques", "which")
@@ -30,7 +29,7 @@ PART = re.compile(r"(<!-- made by ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def rows(name: str, *, keep: Callable[[dict], bool] = lambda settings: True) -> list[dict]:
     """The rows of results/`name`/ledger.jsonl whose settings `keep` likes."""
-    return [row for row in Ledger(ROOT / "results" / name / "ledger.jsonl").rows() if keep(row["settings"])]
+    return [row for row in ledger(name) if keep(row["settings"])]
 
 
 def main_recipes(settings: dict) -> bool:
@@ -164,7 +163,6 @@ PARTS: dict[str, Callable[[], str]] = {
     "tuning-early": tuning_early,
     "references": references,
     "cifar100-table": lambda: table(rows("cifar100")) + "\n" + seconds("cifar100"),
-    "screen-grid": lambda: grid(named(rows("screen"))),
     **recipe_tables.PARTS,
     **speed_tables.PARTS,
 }

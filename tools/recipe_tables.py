@@ -4,10 +4,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
-from anymask.report import paired, table
+from anymask.report import grid, paired, table
 from anymask.report.stats import Comparison, overall
 from anymask.runlog import Ledger
 from anymask.techniques import TECHNIQUES
@@ -81,6 +81,29 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return s["recipe"], s["mask"], s["sparsity"], s["seed"]
 
 
+# -- the screen ----------------------------------------------------------------------------------------------------------
+def screen_defaults() -> str:
+    """One sentence: where `default` ends, to which the differences are."""
+    found: dict[tuple[Any, ...], list[float]] = {}
+    for row in ledger("screen"):
+        s = row["settings"]
+        if s["recipe"].split("@lr=")[0] == "default":
+            rate = s["recipe"].partition("@lr=")[2] or f"{s['lr']:g}"
+            found.setdefault((s["mask"], s["sparsity"], s["optimizer"], rate), []).append(100 * row["accuracy"]["test"])
+    said = [
+        f"{fmean(tests):.1f}% on {mask} at {100 * sparsity:g}% with {optimizer}, lr {rate} (n = {len(tests)})"
+        for (mask, sparsity, optimizer, rate), tests in found.items()
+    ]
+    return f"`default` itself ends at {'; '.join(said)}.\n"
+
+
+def prototypes() -> str:
+    """What was tried with code that is not here any more: results/screen/prototypes.jsonl."""
+    rows = Ledger(ROOT / "results" / "screen" / "prototypes.jsonl").rows()
+    lines = [f"| {row['settings']['recipe']} | {row['settings']['seed']} | {100 * row['accuracy']['test']:.2f} |" for row in rows]
+    return "\n".join(["| recipe, random-erk at 98% | seed | test accuracy, % |", "|---|---|---|", *lines]) + "\n"
+
+
 # -- single techniques -------------------------------------------------------------------------------------------------
 def alone(technique: str) -> Callable[[], str]:
     """A part: what a technique gave by itself, with the settings that were tried."""
@@ -111,7 +134,7 @@ def which() -> str:
         f"- **By mask**: {_by_mask('best', 0.98)}.",
         f"- **With a trained dense network at hand, add `distillation`** (`best-slow`). {_all('best-slow', 'default')} "
         f"On the tuning part, with `fan_in_init` besides, {slow}.",
-        f"- **A small network that fits its images needs none of it**: on Fashion-MNIST-5k `tost` won {wins.count('won')}, "
+        f"- **A small network that fits its images gains nothing from `tost`**: on Fashion-MNIST-5k `tost` won {wins.count('won')}, "
         f"tied {wins.count('tied')} and lost {wins.count('lost')} of {len(wins)} masks and sparsities.",
         f"- **`fan_in_init` wants `density_lr` beside it** where batch norm follows: both {_one(screen, 'density_lr() + fan_in_init()')}.",
         f"- **One alone**: `density_lr` {_one(screen, 'density_lr()')}; `ghost_activation` "
@@ -149,6 +172,9 @@ def _one(found: Iterable[Comparison], recipe: str) -> str:
 
 PARTS: Mapping[str, Callable[[], str]] = {
     "which": which,
+    "screen-grid": lambda: grid(named(ledger("screen"))),
+    "screen-defaults": screen_defaults,
+    "prototypes": prototypes,
     "best-table": best,
     "best-short": best_short,
     "best-costs": best_costs,
