@@ -14,7 +14,7 @@ from anymask import Mask
 from anymask.errors import FileFormatError
 from anymask.shipping import file, gaps, load, ship
 from anymask.shipping.ops import OPS, Wrong
-from anymask.shipping.plan import stored
+from anymask.shipping.plan import halves, stored, whole
 from tests.shipping.nets import network, plan_of, trained_like
 
 
@@ -35,7 +35,7 @@ def plan():
     return plan_of(trained_like(Net(), density=0.4), torch.randn(2, 2, 6, 6))
 
 
-@pytest.fixture(scope="module", params=["float32", "float16", "int8"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "float16", "int8"])
 def blob(plan, request):
     return file.packed(stored(plan, request.param))
 
@@ -97,7 +97,7 @@ def test_positions_that_unpack_to_more_than_there_can_be_are_refused():
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("values", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("values", ["float32", "bfloat16", "float16", "int8"])
 def test_what_is_written_is_read_again(plan, values, tmp_path):
     (tmp_path / "net.anymask").write_bytes(file.packed(stored(plan, values)))
     assert same(file.read(tmp_path / "net.anymask"), stored(plan, values))
@@ -131,6 +131,12 @@ def test_an_own_file_has_all_operations_among_those_that_are_known():
 
 
 @settings(max_examples=300, deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False), max_size=20))
+def test_bfloat16_is_that_of_torch(numbers):
+    array = np.array(numbers, np.float32)
+    torch.testing.assert_close(torch.from_numpy(whole(halves(array))), torch.from_numpy(array).bfloat16().float(), rtol=0, atol=0)
+
+
 @given(data=st.data())
 def test_a_changed_byte_is_refused_or_changes_nothing(plan, data, tmp_path_factory):
     """Only blanks at the end of the header can be changed so that it reads the same."""

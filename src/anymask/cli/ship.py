@@ -18,7 +18,7 @@ def ship(
     *,
     to: Annotated[Path, Parameter(group=RUN, help="The file to write: x.anymask, x.onnx or x.safetensors.")],
     values: Annotated[
-        str | None, Parameter(group=RUN, help="Of .anymask: float16 (if left out), float32, or int8 of each output channel.")
+        str | None, Parameter(group=RUN, help="Of .anymask: float16 (if left out), bfloat16, float32, or int8 of each output channel.")
     ] = None,
     model: Annotated[str | None, Parameter(group=RUN, help="The network of a checkpoint, as in `anymask list models`.")] = None,
     shape: Annotated[

@@ -18,7 +18,7 @@ from safetensors import numpy as safetensors
 from anymask.errors import AnymaskError, FileFormatError
 from anymask.shipping import gaps
 from anymask.shipping.ops import OPS, VALUES, Layer, Op, Shape, Step, Wrong
-from anymask.shipping.plan import STORED, Array, Arrays, Plan, sizes
+from anymask.shipping.plan import STORED, Array, Arrays, Plan, constants, halves, sizes, whole
 
 FORMAT = "anymask-program-1"
 _FAMILY = FORMAT.rpartition("-")[0]
@@ -31,13 +31,14 @@ _NAMES = {op: name for name, op in OPS.items()}
 def packed(plan: Plan) -> bytes:
     """The file of `plan`; see `unpacked`."""
     layers = [arrays for step, arrays in zip(plan.steps, plan.arrays, strict=True) if isinstance(step.op, Layer)]
-    constants = [
+    others = [
         arrays[name] for step, arrays in zip(plan.steps, plan.arrays, strict=True) for name in sizes(step, plan.values) if name != "scales"
     ]
+    values = _joined([arrays["values"] for arrays in layers], np.float32 if plan.values == "bfloat16" else STORED[plan.values])
     tensors = {
         "positions": gaps.compressed(_joined([gaps.code(arrays["positions"]) for arrays in layers], np.uint8)),
-        "values": _joined([arrays["values"] for arrays in layers], STORED[plan.values]),
-        "constants": _joined(constants, _smaller(plan.values)),
+        "values": halves(values) if plan.values == "bfloat16" else values,
+        "constants": _joined(others, STORED[constants(plan.values)]),
     }
     if plan.values == "int8":
         tensors["scales"] = _joined([arrays["scales"] for arrays in layers], np.float32)
@@ -54,10 +55,6 @@ def sealed(header: str, tensors: Mapping[str, Array]) -> bytes:
 
 def _joined(arrays: list[Array], dtype: Any) -> Array:
     return np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype, copy=False)
-
-
-def _smaller(values: str) -> Any:
-    return np.float16 if values == "float16" else np.float32
 
 
 def _settings(op: Op) -> dict[str, Any]:
@@ -177,7 +174,7 @@ def _arrays(plan: Plan, tensors: Mapping[str, Array]) -> tuple[Arrays, ...]:
     lengths = [sizes(step, plan.values) for step in plan.steps]
     counted = {
         "values": (plan.kept, STORED[plan.values]),
-        "constants": (sum(n for found in lengths for name, n in found.items() if name != "scales"), _smaller(plan.values)),
+        "constants": (sum(n for found in lengths for name, n in found.items() if name != "scales"), STORED[constants(plan.values)]),
     }
     if plan.values == "int8":
         counted["scales"] = (sum(op.outputs for op in layers), np.float32)
@@ -185,6 +182,9 @@ def _arrays(plan: Plan, tensors: Mapping[str, Array]) -> tuple[Arrays, ...]:
         raise Wrong(f"tensors {', '.join(sorted(tensors))}")
     for name, (count, dtype) in counted.items():
         _check(name, tensors[name], count, dtype)
+    if plan.values == "bfloat16":
+        tensors = {**tensors, "values": whole(tensors["values"])}
+        _finite("values", tensors["values"])
     where = iter(_positions(tensors["positions"], layers, total=plan.total))
     cut = {name: iter(_cut(tensors[name], [n for found in lengths for key, n in found.items() if (key == "scales") == (name == "scales")]))
            for name in counted if name != "values"}  # fmt: skip
@@ -199,6 +199,10 @@ def _arrays(plan: Plan, tensors: Mapping[str, Array]) -> tuple[Arrays, ...]:
 def _check(name: str, tensor: Array, count: int, dtype: Any) -> None:
     if tensor.shape != (count,) or tensor.dtype != dtype:
         raise Wrong(f"{name} are {tensor.dtype} {tensor.shape}, where {np.dtype(dtype).name} ({count},) is needed")
+    _finite(name, tensor)
+
+
+def _finite(name: str, tensor: Array) -> None:
     if not np.isfinite(tensor).all():
         raise Wrong(f"{name} that are not finite")
 

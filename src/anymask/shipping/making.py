@@ -65,7 +65,8 @@ def ship(
         mask: the mask it was trained with, to be checked: weights outside of it have to be 0. None: the zeros of the model count.
         example: a batch of real inputs, on which the file is compared with the model.
         to: the file; its folder is made when it is not there.
-        values: of .anymask: "float16" (as when it is left out), "float32", or "int8", of each output channel scaled to 127 steps.
+        values: of .anymask: "float16" (as when it is left out), "bfloat16" (for weights beyond 65,504), "float32", or "int8", of each
+            output channel scaled to 127 steps.
         info: plain JSON values that are kept in an .anymask file.
 
     Raises:

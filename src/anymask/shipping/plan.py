@@ -12,7 +12,8 @@ from anymask.shipping.ops import VALUES, Layer, Scale, Shape, Step, shapes
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Arrays = Mapping[str, Array]
-STORED = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
+# In a file. NumPy has no bfloat16: there it is the upper half of a float32, and in a Plan a float32 whose lower half is 0.
+STORED = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16, "int8": np.int8}
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +25,7 @@ class Plan:
         steps: what is done, in this order; the last one gives the output.
         arrays: for each step what it needs: of a layer positions int64 (kept,), ascending, in the flat dense weight, values (kept,),
             bias float (outputs,) and, where values are int8, scales float32 (outputs,); of a Scale scale and shift (channels,).
-        values: how values are stored: float32, float16 or int8.
+        values: how values are stored: float32, bfloat16, float16 or int8.
         info: plain JSON values about where it comes from.
     """
 
@@ -64,10 +65,11 @@ def weights(op: Layer, arrays: Arrays) -> Array:
 def stored(plan: Plan, values: str) -> Plan:
     """`plan`, whose values are float32, with values stored as `values`; those that round to 0 are left out.
 
-    float16 rounds each number to 11 bits. int8 has 127 steps up to the largest value of each output channel.
+    float16 rounds each number to 11 bits, bfloat16 to 8 (and keeps float32's range). int8 has 127 steps up to the largest value of each
+    output channel. Biases, and the scales and shifts of norms that are not folded, are float16 with float16, else float32.
 
     Raises:
-        SettingError: for numbers that float16 cannot hold, or that are not finite.
+        SettingError: for numbers that float16 or bfloat16 cannot hold, or that are not finite.
 
     Example:
         >>> from anymask.shipping.ops import Linear
@@ -90,8 +92,7 @@ def _stored(step: Step, arrays: Arrays, values: str) -> tuple[Step, Arrays]:
                 allowed="finite weights, and batch norms of finite statistics",
                 fix="ship a model that was trained without NaN",
             )
-    smaller = np.float16 if values == "float16" else np.float32
-    small = {name: _cast(array, smaller) for name, array in arrays.items() if name not in {"positions", "values"}}
+    small = {name: _cast(array, constants(values)) for name, array in arrays.items() if name not in {"positions", "values"}}
     if not isinstance(step.op, Layer):
         return step, small
     number, scales = _rounded(step.op, arrays, values)
@@ -103,7 +104,7 @@ def _stored(step: Step, arrays: Arrays, values: str) -> tuple[Step, Arrays]:
 def _rounded(op: Layer, arrays: Arrays, values: str) -> tuple[Array, Array | None]:
     number = arrays["values"]
     if values != "int8":
-        return _cast(number, STORED[values]), None
+        return _cast(number, values), None
     rows = rows_of(op, arrays["positions"])
     largest = np.zeros(op.outputs, np.float32)
     np.maximum.at(largest, rows, np.abs(number))
@@ -112,16 +113,38 @@ def _rounded(op: Layer, arrays: Arrays, values: str) -> tuple[Array, Array | Non
     return np.clip(np.rint(number / scales[rows]), -127, 127).astype(np.int8), scales.astype(np.float32)
 
 
-def _cast(array: Array, dtype: Any) -> Array:
+def _cast(array: Array, values: str) -> Array:
     with np.errstate(over="ignore"):
-        cast = array.astype(dtype)
+        cast = whole(halves(array)) if values == "bfloat16" else array.astype(STORED[values])
     if not np.isfinite(cast).all():
+        largest = {"float16": 65504.0, "bfloat16": float(whole(np.array([0x7F7F], np.uint16))[0])}.get(values, np.finfo(np.float32).max)
         raise SettingError(
-            f"a number of {float(np.abs(array).max()):.3g}, which {np.dtype(dtype).name} cannot hold",
-            allowed=f"numbers up to {np.finfo(dtype).max:.0f}",
+            f"a number of {float(np.abs(array).max()):.3g}, which {values} cannot hold",
+            allowed=f"numbers up to {largest:.5g}",
             fix='ship with values="float32"',
         )
     return cast
+
+
+def constants(values: str) -> str:
+    """How biases, scales and shifts are stored where weights are stored as `values`."""
+    return "float16" if values == "float16" else "float32"
+
+
+def halves(array: Array) -> Array:
+    """The upper halves of float32 numbers, rounded to nearest with ties to even: bfloat16, as uint16. They must not be NaN."""
+    bits = array.astype(np.float32).view(np.uint32)
+    return ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype(np.uint16)
+
+
+def whole(halved: Array) -> Array:
+    """What `halves` gave as float32.
+
+    Example:
+        >>> whole(halves(np.array([1.0, 3.14159], np.float32)))
+        array([1.      , 3.140625], dtype=float32)
+    """
+    return (halved.astype(np.uint32) << 16).view(np.float32)
 
 
 def sizes(step: Step, values: str) -> dict[str, int]:
