@@ -24,6 +24,7 @@ DENSE: dict[type, type] = {  # sparse class -> the class it was made of
     layers.FusedReLU: nn.ReLU,
     layers.BatchLastMaxPool2d: nn.MaxPool2d,
     layers.BatchLastAvgPool2d: nn.AvgPool2d,
+    layers.BatchLastZeroPad3d: nn.ZeroPad3d,
 }
 
 
@@ -34,7 +35,7 @@ def dense_class(layer: nn.Module) -> type | None:
 
 
 _SPARSE = {dense: sparse for sparse, dense in DENSE.items()}
-_PLAIN = (nn.MaxPool2d, nn.AvgPool2d)  # need nothing but another class
+_PLAIN = (nn.MaxPool2d, nn.AvgPool2d, nn.ZeroPad3d)  # need nothing but another class
 
 
 def gather_for(layer: nn.Module, kept: Tensor) -> Gather | None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anymask.kernels import Gather
@@ -168,6 +169,16 @@ class BatchLastAvgPool2d(BatchLast, nn.AvgPool2d):
         if not ops.is_batch_last(input) or _pair(self.padding) != (0, 0) or self.divisor_override is not None:
             return super().forward(input)
         return _pooled(self, input, mean=True)
+
+
+class BatchLastZeroPad3d(BatchLast, nn.ZeroPad3d):
+    """A ZeroPad3d, which pads rows, columns and channels of a map."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) to the same, larger."""
+        if not ops.is_batch_last(input):
+            return super().forward(input)
+        return F.pad(input.permute(1, 2, 3, 0), (0, 0, *self.padding)).permute(3, 0, 1, 2)
 
 
 def _pooled(layer: Any, x: Tensor, *, mean: bool) -> Tensor:
