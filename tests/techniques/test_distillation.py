@@ -1,6 +1,7 @@
 """Distillation: the loss by hand, which inputs the teacher sees, and what is refused."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anymask import Recipe
+from anymask import Recipe, data, fit
+from anymask.data import Augment
 from anymask.errors import SettingError, TechniqueError
 from anymask.techniques import Context, Distillation, LabelSmoothing
+from anymask.train import Protocol
 
 
 class Two(nn.Module):
@@ -62,6 +65,61 @@ def test_the_teacher_sees_the_inputs_of_the_training_in_eval_mode_and_none_of_an
     assert len(teacher.calls) == 1
 
 
+def test_a_teacher_in_bfloat16_says_nearly_the_same() -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(8, 3), torch.randn(6, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+    teacher = nn.Linear(8, 3)
+    said: list[torch.dtype] = []
+    teacher.register_forward_hook(lambda _, __, out: said.append(out.dtype))
+    found = []
+    for precision in ("float32", "bfloat16"):
+        running = attached(Distillation(precision=precision), model, teacher)
+        found.append(running.loss(model(x), y))
+        running.finish(early=True)
+    assert said == [torch.float32, torch.bfloat16]
+    assert found[1].dtype == torch.float32
+    assert found[0] != found[1]
+    torch.testing.assert_close(*found, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("augment", [None, Augment(pad=0)], ids=["plain", "mirrored"])
+def test_a_teacher_that_is_asked_once_says_the_same_where_nothing_is_cropped(augment: Augment | None) -> None:
+    images = data.Split(torch.randint(0, 256, (30, 1, 4, 4), dtype=torch.uint8), torch.arange(30) % 3)
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    asked: list[int] = []
+    teacher.register_forward_hook(lambda _, args, __: asked.append(len(args[0])))
+    ends, calls = [], []
+    for asks in ("always", "once"):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+        train = data.Batches(images, batch_size=8, shuffle=True, augment=augment, seed=3)
+        asked.clear()
+        fit(model, train, recipe=Recipe((Distillation(asks=asks),)), teacher=teacher, protocol=Protocol(epochs=3, batch_size=8))
+        ends.append(model[1].weight.detach())
+        calls.append(sum(asked))
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)
+    assert calls == [3 * 30, 60 if augment else 30]
+    changed = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    fit(changed, train, recipe="default", protocol=Protocol(epochs=3, batch_size=8))
+    assert not torch.allclose(changed[1].weight, ends[0], atol=1e-3)
+
+
+def test_a_training_that_asked_once_goes_on_within_an_epoch(tmp_path: Path) -> None:
+    images = data.Split(torch.randint(0, 256, (30, 1, 4, 4), dtype=torch.uint8), torch.arange(30) % 3)
+    train = data.Batches(images, batch_size=8, shuffle=True, augment=Augment(pad=1), seed=3)
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    ends = []
+    for stops in ([None], [2, 6, None]):
+        file = tmp_path / f"{len(stops)}.pt"
+        for stop in stops:
+            torch.manual_seed(1)
+            model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+            how: dict[str, Any] = {"recipe": Recipe((Distillation(asks="once"),)), "protocol": Protocol(epochs=3, batch_size=8)}
+            fit(model, train, teacher=teacher, **how, last_step=stop, checkpoint_file=file, checkpoint_every=1)
+        ends.append(model[1].weight.detach())
+    assert torch.equal(*ends)
+
+
 def test_where_it_has_faded_the_teacher_is_not_asked() -> None:
     model, teacher = Two(), Two()
     running = attached(Distillation(), model, teacher)
@@ -95,6 +153,6 @@ def test_what_does_not_fit_is_refused_in_words() -> None:
     with pytest.raises(TechniqueError, match="before the network"):
         running.loss(torch.zeros(5, 3), y)
     running.finish(early=True)
-    for bad in ({"share": 0.0}, {"share": 1.5}, {"temperature": 0.0}):
+    for bad in ({"share": 0.0}, {"share": 1.5}, {"temperature": 0.0}, {"asks": "never"}, {"precision": "int8"}):
         with pytest.raises(SettingError):
             Distillation(**bad)

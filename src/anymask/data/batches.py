@@ -85,6 +85,7 @@ class Batches:
         per_channel = torch.tensor([mean, std], dtype=torch.float64).reshape(2, 1, -1, 1, 1)
         self._scale = (1 / (255 * per_channel[1])).float().to(device)
         self._shift = (-per_channel[0] / per_channel[1]).float().to(device)
+        self._drawn: tuple[int, tuple[Tensor, ...]] | None = None  # of the epoch that `samples` was asked about last
         self._format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __len__(self) -> int:
@@ -111,6 +112,34 @@ class Batches:
             )
         return self._epoch(number, start)
 
+    def plain(self, *, mirrored: bool = False) -> Iterator[Tensor]:
+        """The images `(B, C, H, W)` in the order of the split, normalised and not augmented, but for all `mirrored` left to right."""
+        for images in self._images.split(self._batch_size):
+            yield self._normalised(images.flip(-1) if mirrored else images)
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether some images come mirrored."""
+        return self._augment is not None and self._augment.flip
+
+    def samples(self, number: int, batch: int) -> tuple[Tensor, Tensor]:
+        """Of batch `batch` of epoch `number`: the places of its images in the split, int64 (B,), and which are mirrored, bool (B,).
+
+        Example:
+            >>> split = Split(torch.zeros(5, 1, 4, 4, dtype=torch.uint8), torch.arange(5))
+            >>> batches = Batches(split, batch_size=2, shuffle=True)
+            >>> torch.equal(batches.samples(3, 1)[0], list(batches.epoch(3))[1][1])
+            True
+        """
+        if self._drawn is None or self._drawn[0] != number:
+            self._drawn = number, self._draw(number)
+        order, _, _, mirrored = self._drawn[1]
+        here = slice(batch * self._batch_size, (batch + 1) * self._batch_size)
+        return order[here], mirrored[here]
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        return images.float().mul_(self._scale).add_(self._shift).contiguous(memory_format=self._format)
+
     def _epoch(self, number: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         order, top, left, mirrored = self._draw(number)
         for batch in range(start, len(self)):
@@ -118,8 +147,7 @@ class Batches:
             images = self._images[order[here]]
             if self._augment is not None:
                 images = _crop(images, top=top[here], left=left[here], mirrored=mirrored[here], pad=self._augment.pad)
-            images = images.float().mul_(self._scale).add_(self._shift)
-            yield images.contiguous(memory_format=self._format), self._labels[order[here]]
+            yield self._normalised(images), self._labels[order[here]]
 
     def _draw(self, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Order, top and left edges of the crops, and flips of a whole epoch, on the device."""

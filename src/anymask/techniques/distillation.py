@@ -1,5 +1,7 @@
 """Distillation: a trained network says what it thinks of each input, and the sparse one learns from that, too."""
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -9,9 +11,13 @@ from torch import Tensor, nn
 
 from anymask.errors import SettingError, TechniqueError
 from anymask.prunables import bare
+from anymask.registry import lookup
 from anymask.schedules import Schedule
 from anymask.surgery import logits_of
-from anymask.techniques.base import Attached, Context, Technique
+from anymask.techniques.base import LATER, Attached, Context, Technique
+
+ASKS = ("always", "once")
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,11 @@ class Distillation(Technique):
     Args:
         share: of the loss that is the teacher's, in (0, 1].
         temperature: T > 0; the higher, the more the classes count that the teacher thinks unlikely.
+        asks: "always", about each batch as the network sees it; or "once", about each image before the first step, mirrored and not,
+            but not cropped: a pass over the images or two in place of one in each epoch. Only `fit`, and what is built on it, knows which
+            images a batch is of; in other loops the teacher is asked always.
+        precision: "float32", the teacher's own; or "bfloat16", in which it computes under autocast: two to four times as fast where the
+            hardware has it (GPUs, CPUs with AVX512-BF16 or AMX), and slower where not.
 
     Raises:
         SettingError: for numbers out of their range.
@@ -45,7 +56,8 @@ class Distillation(Technique):
         0.0
 
     Reference: Hinton et al. (arXiv 1503.02531); for sparse networks the precursor of ToST (arXiv 2101.03255v1), whose teacher is the dense
-    network too. Share and temperature are ours.
+    network too. Share and temperature are ours. A teacher that is asked once is the "fixed teacher" of arXiv 2106.05237, which finds it the
+    worse the longer the training.
     """
 
     name: ClassVar[str] = "distillation"
@@ -57,12 +69,16 @@ class Distillation(Technique):
     schedule: Schedule = field(default_factory=lambda: Schedule("step", full="100%", end="100%"))
     share: float = 0.7
     temperature: float = 4.0
+    asks: str = field(default="always", metadata=LATER)
+    precision: str = field(default="float32", metadata=LATER)
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise SettingError(f"share came as {self.share}", allowed="a share in (0, 1]", fix="0.7 leaves the labels 0.3")
         if not self.temperature > 0:
             raise SettingError(f"temperature came as {self.temperature}", allowed="a number > 0", fix="4.0 is usual")
+        lookup(dict.fromkeys(ASKS), self.asks, what="way to ask a teacher")
+        lookup(dict.fromkeys(PRECISIONS), self.precision, what="precision of a teacher")
 
     def attach(self, context: Context) -> "_Taught":
         if context.teacher is None or bare(context.teacher) is context.model:
@@ -73,13 +89,49 @@ class Distillation(Technique):
             )
         return _Taught(self, context.model, context.teacher.eval())
 
+    def remember(self, teacher: nn.Module, passes: Iterable[Iterable[Tensor]]) -> "Remembered":
+        """What `teacher` says of each sample of each of these passes over the data."""
+        with torch.no_grad():
+            said = [torch.cat([self.say(teacher.eval(), x) for x in batches]) for batches in passes]
+        return Remembered(torch.stack(said), f"a {type(teacher).__name__} of {_size(teacher)}, asked {len(said)} times about each image")
+
+    def say(self, teacher: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """The teacher's logits of these inputs, float32 or wider."""
+        device = next(teacher.parameters(), torch.empty(0)).device.type
+        how: AbstractContextManager[Any] = torch.autocast(device, torch.bfloat16) if self.precision == "bfloat16" else nullcontext()
+        with torch.no_grad(), how:
+            said = logits_of(teacher(*args, **kwargs))
+        return said.to(torch.promote_types(said.dtype, torch.float32))
+
+
+class Remembered(nn.Module):
+    """A teacher that was asked before: it gives the rows of `said` (passes, samples, C, ...) that `look` names, and hears nothing."""
+
+    def __init__(self, said: Tensor, about: str) -> None:
+        super().__init__()
+        self.said, self.about = said, about
+        self.rows: tuple[Tensor, Tensor] | None = None
+
+    def look(self, passes: Tensor, samples: Tensor) -> None:
+        """The next batch is of these samples, in these passes: int64 (N,) each."""
+        self.rows = passes, samples
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        """What was said of them, (N, C, ...)."""
+        assert self.rows is not None
+        return self.said[self.rows]
+
+
+def _size(teacher: nn.Module) -> str:
+    return f"{sum(p.numel() for p in teacher.parameters()):,} parameters"
+
 
 class _Taught(Attached):
     def __init__(self, settings: Distillation, model: nn.Module, teacher: nn.Module) -> None:
-        self.share, self.temperature, self.teacher, self.strength = settings.share, settings.temperature, teacher, 1.0
+        self.settings, self.teacher, self.strength = settings, teacher, 1.0
         self.seen: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.handle = model.register_forward_pre_hook(self._look, with_kwargs=True)
-        self.found = f"a {type(teacher).__name__} of {sum(p.numel() for p in teacher.parameters()):,} parameters"
+        self.found = teacher.about if isinstance(teacher, Remembered) else f"a {type(teacher).__name__} of {_size(teacher)}"
 
     def set_strength(self, strength: float) -> None:
         self.strength = strength
@@ -87,8 +139,8 @@ class _Taught(Attached):
     def loss(self, value: Tensor, output: Tensor, target: Tensor) -> Tensor:
         if not self.strength:
             return value
-        share = self.strength * self.share
-        return (1 - share) * value + share * self.temperature**2 * self._distance(output, target)
+        share = self.strength * self.settings.share
+        return (1 - share) * value + share * self.settings.temperature**2 * self._distance(output, target)
 
     def detach(self) -> None:
         self.handle.remove()
@@ -107,15 +159,14 @@ class _Taught(Attached):
                 fix="compute the output and its loss in turns",
             )
         (args, kwargs), self.seen = self.seen, None  # not kept: a batch may be large
-        with torch.no_grad():
-            taught = logits_of(self.teacher(*args, **kwargs))
+        taught = self.settings.say(self.teacher, *args, **kwargs)
         if taught.shape != output.shape:
             raise TechniqueError(
                 f"the teacher gave {tuple(taught.shape)} where the network gave {tuple(output.shape)}",
                 allowed="outputs of one shape",
                 fix="take a teacher of the same classes",
             )
-        mine, theirs = (F.log_softmax(logits.float() / self.temperature, dim=1) for logits in (output, taught))
+        mine, theirs = (F.log_softmax(logits.float() / self.settings.temperature, dim=1) for logits in (output, taught))
         each = F.kl_div(mine, theirs, reduction="none", log_target=True).sum(1)
         if isinstance(target, Tensor) and target.shape == each.shape and not target.is_floating_point():
             counts = target != -100  # summed, not picked out: a GPU would have to be waited for

@@ -132,6 +132,7 @@ def _train(
         run.model.train()
         for index, (x, y) in enumerate(train.epoch(epoch, start=run.first_batch), run.first_batch + 1):
             last = index % run.protocol.accumulate == 0 or index == len(train)
+            run.look(train, epoch, index - 1)
             run.add(x, y, last=last)
             if last:
                 run.update()

@@ -20,6 +20,7 @@ from anymask.pruning import rewiring
 from anymask.pruning.dynamic import Dynamic
 from anymask.ranks import by_rank_0, leads, on_any_rank
 from anymask.recipe import Recipe
+from anymask.techniques.distillation import Distillation, Remembered
 from anymask.train import checkpoint
 from anymask.train.computing import Computing, compiled
 from anymask.train.settings import Protocol, autocast_dtype, set_lr
@@ -102,6 +103,8 @@ class Run:
         saved = None if self.file is None else checkpoint.load(self.file, device=self.device)
         # Before the recipe: its ghosts would hide which ReLU follows which norm, and LRsI makes the layers dense by itself.
         self._convert(computing.sparse, moves=moves, known=saved.get("sparse") if saved else None)
+        begun = time.monotonic()  # what the recipe does before the first step is a part of what it costs
+        self.remembered = _remembered(recipe, teacher, train)
         torch.manual_seed(seed)
         self.recipe = recipe.attach(
             self.model,
@@ -111,7 +114,7 @@ class Run:
             start=first_step,
             example=self.example[:2],
             data=train,
-            teacher=teacher,
+            teacher=self.remembered or teacher,
             seed=seed,
             state=saved["recipe"] if saved else None,
         )
@@ -125,7 +128,7 @@ class Run:
         self.seed = seed
         self.spread.draw(seed, self.step)
         self.strengths = self.recipe.strengths
-        self.began = time.monotonic() - self.progress["seconds"]
+        self.began = begun - self.progress["seconds"]
 
     @property
     def step(self) -> int:
@@ -135,6 +138,12 @@ class Run:
     def autocast(self) -> Any:
         """Mixed precision, where the protocol asks for it."""
         return nullcontext() if self.dtype is None else torch.autocast(self.device.split(":")[0], self.dtype)
+
+    def look(self, train: Batches, epoch: int, batch: int) -> None:
+        """Say which images the next batch is of, where a teacher was asked about them before."""
+        if self.remembered is not None:
+            samples, mirrored, _ = self.spread.part(*train.samples(epoch, batch))
+            self.remembered.look(mirrored.long(), samples)
 
     def add(self, x: Tensor, y: Tensor, *, last: bool) -> None:
         """Add the gradients of one batch; `last` before a step."""
@@ -308,6 +317,14 @@ class Run:
 
     def _lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
+
+
+def _remembered(recipe: Recipe, teacher: nn.Module | None, train: Batches) -> Remembered | None:
+    """The teacher, asked about all images; None where no technique asks once."""
+    asking = [t for t in recipe.techniques if isinstance(t, Distillation) and t.asks == "once"]
+    if teacher is None or not asking:
+        return None
+    return asking[0].remember(teacher, [train.plain(mirrored=mirrored) for mirrored in (False, True)[: 1 + train.mirrors]])
 
 
 def _record(curves: dict[str, Any], values: dict[str, Any]) -> None:
