@@ -8,7 +8,7 @@ from statistics import fmean, median
 from typing import Any
 
 from anymask.report import grid, paired, table
-from anymask.report.stats import Comparison, overall
+from anymask.report.stats import Comparison, Overall, overall
 from anymask.runlog import Ledger
 from anymask.techniques import TECHNIQUES
 
@@ -111,8 +111,9 @@ def screen_defaults() -> str:
 def prototypes() -> str:
     """What was tried with code that is not here any more: results/screen/prototypes.jsonl."""
     rows = Ledger(ROOT / "results" / "screen" / "prototypes.jsonl").rows()
-    lines = [f"| {row['settings']['recipe']} | {row['settings']['seed']} | {100 * row['accuracy']['test']:.2f} |" for row in rows]
-    return "\n".join(["| recipe, random-erk at 98% | seed | test accuracy, % |", "|---|---|---|", *lines]) + "\n"
+    by = [(row["settings"], f"{100 * row['accuracy']['test']:.2f}") for row in rows]
+    lines = [f"| {s['mask']} at {100 * s['sparsity']:g}% | {s['recipe']} | {s['seed']} | {test} |" for s, test in by]
+    return "\n".join(["| mask | recipe | seed | test accuracy, % |", "|---|---|---|---|", *lines]) + "\n"
 
 
 # -- single techniques -------------------------------------------------------------------------------------------------
@@ -137,14 +138,15 @@ def _said(found: Comparison) -> str:
 def which() -> str:
     """The page "which technique when": each sentence with its number."""
     screen, small = paired(named(ledger("screen"))), paired(ledger("evidence"))
-    slow = _one(screen, "density_lr() + distillation() + fan_in_init() + ghost_activation(cosine to 60%)")
     wins = [c.verdict for c in small if c.recipe == "tost"]
     return "\n".join([
         f"- **Begin with `best`** (`density_lr` and `ghost_activation`). {_all('best', 'default')}",
         f"- **The paper's recipe, `tost`**: {_all('tost', 'default')} `best` against it: {_all('best', 'tost')}",
         f"- **By mask**: {_by_mask('best', 0.98)}.",
-        f"- **With a trained dense network at hand, add `distillation`** (`best-slow`). {_all('best-slow', 'default')} "
-        f"On the tuning part, with `fan_in_init` besides, {slow}.",
+        f"- **With a trained dense network at hand, let it teach** (`best-slow`, with `distillation`). {_all('best-slow', 'default')}",
+        f"- **A higher rate for all layers is not it**: `default` at the rate that it likes best at 99%: {_all(TUNED, 'default')} "
+        f"`best` against that: {_all('best', TUNED)}",
+        f"- **Other networks and lengths**: {_others('best')}",
         f"- **A small network that fits its images gains nothing from `tost`**: on Fashion-MNIST-5k `tost` won {wins.count('won')}, "
         f"tied {wins.count('tied')} and lost {wins.count('lost')} of {len(wins)} masks and sparsities.",
         f"- **`fan_in_init` wants `density_lr` beside it** where batch norm follows: both {_one(screen, 'density_lr() + fan_in_init()')}.",
@@ -155,20 +157,31 @@ def which() -> str:
 
 
 def _all(recipe: str, baseline: str) -> str:
-    """The difference over all masks, at each sparsity."""
+    """The difference over all masks on the wide network in 15 epochs, at each sparsity."""
     rows = [row for row in ledger("best") if row["settings"]["recipe"] in {recipe, baseline}]
-    found = []
-    for o in overall(paired(rows, baseline=baseline)):
-        if o.mean is not None:
-            interval = f"[{o.interval[0]:+.2f}, {o.interval[1]:+.2f}] " if o.interval else ""
-            found.append(
-                f"{o.mean:+.2f} {interval}points at {100 * o.settings['sparsity']:g}% over {o.cells} mask{'s'[: o.cells > 1]}, n = {o.n}"
-            )
+    found = [_over(o) for o in overall(paired(rows, baseline=baseline)) if o.mean is not None and _wide(o.settings)]
     return "; ".join(found) + "." if found else "not measured yet."
 
 
+def _others(recipe: str) -> str:
+    """The same on all other networks and lengths."""
+    found = [o for o in overall(paired(ledger("best"))) if o.recipe == recipe and o.mean is not None and not _wide(o.settings)]
+    said = [f"{o.settings['model']}, {o.settings['epochs']} epochs: {_over(o)}" for o in found]
+    return "; ".join(said) + "." if said else "not measured yet."
+
+
+def _wide(settings: Mapping[str, Any]) -> bool:
+    return bool(settings["model"] == "vgg11-0.5x" and settings["epochs"] == 15)
+
+
+def _over(o: Overall) -> str:
+    interval = f"[{o.interval[0]:+.2f}, {o.interval[1]:+.2f}] " if o.interval else ""
+    return f"{o.mean:+.2f} {interval}points at {100 * o.settings['sparsity']:g}% over {o.cells} mask{'s'[: o.cells > 1]}, n = {o.n}"
+
+
 def _by_mask(recipe: str, sparsity: float) -> str:
-    found = [c for c in paired(ledger("best")) if c.recipe == recipe and c.settings["sparsity"] == sparsity and c.half_width is not None]
+    of = [c for c in paired(ledger("best")) if c.recipe == recipe and _wide(c.settings)]
+    found = [c for c in of if c.settings["sparsity"] == sparsity and c.half_width is not None]
     return ", ".join(f"{c.settings['mask']} {c.mean:+.1f} ± {c.half_width:.1f}" for c in sorted(found, key=lambda c: -(c.mean or 0)))
 
 
