@@ -48,12 +48,18 @@ def _contents(technique: dict[str, Any]) -> str:
 def best() -> str:
     """All recipes on the report part of CIFAR-100, against default, then against tost, then against default at the rate it likes best."""
     rows = ledger("best")
-    parts = [table(rows), table(_but_default(rows), baseline="tost")]
-    return "\n".join([*parts, table([row for row in _but_default(rows) if row["settings"]["sparsity"] == 0.99], baseline=TUNED)])
+    return "\n".join([table(rows), *(table(_beside(rows, baseline), baseline=baseline) for baseline in ("tost", TUNED))])
 
 
-def _but_default(rows: Rows) -> Rows:
-    return [row for row in rows if row["settings"]["recipe"] != "default"]
+def _beside(rows: Rows, baseline: str) -> Rows:
+    """What lies beside runs of `baseline`, but for `default` and the other baselines."""
+    there = {_cell(row) for row in rows if row["settings"]["recipe"] == baseline}
+    return [row for row in rows if _cell(row) in there and row["settings"]["recipe"] not in {"default", "tost", TUNED} - {baseline}]
+
+
+def _cell(row: dict[str, Any]) -> tuple[Any, ...]:
+    s = row["settings"]
+    return s["model"], s["epochs"], s["mask"], s["sparsity"]
 
 
 def best_short() -> str:
@@ -89,7 +95,7 @@ def best_costs() -> str:
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     s = row["settings"]
-    return s["recipe"], s["model"], s["epochs"], s["mask"], s["sparsity"], s["seed"]
+    return s["recipe"], *_cell(row), s["seed"]
 
 
 # -- the screen ----------------------------------------------------------------------------------------------------------
@@ -100,10 +106,11 @@ def screen_defaults() -> str:
         s = row["settings"]
         if s["recipe"].split("@lr=")[0] == "default":
             rate = s["recipe"].partition("@lr=")[2] or f"{s['lr']:g}"
-            found.setdefault((s["mask"], s["sparsity"], s["optimizer"], rate), []).append(100 * row["accuracy"]["test"])
+            how = f"{s['optimizer']}, lr {rate}, weight decay {s['weight_decay']:g}"
+            found.setdefault((s["mask"], s["sparsity"], how), []).append(100 * row["accuracy"]["test"])
     said = [
-        f"{fmean(tests):.1f}% on {mask} at {100 * sparsity:g}% with {optimizer}, lr {rate} (n = {len(tests)})"
-        for (mask, sparsity, optimizer, rate), tests in found.items()
+        f"{fmean(tests):.1f}% on {mask} at {100 * sparsity:g}% with {how} (n = {len(tests)})"
+        for (mask, sparsity, how), tests in found.items()
     ]
     return f"`default` itself ends at {'; '.join(said)}.\n"
 

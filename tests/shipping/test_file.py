@@ -130,13 +130,13 @@ def test_an_own_file_has_all_operations_among_those_that_are_known():
     assert {type(step.op) for step in plan_of(model, torch.randn(2, 3, 32, 32)).steps} <= set(OPS.values())
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.lists(st.floats(width=32, allow_nan=False), max_size=20))
 def test_bfloat16_is_that_of_torch(numbers):
     array = np.array(numbers, np.float32)
     torch.testing.assert_close(torch.from_numpy(whole(halves(array))), torch.from_numpy(array).bfloat16().float(), rtol=0, atol=0)
 
 
+@settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_a_changed_byte_is_refused_or_changes_nothing(plan, data, tmp_path_factory):
     """Only blanks at the end of the header can be changed so that it reads the same."""

@@ -72,7 +72,7 @@ def test_a_teacher_in_bfloat16_says_nearly_the_same() -> None:
     said: list[torch.dtype] = []
     teacher.register_forward_hook(lambda _, __, out: said.append(out.dtype))
     found = []
-    for precision in ("float32", "bfloat16"):
+    for precision in ("same", "bfloat16"):
         running = attached(Distillation(precision=precision), model, teacher)
         found.append(running.loss(model(x), y))
         running.finish(early=True)
@@ -102,6 +102,14 @@ def test_a_teacher_that_is_asked_once_says_the_same_where_nothing_is_cropped(aug
     changed = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     fit(changed, train, recipe="default", protocol=Protocol(epochs=3, batch_size=8))
     assert not torch.allclose(changed[1].weight, ends[0], atol=1e-3)
+
+
+def test_a_network_is_not_its_own_teacher_asked_once_or_always() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    train = data.Batches(data.Split(torch.zeros(8, 1, 4, 4, dtype=torch.uint8), torch.arange(8) % 3), batch_size=8)
+    for asks in ("always", "once"):
+        with pytest.raises(TechniqueError, match="itself"):
+            fit(model, train, recipe=Recipe((Distillation(asks=asks),)), teacher=model, protocol=Protocol(epochs=1, batch_size=8))
 
 
 def test_a_training_that_asked_once_goes_on_within_an_epoch(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ class Batches:
         per_channel = torch.tensor([mean, std], dtype=torch.float64).reshape(2, 1, -1, 1, 1)
         self._scale = (1 / (255 * per_channel[1])).float().to(device)
         self._shift = (-per_channel[0] / per_channel[1]).float().to(device)
-        self._drawn: tuple[int, tuple[Tensor, ...]] | None = None  # of the epoch that `samples` was asked about last
+        self._drawn: tuple[int, tuple[Tensor, Tensor, Tensor, Tensor]] | None = None  # the epoch that was asked for last
         self._format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __len__(self) -> int:
@@ -131,9 +131,7 @@ class Batches:
             >>> torch.equal(batches.samples(3, 1)[0], list(batches.epoch(3))[1][1])
             True
         """
-        if self._drawn is None or self._drawn[0] != number:
-            self._drawn = number, self._draw(number)
-        order, _, _, mirrored = self._drawn[1]
+        order, _, _, mirrored = self._drawing(number)
         here = slice(batch * self._batch_size, (batch + 1) * self._batch_size)
         return order[here], mirrored[here]
 
@@ -141,13 +139,18 @@ class Batches:
         return images.float().mul_(self._scale).add_(self._shift).contiguous(memory_format=self._format)
 
     def _epoch(self, number: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order, top, left, mirrored = self._draw(number)
+        order, top, left, mirrored = self._drawing(number)
         for batch in range(start, len(self)):
             here = slice(batch * self._batch_size, (batch + 1) * self._batch_size)
             images = self._images[order[here]]
             if self._augment is not None:
                 images = _crop(images, top=top[here], left=left[here], mirrored=mirrored[here], pad=self._augment.pad)
             yield self._normalised(images), self._labels[order[here]]
+
+    def _drawing(self, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if self._drawn is None or self._drawn[0] != number:
+            self._drawn = number, self._draw(number)
+        return self._drawn[1]
 
     def _draw(self, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Order, top and left edges of the crops, and flips of a whole epoch, on the device."""

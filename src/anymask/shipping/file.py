@@ -182,9 +182,10 @@ def _arrays(plan: Plan, tensors: Mapping[str, Array]) -> tuple[Arrays, ...]:
         raise Wrong(f"tensors {', '.join(sorted(tensors))}")
     for name, (count, dtype) in counted.items():
         _check(name, tensors[name], count, dtype)
-    if plan.values == "bfloat16":
-        tensors = {**tensors, "values": whole(tensors["values"])}
-        _finite("values", tensors["values"])
+    tensors = {name: whole(tensor) if name == "values" and plan.values == "bfloat16" else tensor for name, tensor in tensors.items()}
+    for name in counted:
+        if not np.isfinite(tensors[name]).all():
+            raise Wrong(f"{name} that are not finite")
     where = iter(_positions(tensors["positions"], layers, total=plan.total))
     cut = {name: iter(_cut(tensors[name], [n for found in lengths for key, n in found.items() if (key == "scales") == (name == "scales")]))
            for name in counted if name != "values"}  # fmt: skip
@@ -199,12 +200,6 @@ def _arrays(plan: Plan, tensors: Mapping[str, Array]) -> tuple[Arrays, ...]:
 def _check(name: str, tensor: Array, count: int, dtype: Any) -> None:
     if tensor.shape != (count,) or tensor.dtype != dtype:
         raise Wrong(f"{name} are {tensor.dtype} {tensor.shape}, where {np.dtype(dtype).name} ({count},) is needed")
-    _finite(name, tensor)
-
-
-def _finite(name: str, tensor: Array) -> None:
-    if not np.isfinite(tensor).all():
-        raise Wrong(f"{name} that are not finite")
 
 
 def _cut(tensor: Array, lengths: list[int]) -> list[Array]:

@@ -121,7 +121,7 @@ def _cast(array: Array, values: str) -> Array:
         raise SettingError(
             f"a number of {float(np.abs(array).max()):.3g}, which {values} cannot hold",
             allowed=f"numbers up to {largest:.5g}",
-            fix='ship with values="float32"',
+            fix=f'ship with values="{"bfloat16" if values == "float16" else "float32"}"',
         )
     return cast
 

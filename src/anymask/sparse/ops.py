@@ -3,11 +3,13 @@
 Tensors are (N, C, H, W) to whoever looks, and batch-last in memory: (C, H, W, N), contiguous. Elementwise operators keep that layout.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 
 from anymask.errors import TechniqueError
@@ -50,59 +52,80 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-# -- eager calls --------------------------------------------------------------------------------------------------------
-def _plain(x: Any) -> bool:
-    """Whether `x` is nobody's stand-in: no torch.compile, no torch.func, no forward mode."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor:
+# -- how they are called ----------------------------------------------------------------------------------------------
+def _kernel(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """A function of tensors as the operator anymask::`name`, which keeps it as `raw`."""
+
+    def made(raw: Callable[..., Any]) -> CustomOpDef:
+        operator: Any = torch.library.custom_op(f"anymask::{name}", raw, mutates_args=())
+        operator.raw, operator.name = raw, name
+        return operator
+
+    return made
+
+
+def _differentiated(operator: Any, save: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`operator` with a gradient: one function of autograd where nobody else looks.
+
+    What torch.library wraps around an operator in Python takes a fifth of a small call and its gradient, which shows in a resnet32's step.
+    """
+    operator.register_autograd(backward, setup_context=save)
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = operator.raw(*args)
+        save(ctx, args, output)
+        return output
+
+    parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    direct: Any = type(f"anymask_{operator.name}", (torch.autograd.Function,), parts)
+
+    @wraps(operator.raw)
+    def call(*args: Any) -> Any:
+        return direct.apply(*args) if _unseen(args) else operator(*args)
+
+    return call
+
+
+def _gradient(operator: Any) -> Callable[..., Any]:
+    """`operator`, which is a gradient: called directly where nobody looks and nobody differentiates it."""
+    operator.register_autograd(_no_second)
+
+    @wraps(operator.raw)
+    def call(*args: Any) -> Any:
+        return operator.raw(*args) if not torch.is_grad_enabled() and _unseen(args) else operator(*args)
+
+    return call
+
+
+def _unseen(args: Iterable[Any]) -> bool:
+    """Whether nobody but autograd has to know what is done with the tensors of `args`: they are plain, no mode and no profiler is there."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(x) and forward_ad._current_level < 0
-
-
-def _unseen(x: Any) -> bool:
-    """Whether nobody but autograd has to know what is done with `x`: it is plain, and no mode and no profiler is there."""
-    if not _plain(x) or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if not all(_plain(x) and x.device.type == "cpu" for x in args if isinstance(x, Tensor)):
+        return False
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
     return not torch._C._autograd._profiler_enabled()
 
 
-def _eager(operator: Any, save: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """`operator` with its gradient as one function of autograd where nobody else looks.
-
-    What torch.library wraps around an operator in Python took 53 of 133 us of a call and its gradient, which was 4% of a resnet32's step.
-    """
-    operator.register_autograd(backward, setup_context=save)
-    raw = operator._init_fn
-
-    class Eager(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            output = raw(*args)
-            save(ctx, args, output)
-            return output
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            return backward(ctx, *gradients)
-
-    def call(*args: Any) -> Any:
-        return Eager.apply(*args) if _unseen(args[0]) else operator(*args)
-
-    return call
+def _plain(x: Tensor) -> bool:
+    """Whether `x` is nobody's stand-in: no torch.compile, no torch.func, no forward mode."""
+    if torch.compiler.is_compiling() or type(x) not in {Tensor, nn.Parameter}:
+        return False
+    functorch = torch._C._functorch  # the legacy ones are is_grads_batched's
+    return not functorch.is_functorch_wrapped_tensor(x) and not functorch.is_legacy_batchedtensor(x) and forward_ad._current_level < 0
 
 
-def _once(operator: Any) -> Callable[..., Any]:
-    """`operator`, a gradient, called directly where nobody looks and nobody differentiates it."""
-    operator.register_autograd(_no_second)
-    raw = operator._init_fn
-
-    def call(*args: Any) -> Any:
-        return raw(*args) if not torch.is_grad_enabled() and _unseen(args[0]) else operator(*args)
-
-    return call
+def _no_second(ctx: Any, *_: Any) -> Any:
+    raise TechniqueError(
+        "a sparse layer was differentiated twice",
+        allowed="one backward pass",
+        fix="convert the model back with anymask.to_dense for what needs second derivatives (LRsI and GraSP do so by themselves)",
+    )
 
 
 # -- convolution ----------------------------------------------------------------------------------------------------
-@torch.library.custom_op("anymask::conv", mutates_args=())
+@_kernel("conv")
 def _conv(x: Tensor, values: Tensor, bias: Tensor | None, handle: int) -> Tensor:
     """The convolution that `handle` stands for, of x (N, C, H, W) with the kept weights `values` (K,)."""
     out = _fake_conv(x, values, bias, handle)
@@ -111,7 +134,7 @@ def _conv(x: Tensor, values: Tensor, bias: Tensor | None, handle: int) -> Tensor
     return out
 
 
-@torch.library.custom_op("anymask::conv_input_gradient", mutates_args=())
+@_kernel("conv_input_gradient")
 def _conv_input_gradient(g: Tensor, values: Tensor, handle: int, rows: int, cols: int) -> Tensor:
     """The gradient of the input, (N, C, rows, cols)."""
     gather = native.gather_of(handle)
@@ -120,7 +143,7 @@ def _conv_input_gradient(g: Tensor, values: Tensor, handle: int, rows: int, cols
     return out
 
 
-@torch.library.custom_op("anymask::conv_weight_gradient", mutates_args=())
+@_kernel("conv_weight_gradient")
 def _conv_weight_gradient(x: Tensor, g: Tensor, handle: int) -> Tensor:
     """The gradient of the kept weights, (K,)."""
     return torch.from_numpy(native.gather_of(handle).weight_gradient(_array(batch_last(x)), _array(batch_last(g)), threads=_threads()))
@@ -144,6 +167,7 @@ def _(x: Tensor, g: Tensor, handle: int) -> Tensor:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, _, ctx.handle = inputs
+    ctx.gather = native.gather_of(ctx.handle)  # the layer may be gone when backward comes
     ctx.save_for_backward(x, values)
 
 
@@ -158,20 +182,12 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-def _no_second(ctx: Any, *_: Any) -> Any:
-    raise TechniqueError(
-        "a sparse layer was differentiated twice",
-        allowed="one backward pass",
-        fix="convert the model back with anymask.to_dense for what needs second derivatives (LRsI and GraSP do so by themselves)",
-    )
-
-
-conv = _eager(_conv, _save, _backward)
-conv_input_gradient, conv_weight_gradient = _once(_conv_input_gradient), _once(_conv_weight_gradient)
+conv = _differentiated(_conv, _save, _backward)
+conv_input_gradient, conv_weight_gradient = _gradient(_conv_input_gradient), _gradient(_conv_weight_gradient)
 
 
 # -- batch norm -----------------------------------------------------------------------------------------------------
-@torch.library.custom_op("anymask::norm", mutates_args=())
+@_kernel("norm")
 def _norm(  # noqa: PLR0917  an operator's arguments are a list
     x: Tensor,
     add: Tensor | None,
@@ -194,7 +210,7 @@ def _norm(  # noqa: PLR0917  an operator's arguments are a list
     return y, mean, var
 
 
-@torch.library.custom_op("anymask::norm_gradient", mutates_args=())
+@_kernel("norm_gradient")
 def _norm_gradient(  # noqa: PLR0917
     x: Tensor,
     add: Tensor | None,
@@ -242,8 +258,8 @@ def _backward_norm(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return gx, gadd, gw if ctx.needs_input_grad[2] else None, gb if ctx.needs_input_grad[3] else None, None, None, None, None
 
 
-norm = _eager(_norm, _save_norm, _backward_norm)
-norm_gradient = _once(_norm_gradient)
+norm = _differentiated(_norm, _save_norm, _backward_norm)
+norm_gradient = _gradient(_norm_gradient)
 
 
 # -- the ghost of a ReLU --------------------------------------------------------------------------------------------
@@ -254,13 +270,13 @@ def softens(x: Tensor) -> bool:
     return x.is_contiguous() or is_batch_last(x) or x.is_contiguous(memory_format=torch.channels_last)
 
 
-@torch.library.custom_op("anymask::soft_relu", mutates_args=())
+@_kernel("soft_relu")
 def _soft_relu(x: Tensor, strength: float) -> Tensor:
     """s x sigmoid(x) + (1 - s) relu(x) of finite x that `softens`, with the strength s in [0, 1], in one pass."""
     return _softened(x, None, strength)
 
 
-@torch.library.custom_op("anymask::soft_relu_gradient", mutates_args=())
+@_kernel("soft_relu_gradient")
 def _soft_relu_gradient(x: Tensor, g: Tensor, strength: float) -> Tensor:
     """The gradient of x, for the gradient g of what `soft_relu` gave."""
     return _softened(x, g, strength)
@@ -299,12 +315,12 @@ def _backward_soft(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
     return g * (s * sigmoid * (1 + x * (1 - sigmoid)) + (1 - s) * (x > 0)), None
 
 
-soft_relu = _eager(_soft_relu, _save_soft, _backward_soft)
-soft_relu_gradient = _once(_soft_relu_gradient)
+soft_relu = _differentiated(_soft_relu, _save_soft, _backward_soft)
+soft_relu_gradient = _gradient(_soft_relu_gradient)
 
 
 # -- pools ----------------------------------------------------------------------------------------------------------
-@torch.library.custom_op("anymask::pool", mutates_args=())
+@_kernel("pool")
 def _pool(x: Tensor, size: list[int], window: list[int], mean: bool) -> Tensor:
     """Max or average pool of x (N, C, H, W) to `size` = (OH, OW); `window` is (KH, KW, SH, SW, PH, PW)."""
     out = _empty(x, (*x.shape[:2], *size))
@@ -312,7 +328,7 @@ def _pool(x: Tensor, size: list[int], window: list[int], mean: bool) -> Tensor:
     return out
 
 
-@torch.library.custom_op("anymask::pool_gradient", mutates_args=())
+@_kernel("pool_gradient")
 def _pool_gradient(x: Tensor, y: Tensor, g: Tensor, window: list[int], mean: bool) -> Tensor:
     """The gradient of x."""
     out = _empty(x, x.shape)
@@ -346,5 +362,5 @@ def _backward_pool(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     return pool_gradient(x, y, g, ctx.window, ctx.mean), None, None, None
 
 
-pool = _eager(_pool, _save_pool, _backward_pool)
-pool_gradient = _once(_pool_gradient)
+pool = _differentiated(_pool, _save_pool, _backward_pool)
+pool_gradient = _gradient(_pool_gradient)

@@ -1,6 +1,6 @@
 """Distillation: a trained network says what it thinks of each input, and the sparse one learns from that, too."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from anymask.surgery import logits_of
 from anymask.techniques.base import LATER, Attached, Context, Technique
 
 ASKS = ("always", "once")
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("same", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Distillation(Technique):
         asks: "always", about each batch as the network sees it; or "once", about each image before the first step, mirrored and not,
             but not cropped: a pass over the images or two in place of one in each epoch. Only `fit`, and what is built on it, knows which
             images a batch is of; in other loops the teacher is asked always.
-        precision: "float32", the teacher's own; or "bfloat16", in which it computes under autocast: two to four times as fast where the
-            hardware has it (GPUs, CPUs with AVX512-BF16 or AMX), and slower where not.
+        precision: "same", that of the training; or "bfloat16", in which the teacher computes under autocast: two to four times as fast
+            as in float32 where the hardware has it (GPUs, CPUs with AVX512-BF16 or AMX), and slower where not.
 
     Raises:
         SettingError: for numbers out of their range.
@@ -70,7 +70,7 @@ class Distillation(Technique):
     share: float = 0.7
     temperature: float = 4.0
     asks: str = field(default="always", metadata=LATER)
-    precision: str = field(default="float32", metadata=LATER)
+    precision: str = field(default="same", metadata=LATER)
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
@@ -81,7 +81,8 @@ class Distillation(Technique):
         lookup(dict.fromkeys(PRECISIONS), self.precision, what="precision of a teacher")
 
     def attach(self, context: Context) -> "_Taught":
-        if context.teacher is None or bare(context.teacher) is context.model:
+        teacher = context.teacher.teacher if isinstance(context.teacher, Remembered) else context.teacher
+        if context.teacher is None or teacher is None or bare(teacher) is context.model:
             raise TechniqueError(
                 f"{self.name} got {'no teacher' if context.teacher is None else 'the network itself as its teacher'}",
                 allowed="another, trained network that takes the same inputs and gives the same classes",
@@ -89,41 +90,39 @@ class Distillation(Technique):
             )
         return _Taught(self, context.model, context.teacher.eval())
 
-    def remember(self, teacher: nn.Module, passes: Iterable[Iterable[Tensor]]) -> "Remembered":
-        """What `teacher` says of each sample of each of these passes over the data."""
-        with torch.no_grad():
-            said = [torch.cat([self.say(teacher.eval(), x) for x in batches]) for batches in passes]
-        return Remembered(torch.stack(said), f"a {type(teacher).__name__} of {_size(teacher)}, asked {len(said)} times about each image")
-
     def say(self, teacher: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """The teacher's logits of these inputs, float32 or wider."""
-        device = next(teacher.parameters(), torch.empty(0)).device.type
-        how: AbstractContextManager[Any] = torch.autocast(device, torch.bfloat16) if self.precision == "bfloat16" else nullcontext()
+        how: AbstractContextManager[Any] = nullcontext()
+        if self.precision == "bfloat16":
+            how = torch.autocast(next(teacher.parameters(), torch.empty(0)).device.type, torch.bfloat16)
         with torch.no_grad(), how:
             said = logits_of(teacher(*args, **kwargs))
         return said.to(torch.promote_types(said.dtype, torch.float32))
 
 
 class Remembered(nn.Module):
-    """A teacher that was asked before: it gives the rows of `said` (passes, samples, C, ...) that `look` names, and hears nothing."""
+    """A teacher that is asked about all samples when it is first called, and from then on says what it said of those that `look` names.
 
-    def __init__(self, said: Tensor, about: str) -> None:
+    Args:
+        teacher: a network in eval mode.
+        passes: over the samples, in their order; inputs in batches.
+    """
+
+    def __init__(self, teacher: nn.Module, passes: Sequence[Iterable[Tensor]]) -> None:
         super().__init__()
-        self.said, self.about = said, about
+        self.teacher, self.passes = teacher, passes
+        self.said: Tensor | None = None  # (passes, samples, C, ...)
         self.rows: tuple[Tensor, Tensor] | None = None
 
     def look(self, passes: Tensor, samples: Tensor) -> None:
         """The next batch is of these samples, in these passes: int64 (N,) each."""
         self.rows = passes, samples
 
-    def forward(self, *_: Any, **__: Any) -> Tensor:
+    def forward(self, *_: Any) -> Tensor:
         """What was said of them, (N, C, ...)."""
-        assert self.rows is not None
+        if self.said is None:
+            self.said = torch.stack([torch.cat([logits_of(self.teacher(x)).float() for x in batches]) for batches in self.passes])
         return self.said[self.rows]
-
-
-def _size(teacher: nn.Module) -> str:
-    return f"{sum(p.numel() for p in teacher.parameters()):,} parameters"
 
 
 class _Taught(Attached):
@@ -131,7 +130,9 @@ class _Taught(Attached):
         self.settings, self.teacher, self.strength = settings, teacher, 1.0
         self.seen: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.handle = model.register_forward_pre_hook(self._look, with_kwargs=True)
-        self.found = teacher.about if isinstance(teacher, Remembered) else f"a {type(teacher).__name__} of {_size(teacher)}"
+        once = isinstance(teacher, Remembered)
+        kind, size = type(teacher.teacher if once else teacher).__name__, sum(p.numel() for p in teacher.parameters())
+        self.found = f"a {kind} of {size:,} parameters, asked {'once' if once else 'at each step'}"
 
     def set_strength(self, strength: float) -> None:
         self.strength = strength

@@ -103,7 +103,6 @@ class Run:
         saved = None if self.file is None else checkpoint.load(self.file, device=self.device)
         # Before the recipe: its ghosts would hide which ReLU follows which norm, and LRsI makes the layers dense by itself.
         self._convert(computing.sparse, moves=moves, known=saved.get("sparse") if saved else None)
-        begun = time.monotonic()  # what the recipe does before the first step is a part of what it costs
         self.remembered = _remembered(recipe, teacher, train)
         torch.manual_seed(seed)
         self.recipe = recipe.attach(
@@ -128,7 +127,7 @@ class Run:
         self.seed = seed
         self.spread.draw(seed, self.step)
         self.strengths = self.recipe.strengths
-        self.began = begun - self.progress["seconds"]
+        self.began = time.monotonic() - self.progress["seconds"]
 
     @property
     def step(self) -> int:
@@ -320,11 +319,10 @@ class Run:
 
 
 def _remembered(recipe: Recipe, teacher: nn.Module | None, train: Batches) -> Remembered | None:
-    """The teacher, asked about all images; None where no technique asks once."""
-    asking = [t for t in recipe.techniques if isinstance(t, Distillation) and t.asks == "once"]
-    if teacher is None or not asking:
+    """The teacher, to be asked about the images once; None where no technique wants that."""
+    if teacher is None or not any(isinstance(t, Distillation) and t.asks == "once" for t in recipe.techniques):
         return None
-    return asking[0].remember(teacher, [train.plain(mirrored=mirrored) for mirrored in (False, True)[: 1 + train.mirrors]])
+    return Remembered(teacher, [train.plain(mirrored=mirrored) for mirrored in (False, True)[: 1 + train.mirrors]])
 
 
 def _record(curves: dict[str, Any], values: dict[str, Any]) -> None:

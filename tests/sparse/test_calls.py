@@ -1,0 +1,94 @@
+"""How the operators are called: directly where nobody looks, through PyTorch's dispatcher where somebody does, with the same numbers."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import anymask
+from anymask import prune
+from anymask.errors import TechniqueError
+from anymask.kernels import available
+from anymask.sparse import ops
+
+pytestmark = pytest.mark.skipif(not available(), reason="the native kernels were not built here")
+
+
+def net() -> nn.Sequential:
+    """Sparse: conv, norm + ReLU, pool, conv."""
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 3, 1))
+    anymask.to_sparse(made, prune(made, "random-uniform", sparsity=0.5, seed=0), torch.ones(2, 2, 6, 6), measure=False)
+    return made
+
+
+def called(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output, and the gradients of input and parameters."""
+    model = copy.deepcopy(model)
+    x = x.clone().requires_grad_()
+    out = model(x)
+    out.square().sum().backward()
+    return [out.detach(), x.grad, *(p.grad for p in model.parameters())]
+
+
+class Seeing(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_both_ways_give_the_same_bits_and_whoever_looks_sees_the_operators() -> None:
+    model, x = net(), torch.randn(5, 2, 6, 6)
+    direct = called(model, x)
+    with Seeing() as seeing:
+        seen = called(model, x)
+    with profile() as profiled:
+        again = called(model, x)
+    for other in (seen, again):
+        assert all(torch.equal(a, b) for a, b in zip(direct, other, strict=True))
+    names = {"conv", "conv_input_gradient", "conv_weight_gradient", "norm", "norm_gradient", "pool", "pool_gradient"}
+    assert {f"anymask.{name}.default" for name in names} <= seeing.names
+    assert {"anymask::conv_input_gradient", "anymask::norm_gradient", "anymask::pool_gradient"} <= {e.key for e in profiled.key_averages()}
+
+
+def test_autograds_nodes_have_names() -> None:
+    assert net()(torch.randn(2, 2, 6, 6)).grad_fn.name() == "anymask_convBackward"
+
+
+def test_second_derivatives_are_refused_on_the_direct_way() -> None:
+    x = torch.randn(2, 2, 6, 6, requires_grad=True)
+    (g,) = torch.autograd.grad(net()(x).square().sum(), x, create_graph=True)
+    with pytest.raises(TechniqueError, match="differentiated twice"):
+        g.sum().backward()
+
+
+def test_batched_gradients_and_vmap_over_weights() -> None:
+    model, x = net(), torch.randn(2, 2, 6, 6)
+    y = model(x).flatten()
+    rows = torch.autograd.grad(y, list(model.parameters()), torch.eye(len(y)), is_grads_batched=True, retain_graph=True)
+    for k in (0, len(y) - 1):
+        for row, right in zip(rows, torch.autograd.grad(y[k], list(model.parameters()), retain_graph=True), strict=True):
+            torch.testing.assert_close(row[k], right)
+    conv = model[4]
+    inputs, many = torch.randn(2, 4, 3, 3), torch.randn(3, len(conv.weight))
+    together = torch.func.vmap(lambda w: ops.conv(inputs, w, None, conv.gather.handle))(many)
+    torch.testing.assert_close(together[1], ops.conv(inputs, many[1], None, conv.gather.handle))
+
+
+def test_shapes_are_known_on_meta_and_a_trace_can_be_saved() -> None:
+    model = net().eval()
+    x = torch.randn(2, 2, 6, 6)
+    assert copy.deepcopy(model).to("meta")(x.to("meta")).shape == (2, 3, 3, 3)
+    graph = torch.fx.experimental.proxy_tensor.make_fx(model)(x).graph
+    assert torch.ops.anymask.conv.default in {node.target for node in graph.nodes}
+    buffer = io.BytesIO()
+    torch.export.save(torch.export.export(model, (x,)), buffer)
+    assert buffer.getvalue()
