@@ -81,7 +81,7 @@ def best_short() -> str:
 
 
 def best_costs() -> str:
-    """One sentence: what a training of each recipe takes, beside the default one of the same mask and seed."""
+    """What a training of each recipe takes, beside the default one of the same mask and seed."""
     seconds: dict[str, list[float]] = {}
     by = {_key(row): row["time"]["seconds"] for row in ledger("best")}
     for (recipe, *cell), took in by.items():
@@ -90,7 +90,31 @@ def best_costs() -> str:
     found = ", ".join(
         f"`{recipe}` {median(ratios):.2f} times ({len(ratios)} pairs)" for recipe, ratios in seconds.items() if len(ratios) > 4
     )
-    return f"A training takes, against the default one of the same mask and seed, by the median: {found}.\n"
+    return f"A training takes, against the default one of the same mask and seed, by the median: {found}.{_with_teachers(by)}\n"
+
+
+def _with_teachers(by: Mapping[tuple[Any, ...], float]) -> str:
+    """A sentence: the same of `best-slow` with the teacher of each seed, where that was trained meanwhile."""
+    ratios: dict[tuple[int, int], float] = {}
+    rows = [row for row in ledger("best") if row["settings"]["recipe"] == "best-slow"]
+    for (model, epochs, sparsity, seed), beside in _grouped(rows, "model", "epochs", "sparsity", "seed").items():
+        teacher = sum(row["time"].get("teacher_seconds", 0) for row in beside)
+        masks = [row["settings"]["mask"] for row in beside]
+        if teacher > 1 and all(("default", model, epochs, mask, sparsity, seed) in by for mask in masks):
+            plain = sum(by["default", model, epochs, mask, sparsity, seed] for mask in masks)
+            ratios[seed, len(masks)] = (sum(row["time"]["seconds"] for row in beside) + teacher) / plain
+    if not ratios:
+        return ""
+    shared = " or ".join(sorted({f"{masks}" for _, masks in ratios}))
+    seeds = f"{len(ratios)} seed{'s'[: len(ratios) > 1]}"
+    return f" With its teacher, one for the {shared} masks of a seed, `best-slow` takes {median(ratios.values()):.2f} times ({seeds})."
+
+
+def _grouped(rows: Rows, *names: str) -> dict[tuple[Any, ...], Rows]:
+    found: dict[tuple[Any, ...], Rows] = {}
+    for row in rows:
+        found.setdefault(tuple(row["settings"][name] for name in names), []).append(row)
+    return found
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
