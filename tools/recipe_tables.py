@@ -122,6 +122,26 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return s["recipe"], *_cell(row), s["seed"]
 
 
+def ticket() -> str:
+    """What the diagnostics say of `best` on a lottery ticket and on a random mask: results/ticket."""
+    head = [
+        "mask",
+        "recipe",
+        "test accuracy, %",
+        "training loss",
+        "signs flipped since the start, %",
+        "distance from the start / size there",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in named(ledger("ticket")):
+        s, curves = row["settings"], row["curves"]
+        seen = curves["diagnostics"]
+        cells = [s["mask"], s["recipe"], f"{100 * row['accuracy']['test']:.2f}", f"{curves['train_loss'][-1]:.2f}"]
+        cells += [f"{100 * seen['sign_flips_from_start'][-1]:.0f}", f"{seen['distance_overall'][-1]:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 # -- the screen ----------------------------------------------------------------------------------------------------------
 def screen_defaults() -> str:
     """One sentence: where `default` ends, to which the differences are."""
@@ -233,5 +253,6 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "best-table": best,
     "best-short": best_short,
     "best-costs": best_costs,
+    "ticket": ticket,
     **{f"alone-{name.replace('_', '-')}": alone(name) for name in TECHNIQUES},
 }
