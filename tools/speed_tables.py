@@ -324,6 +324,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "training-machine": made_on("training"),
     "training-plot": part("training", lambda _: "![Speedup of a training step against sparsity](figures/training.svg)\n"),
     "training-speed": part("training", training),
+    "training-before": part("training-2026-11-24", training),
+    "training-before-dense": part("training-2026-11-24", training_dense),
     "training-dense": part("training", training_dense),
     "training-limit": part("training", training_limit),
     "training-where": part("training", training_where),
