@@ -135,11 +135,11 @@ def test_bias_addition_and_relu_at_the_end():
 @given(
     size=st.integers(1, 9000),
     offset=st.sampled_from([0.0, 1e3]),
-    how=st.tuples(*[st.booleans()] * 3),
+    how=st.tuples(*[st.booleans()] * 3, st.sampled_from([0.0, 0.3, 1.0])),
     seed=st.integers(0, 99),
 )
 def test_batch_norm_and_its_gradient(isa, size, offset, how, seed):
-    relu, given_stats, adds = how
+    relu, given_stats, adds, soft = how
     size += 100 if offset else 8  # so that the variance is well above what float32 knows of the mean
     native.library().am_use(isa.encode())
     rng = np.random.default_rng(seed)
@@ -147,7 +147,7 @@ def test_batch_norm_and_its_gradient(isa, size, offset, how, seed):
     weight, bias, mean, var = (rng.random(3).astype(np.float32) + 0.5 for _ in range(4))
     mean += np.float32(offset)
     y, g = np.empty_like(x), rng.standard_normal(x.shape).astype(np.float32)
-    ours = native.Norm(weight, bias, mean.copy(), var.copy(), eps=1e-5, relu=relu, given=given_stats, threads=2)
+    ours = native.Norm(weight, bias, mean.copy(), var.copy(), eps=1e-5, relu=relu, soft=soft if relu else 0.0, given=given_stats, threads=2)
     add = rng.standard_normal(x.shape).astype(np.float32) if adds else None
     ours.forward(x, y, add=add)
     out = np.empty_like(x), np.empty_like(x) if adds else None, np.empty(3, np.float32), np.empty(3, np.float32)
@@ -160,7 +160,9 @@ def test_batch_norm_and_its_gradient(isa, size, offset, how, seed):
     ta = None if add is None else torch.tensor(add.T, dtype=torch.float64, requires_grad=True)
     if ta is not None:
         ty = ty + ta
-    if relu:
+    if relu and soft:
+        ty = soft * F.silu(ty) + (1 - soft) * F.relu(ty)
+    elif relu:
         ty = ty * torch.tensor(y.T > 0)  # the sign of what rounds to 0 is a matter of rounding
     ty.backward(torch.tensor(g.T).double())
     scale = 1.0 if offset == 0 else 30.0  # float32 knows 1,000.0 to 6e-5

@@ -16,6 +16,8 @@ from anymask import prune
 from anymask.errors import SettingError
 from anymask.kernels import available
 from anymask.prunables import compact
+from anymask.sparse import ops
+from anymask.techniques import Context, GhostActivation
 from tests.sparse.test_converting import made, sgd, steps
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native kernels were not built here (no C compiler)")
@@ -111,3 +113,38 @@ def test_memory_is_kept_in_huge_pages_only_where_it_is_asked_for():
         env = {**os.environ, "ANYMASK_MALLOC": setting}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == str(expected)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.3, 0.0])
+def test_a_norm_takes_a_ghost_activation_along_while_nobody_else_looks(strength):
+    model, mask, x, y = made("resnet20")
+    dense = copy.deepcopy(model)
+    anymask.to_sparse(model, mask, x, measure=False)
+    ghosts = [GhostActivation().attach(Context(net, None, F.cross_entropy, example=x)) for net in (model, dense)]
+    for ghost in ghosts:
+        ghost.set_strength(strength)
+    called = []
+
+    def trained(net):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("norm", "soft_relu"):
+                real = getattr(ops, name)
+                patch.setattr(ops, name, lambda *args, name=name, real=real: (called.append(name), real(*args))[1])
+            net.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+        return [compact(net)[n].scatter(p.grad) if n in compact(net) else p.grad for n, p in net.named_parameters()]
+
+    right = [g * mask[n] if n in mask else g for (n, _), g in zip(dense.named_parameters(), trained(dense), strict=True)]
+    assert called.count("soft_relu") == (19 if strength else 0)  # one by one in a dense network
+    called.clear()
+    fused = trained(model)
+    assert called.count("norm") >= 19
+    assert "soft_relu" not in called
+    handles = [m.register_forward_hook(lambda *_: None) for m in model.modules() if isinstance(m, nn.ReLU)]
+    seen = trained(model)
+    assert ("soft_relu" in called) == (strength > 0)
+    for handle in handles:
+        handle.remove()
+    for ours, hooked, theirs in zip(fused, seen, right, strict=True):
+        torch.testing.assert_close(ours, hooked, atol=1e-5, rtol=1e-3)
+        assert (ours - theirs).abs().max() <= 1e-3 * max(1e-2, theirs.abs().max())

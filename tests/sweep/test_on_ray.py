@@ -76,12 +76,12 @@ def raylet(node: Any) -> int:
 
 def until(found: Callable[[], Any]) -> Any:
     """What `found` gives as soon as that is something."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while time.monotonic() < end:
         if result := found():
             return result
         time.sleep(0.005)
-    raise AssertionError("in 20 seconds it did not come to that")
+    raise AssertionError("in 60 seconds it did not come to that")
 
 
 @contextmanager

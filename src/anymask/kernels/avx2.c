@@ -13,9 +13,9 @@ static inline __attribute__((always_inline)) void reduce4(const vf8 *a, float *t
 }
 #define STREAM(p, v) _mm256_stream_ps(p, (__m256)(v))
 #include "gather.inc"
+#include "soft.inc"
 #include "norm.inc"
 #include "pool.inc"
-#include "soft.inc"
 const am_isa am_avx2 = {"avx2", V, NAME(gather), NAME(dot), NAME(norm), NAME(norm_back), NAME(pool), NAME(pool_back), NAME(soften)};
 #else
 typedef int am_empty;

@@ -17,9 +17,9 @@ static inline __attribute__((always_inline)) void reduce4(const vf16 *a, float *
 }
 #define STREAM(p, v) _mm512_stream_ps(p, (__m512)(v))
 #include "gather.inc"
+#include "soft.inc"
 #include "norm.inc"
 #include "pool.inc"
-#include "soft.inc"
 const am_isa am_avx512 = {"avx512", V, NAME(gather), NAME(dot), NAME(norm), NAME(norm_back), NAME(pool), NAME(pool_back), NAME(soften)};
 #else
 typedef int am_empty;

@@ -59,13 +59,13 @@ int am_gather(const am_job *j, const float *src, const float *val, const float *
 int am_dot(const am_job *j, const float *src, const float *g, float *grad, int threads) { return chosen->dot(j, src, g, grad, threads); }
 
 int am_norm(int64_t channels, int64_t size, const float *x, const float *add, const float *weight, const float *bias, float eps, int relu,
-            int use_stats, float *mean, float *var, float *y, int threads) {
-  return chosen->norm(channels, size, x, add, weight, bias, eps, relu, use_stats, mean, var, y, threads);
+            float soft, int use_stats, float *mean, float *var, float *y, int threads) {
+  return chosen->norm(channels, size, x, add, weight, bias, eps, relu, soft, use_stats, mean, var, y, threads);
 }
 
 int am_norm_back(int64_t channels, int64_t size, const float *x, const float *add, const float *g, const float *weight, const float *bias, const float *mean,
-                 const float *var, float eps, int relu, int use_stats, float *gx, float *gadd, float *gweight, float *gbias, int threads) {
-  return chosen->norm_back(channels, size, x, add, g, weight, bias, mean, var, eps, relu, use_stats, gx, gadd, gweight, gbias, threads);
+                 const float *var, float eps, int relu, float soft, int use_stats, float *gx, float *gadd, float *gweight, float *gbias, int threads) {
+  return chosen->norm_back(channels, size, x, add, g, weight, bias, mean, var, eps, relu, soft, use_stats, gx, gadd, gweight, gbias, threads);
 }
 
 int am_pooling(const am_pool *p, const float *x, float *y, int threads) { return chosen->pool(p, x, y, threads); }

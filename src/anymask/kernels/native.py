@@ -46,8 +46,8 @@ def library() -> Any:
     loaded.am_use.restype, loaded.am_use.argtypes = ctypes.c_char_p, [ctypes.c_char_p]
     loaded.am_gather.argtypes = [_POINTER] * 5 + [_C_INT, _POINTER, _C_INT]
     loaded.am_dot.argtypes = [_POINTER] * 4 + [_C_INT]
-    loaded.am_norm.argtypes = [*[_INT] * 2, *[_POINTER] * 4, _C_FLOAT, *[_C_INT] * 2, *[_POINTER] * 3, _C_INT]
-    loaded.am_norm_back.argtypes = [*[_INT] * 2, *[_POINTER] * 7, _C_FLOAT, *[_C_INT] * 2, *[_POINTER] * 4, _C_INT]
+    loaded.am_norm.argtypes = [*[_INT] * 2, *[_POINTER] * 4, _C_FLOAT, _C_INT, _C_FLOAT, _C_INT, *[_POINTER] * 3, _C_INT]
+    loaded.am_norm_back.argtypes = [*[_INT] * 2, *[_POINTER] * 7, _C_FLOAT, _C_INT, _C_FLOAT, _C_INT, *[_POINTER] * 4, _C_INT]
     wanted = os.environ.get("ANYMASK_ISA")
     if loaded.am_use(wanted.encode() if wanted else None) is None:
         raise SettingError(f"ANYMASK_ISA is {wanted!r}", allowed="avx512, avx2 or portable, as far as this machine has it", fix="unset it")
@@ -271,6 +271,7 @@ class Norm:
     Args:
         weight: (C,), or None for 1; so is bias, for 0.
         mean: (C,), written by `forward` unless it is `given`; so is var, the biased variance.
+        soft: above 0 the ReLU is its ghost of that strength, as `soften` has it.
     """
 
     weight: Floats | None
@@ -281,11 +282,12 @@ class Norm:
     relu: bool
     given: bool
     threads: int
+    soft: float = 0.0
 
     def forward(self, x: Floats, out: Floats, *, add: Floats | None = None) -> None:
         """x, and what is added before the ReLU, into out."""
         self._check(x, x, add, out)
-        last = (self.eps, int(self.relu), int(self.given), self.mean, self.var, out, self.threads)
+        last = (self.eps, int(self.relu), self.soft, int(self.given), self.mean, self.var, out, self.threads)
         _call(library().am_norm, len(x), x.size // len(x), x, add, self.weight, self.bias, *last)
 
     def gradient(self, x: Floats, g: Floats, out: tuple[Floats | None, ...], *, add: Floats | None = None) -> None:
@@ -294,7 +296,7 @@ class Norm:
         self._check(x, add, g, gx, gadd)
         for vector in of_channels:
             _check("the gradient", vector, (len(x),))
-        last = (self.eps, int(self.relu), int(self.given), *out, self.threads)
+        last = (self.eps, int(self.relu), self.soft, int(self.given), *out, self.threads)
         _call(library().am_norm_back, len(x), x.size // len(x), x, add, g, self.weight, self.bias, self.mean, self.var, *last)
 
     def _check(self, x: Floats, *others: Floats | None) -> None:

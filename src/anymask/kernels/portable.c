@@ -7,7 +7,7 @@ static inline __attribute__((always_inline)) void reduce4(const vf4 *a, float *t
 }
 #define STREAM(p, v) store(p, v)
 #include "gather.inc"
+#include "soft.inc"
 #include "norm.inc"
 #include "pool.inc"
-#include "soft.inc"
 const am_isa am_portable = {"portable", V, NAME(gather), NAME(dot), NAME(norm), NAME(norm_back), NAME(pool), NAME(pool_back), NAME(soften)};

@@ -82,20 +82,20 @@ class BatchLastNorm2d(BatchLast, nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) to the same."""
-        return self.normed(input, None, relu=self.fuses(input)) if ops.is_batch_last(input) else super().forward(input)
+        return self.normed(input, None, soft=self.fuses(input)) if ops.is_batch_last(input) else super().forward(input)
 
-    def normed(self, input: Tensor, add: Tensor | None, *, relu: bool) -> Tensor:
-        """The norm of a batch-last tensor, plus `add`, then a ReLU if asked."""
+    def normed(self, input: Tensor, add: Tensor | None, *, soft: float | None) -> Tensor:
+        """The norm of a batch-last tensor, plus `add`, then a ReLU as soft as asked (0: a plain one; None: none)."""
         batch = self.training or self.running_mean is None
         given = (None, None) if batch else (self.running_mean, self.running_var)
-        y, mean, var = ops.norm(input, add, self.weight, self.bias, *given, self.eps, relu)
+        y, mean, var = ops.norm(input, add, self.weight, self.bias, *given, self.eps, soft is not None, soft or 0.0)
         if self.training and self.track_running_stats:
             self._track(mean, var, input.numel() // input.shape[1])
         return y
 
-    def fuses(self, input: Tensor) -> bool:
-        """Whether the ReLU is done here for this input."""
-        return bool(self.relu) and ops.is_batch_last(input) and not _hooked(self) and not _hooked(self.relu[0])
+    def fuses(self, input: Tensor) -> float | None:
+        """How soft the ReLU is that is done here for this input; None where it is not done here."""
+        return _softness(self.relu[0], input) if self.relu and ops.is_batch_last(input) and not _hooked(self) else None
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
@@ -115,7 +115,8 @@ class FusedSum:
         """As the module's own."""
         norm: Any = self.body[-1] if isinstance(self.body, nn.Sequential) and len(self.body) else None
         fits = isinstance(norm, BatchLastNorm2d) and not norm.relu and type(self.act) in {nn.ReLU, nn.Identity}
-        if norm is None or not fits or any(_hooked(module) for module in (self.body, norm, self.act)):
+        soft = _softness(self.act, x)
+        if norm is None or not fits or soft is None or _hooked(self.body) or _hooked(norm):
             return super().forward(x)  # type: ignore[misc]
         inner = x
         for layer in self.body[:-1]:
@@ -123,7 +124,7 @@ class FusedSum:
         other = self.shortcut(x)
         if not ops.is_batch_last(inner) or other.shape != inner.shape or other.dtype != inner.dtype:
             return self.act(norm(inner) + other)
-        return norm.normed(inner, other, relu=type(self.act) is nn.ReLU)
+        return norm.normed(inner, other, soft=soft if type(self.act) is nn.ReLU else None)
 
     def __reduce__(self) -> Any:  # the class has no name by which pickle could find it
         return _new_sum, (type(self).__mro__[2],), self.__dict__
@@ -148,7 +149,7 @@ class FusedReLU(nn.ReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """Any shape to the same."""
-        return input if self.norm[0].fuses(input) else super().forward(input)
+        return super().forward(input) if self.norm[0].fuses(input) is None else input
 
 
 class BatchLastMaxPool2d(BatchLast, nn.MaxPool2d):
@@ -194,6 +195,25 @@ def _pool_size(n: int, kernel: int, stride: int, padding: int, *, ceil: bool) ->
 
 def _pair(value: Any) -> tuple[int, int]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+
+
+class Softens:
+    """Who hooks into a ReLU and does no more than make it soft, so that the norm before it may do that, too."""
+
+    def softness(self) -> float | None:
+        """The strength of `ops.soft_relu` that does the same; None where it does not."""
+        raise NotImplementedError
+
+
+def _softness(relu: nn.Module, x: Tensor) -> float | None:
+    """How soft `relu` is on a tensor like `x`: 0 where nobody hooks into it, None where what it gives is only known by calling it."""
+    if not _hooked(relu):
+        return 0.0
+    if not ops.softens(x) or relu._backward_hooks or relu._backward_pre_hooks or nn.modules.module._has_any_global_hook():
+        return None
+    who = {getattr(hook, "__self__", None) for hook in (*relu._forward_pre_hooks.values(), *relu._forward_hooks.values())}
+    softener = next(iter(who), None)
+    return softener.softness() if isinstance(softener, Softens) and len(who) == 1 else None
 
 
 def _hooked(module: nn.Module) -> bool:

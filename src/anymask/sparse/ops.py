@@ -197,15 +197,17 @@ def _norm(  # noqa: PLR0917  an operator's arguments are a list
     var: Tensor | None,
     eps: float,
     relu: bool,
+    soft: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch norm of x (N, C, H, W), plus `add` of its shape, then ReLU if asked. Gives (y, mean, var).
+    """Batch norm of x (N, C, H, W), plus `add` of its shape, then if asked ReLU, as soft as `soft` says. Gives (y, mean, var).
 
     The statistics are those of the batch where mean and var are None.
     """
     given = mean is not None
     y = _empty(x, x.shape)
     mean, var = (t.clone() if t is not None else x.new_empty(x.shape[1]) for t in (mean, var))
-    how = native.Norm(_array(weight), _array(bias), _array(mean), _array(var), eps=eps, relu=relu, given=given, threads=_threads())
+    kind: dict[str, Any] = {"eps": eps, "relu": relu, "soft": soft, "given": given}
+    how = native.Norm(_array(weight), _array(bias), _array(mean), _array(var), threads=_threads(), **kind)
     how.forward(_array(batch_last(x)), _into(y), add=None if add is None else _array(batch_last(add)))
     return y, mean, var
 
@@ -221,11 +223,13 @@ def _norm_gradient(  # noqa: PLR0917
     var: Tensor,
     eps: float,
     relu: bool,
+    soft: float,
     given: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, add, weight and bias; g is that of what `norm` gave. That of add is empty where it is none, or g itself."""
-    gx, gadd, gweight, gbias = _fake_norm_gradient(x, add, g, weight, bias, mean, var, eps, relu, given)
-    how = native.Norm(_array(weight), _array(bias), _array(mean), _array(var), eps=eps, relu=relu, given=given, threads=_threads())
+    gx, gadd, gweight, gbias = _fake_norm_gradient(x, add, g, weight, bias, mean, var, eps, relu, soft, given)
+    kind: dict[str, Any] = {"eps": eps, "relu": relu, "soft": soft, "given": given}
+    how = native.Norm(_array(weight), _array(bias), _array(mean), _array(var), threads=_threads(), **kind)
     more = None if add is None else _array(batch_last(add))
     out = (_into(gx), _into(gadd) if gadd.numel() else None, _array(gweight), _array(gbias))
     how.gradient(_array(batch_last(x)), _array(batch_last(g)), out, add=more)
@@ -239,13 +243,13 @@ def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @_norm_gradient.register_fake
 def _fake_norm_gradient(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, add, *_, relu, _given = args
+    x, add, *_, relu, _soft, _given = args
     gadd = _empty(x, x.shape) if add is not None and relu else x.new_empty(0)
     return _empty(x, x.shape), gadd, x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
 
 
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, add, weight, bias, mean, _, ctx.eps, ctx.relu = inputs
+    x, add, weight, bias, mean, _, ctx.eps, ctx.relu, ctx.soft = inputs
     ctx.given, ctx.adds = mean is not None, add is not None
     ctx.save_for_backward(x, add if ctx.relu else None, weight, bias, output[1], output[2])
     ctx.mark_non_differentiable(output[1], output[2])
@@ -253,9 +257,9 @@ def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, 
 
 def _backward_norm(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     x, add, weight, bias, mean, var = ctx.saved_tensors
-    gx, gadd, gw, gb = norm_gradient(x, add, g, weight, bias, mean, var, ctx.eps, ctx.relu, ctx.given)
+    gx, gadd, gw, gb = norm_gradient(x, add, g, weight, bias, mean, var, ctx.eps, ctx.relu, ctx.soft, ctx.given)
     gadd = (gadd if add is not None else g) if ctx.adds else None
-    return gx, gadd, gw if ctx.needs_input_grad[2] else None, gb if ctx.needs_input_grad[3] else None, None, None, None, None
+    return gx, gadd, gw if ctx.needs_input_grad[2] else None, gb if ctx.needs_input_grad[3] else None, *[None] * 5
 
 
 norm = _differentiated(_norm, _save_norm, _backward_norm)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from anymask.errors import SettingError, TechniqueError
 from anymask.prunables import bare
 from anymask.registry import lookup
-from anymask.sparse import ops
+from anymask.sparse import layers, ops
 from anymask.surgery import evaluating, run
 from anymask.techniques.base import AttachedGhosts, Context, Ghost, Technique, device_of
 
@@ -207,7 +207,7 @@ class _Tracing(TorchFunctionMode):
 
 
 # -- the ghost -----------------------------------------------------------------------------------------------------
-class _SoftReLU(Ghost):
+class _SoftReLU(Ghost, layers.Softens):
     """What each ReLU gives instead, while one of the modules that call them runs."""
 
     def __init__(self, settings: GhostActivation, *, device: torch.device) -> None:
@@ -241,9 +241,13 @@ class _SoftReLU(Ghost):
             _withdraw(self.modes[-1])
             self.modes.pop()
 
+    def softness(self) -> float | None:
+        """For a norm that takes its ReLU along."""
+        return float(self.strength) if self.silu else None
+
     def soften(self, x: Tensor, *, capped: bool) -> Tensor:
         """`x` (any shape) through a ReLU as soft as the strength says."""
-        if self.silu and not capped and ops.softens(x) and (level := float(self.strength)) > 0:
+        if not capped and ops.softens(x) and (level := self.softness()):
             return ops.soft_relu(x, level)
         # Operators, which the mode of a module around this one does not take for a ReLU of its own.
         out = torch.ops.aten.hardtanh.default(x, 0.0, 6.0) if capped else torch.ops.aten.relu.default(x)
