@@ -74,6 +74,11 @@ class RunningRecipe:
         """The strength of each technique that fades, at this step."""
         return dict(self._strengths)
 
+    @property
+    def looks(self) -> bool:
+        """Whether a technique has to see the next forward pass, so that the model itself has to be called, not a compiled one."""
+        return any(attached.looks for _, attached in self._live.values())
+
     def strength(self, technique: Technique, step: int) -> float:
         """The strength, in [0, 1], of `technique` at optimiser step `step`."""
         return technique.schedule.strength(step, total=self.total_steps, per_epoch=self.per_epoch)

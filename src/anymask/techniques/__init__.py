@@ -12,6 +12,7 @@ from anymask.techniques.ham import HAM
 from anymask.techniques.isometry_init import IsometryInit
 from anymask.techniques.label_smoothing import LabelSmoothing
 from anymask.techniques.lrsi import LRsI
+from anymask.techniques.preconditioning import Preconditioning
 from anymask.techniques.rescale import RescaleSettings
 from anymask.techniques.sam import SAM
 from anymask.techniques.sign_in import SignIn
@@ -28,6 +29,7 @@ TECHNIQUES: dict[str, type[Technique]] = {
     "ham": HAM,
     "sign_in": SignIn,
     "gradient_correction": GradientCorrection,
+    "preconditioning": Preconditioning,
     "sam": SAM,
     "averaging": Averaging,
 }
@@ -49,6 +51,7 @@ __all__ = [
     "LRsI",
     "LabelSmoothing",
     "Loss",
+    "Preconditioning",
     "RescaleSettings",
     "SignIn",
     "Technique",

@@ -86,6 +86,11 @@ class Attached:
     found: str = ""  # what it applies to, for people
     added: Cost = Cost()  # what it adds while it is there
 
+    @property
+    def looks(self) -> bool:
+        """Whether its hooks have to see the next forward pass, which therefore must not be a compiled one."""
+        return False
+
     def set_strength(self, strength: float) -> None:
         """Set the strength, in [0, 1]; at 0 the network computes what the plain one does, bit for bit."""
 

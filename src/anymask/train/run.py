@@ -149,7 +149,8 @@ class Run:
         x, y, weight = self.spread.part(x, y)
         with self.spread.adding(last=last):
             with self.autocast():
-                loss = self.recipe.loss(self.forward(x), y) * weight
+                forward = self.spread.network if self.recipe.looks else self.forward
+                loss = self.recipe.loss(forward(x), y) * weight
             self.loss += loss.detach()
             self.scaler.scale(loss / self.protocol.accumulate).backward()
 

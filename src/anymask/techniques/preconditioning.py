@@ -1,0 +1,310 @@
+"""Preconditioning: each neuron's gradient times the inverse root of the covariance of the few inputs that it keeps."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anymask.errors import SettingError, TechniqueError
+from anymask.holding import held
+from anymask.prunables import bare, compact
+from anymask.ranks import from_rank
+from anymask.schedules import Schedule
+from anymask.surgery import CONVS
+from anymask.techniques.base import Attached, Context, Technique
+
+_LEAST = 1e-12  # of a mean variance: inputs that are constant have none
+
+
+@dataclass(frozen=True)
+class Preconditioning(Technique):
+    r"""Before each step of the optimiser, the gradient g of the kept incoming weights of each neuron becomes
+
+        (C / v + damping) ** -power  g
+
+    with C the covariance (k, k) of the k inputs that the neuron keeps, over images and places, and v its mean variance. Then each layer's
+    gradient gets the norm that it had, so that learning rates mean what they did.
+
+    Inputs behind a ReLU go up and down together, and gradient descent is slow along all directions but that one. Dense networks can only
+    undo this for whole layers, by large matrices; a sparse neuron has so few inputs that its own small matrix is cheap. C is taken from
+    `samples` places of the batch every `every` steps, as a moving average.
+
+    It costs that look and, at each step, a product with each matrix. A neuron of more than `block` kept inputs gets a matrix
+    for each `block` of them, which lie together, so there is memory for no more than `block` floats a kept weight, twice.
+
+    Convolutions and linear layers of a mask whose own forward runs are preconditioned; transposed ones, recurrent ones and the
+    projections of nn.MultiheadAttention are left as they are. A mask that moves is followed: its new matrices come with the next look.
+
+    Args:
+        power: in (0, 1]; 1 is the natural gradient's for the inputs.
+        damping: of C's mean variance, > 0; the larger, the nearer to the plain gradient.
+        every: steps between looks, >= 1.
+        samples: places of a look, >= 2.
+        decay: share of the old C in the new one, in [0, 1).
+        block: largest size of a matrix, >= 1.
+
+    Raises:
+        TechniqueError: on attach, when there is no mask, no such layer in it, or a model that fully_shard has cut; in the first step,
+            when none of them has run as a module, or only under torch.compile (see `RunningRecipe.looks`).
+
+    Example:
+        >>> import torch, anymask
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> mask = anymask.Mask({"weight": torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])})
+        >>> held, recipe = anymask.hold(mask, model, optimizer), anymask.Recipe((Preconditioning(),))
+        >>> recipe.attach(model, optimizer, total_steps=1).found["preconditioning"]
+        '1 of 1 masked weights, 2 matrices of up to 2 x 2'
+
+    Reference: the inputs' half of K-FAC (arXiv 1503.05671), which alone does most of the work (FOOF, arXiv 2201.12250); by neuron it is the
+    unit-wise natural gradient (arXiv 1303.0818). Ours: on kept inputs alone; the power, blocks and the norm of the layer.
+    """
+
+    name: ClassVar[str] = "preconditioning"
+    seam: ClassVar[str] = "step"
+    about: ClassVar[str] = "gradients times the inverse root of the covariance of each neuron's kept inputs"
+    paper: ClassVar[str] = "arXiv 2201.12250"
+    depth: ClassVar[int] = 4  # of the gradients as `gradient_correction` leaves them
+
+    schedule: Schedule = field(default_factory=lambda: Schedule("step", full="100%", end="100%"))
+    power: float = 0.5
+    damping: float = 0.1
+    every: int = 50
+    samples: int = 1024
+    decay: float = 0.8
+    block: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0 < self.power <= 1:
+            raise SettingError(f"power came as {self.power}", allowed="a number in (0, 1]", fix="0.5 is the default")
+        if not 0 < self.damping < float("inf"):
+            raise SettingError(f"damping came as {self.damping}", allowed="a finite number > 0", fix="0.1 is the default")
+        for name, least in (("every", 1), ("samples", 2), ("block", 1)):
+            if (value := getattr(self, name)) < least:
+                raise SettingError(f"{name} came as {value}", allowed=f"a whole number >= {least}", fix="leave it out for the default")
+        if not 0 <= self.decay < 1:
+            raise SettingError(f"decay came as {self.decay}", allowed="a number in [0, 1)", fix="0.8 is the default")
+
+    def attach(self, context: Context) -> "_Preconditioning":
+        model, mask = bare(context.model), context.needs_mask(self.name)
+        weights = context.masked_weights(self.name)
+        if any(hasattr(p, "to_local") for p in weights.values()):
+            raise TechniqueError(
+                f"{self.name} on {type(model).__name__}, whose parameters are cut by fully_shard",
+                allowed="a model that is whole on each rank: a neuron needs all of its weights",
+                fix=f"leave {self.name} out of the recipe",
+            )
+        modules = dict(model.named_modules())
+        layers = {name: modules[name.rpartition(".")[0]] for name in weights if name.rpartition(".")[2] == "weight"}
+        layers = {name: m for name, m in layers.items() if isinstance(m, (*CONVS, nn.Linear)) and mask[name].any()}
+        if not layers:
+            raise self.nothing("a masked convolution or linear layer", model, fix="give the mask of such layers")
+        return _Preconditioning(self, context, layers, total=len(weights))
+
+
+class _Preconditioning(Attached):
+    def __init__(self, settings: Preconditioning, context: Context, layers: dict[str, Any], *, total: int) -> None:
+        self._settings, self._context, self._layers = settings, context, layers
+        self._strength, self._step, self._mask = 1.0, context.start, context.needs_mask(settings.name)
+        self._places = {name: self._place(name) for name in layers}
+        self._seen: dict[str, Tensor] = {}  # covariances of this step's look
+        self._covariances: dict[str, Tensor] = {}
+        self._matrices: dict[str, Tensor] = {}
+        places = self._places.values()
+        width = max(p.width for p in places)
+        self.found = f"{len(layers)} of {total} masked weights, {sum(p.blocks for p in places)} matrices of up to {width} x {width}"
+        self._handles = [
+            layer.register_forward_pre_hook(lambda _layer, args, name=name: self._look(name, args)) for name, layer in layers.items()
+        ]
+
+    def set_strength(self, strength: float) -> None:
+        self._strength = strength
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self._step, **{f"covariance.{name}": c for name, c in self._covariances.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._step = state["step"]
+        for name, places in self._places.items():
+            given = state.get(f"covariance.{name}")
+            if given is not None and tuple(given.shape) == (places.blocks, places.width, places.width):
+                self._covariances[name] = given.to(self._layers[name].weight.device)
+                self._matrices[name] = self._matrix(name)
+
+    # -- the look
+    @torch.no_grad()
+    def _look(self, name: str, args: tuple[Any, ...]) -> None:
+        """Notes the covariances of what goes into a layer, where this step looks and did not yet."""
+        if torch.compiler.is_compiling() or not self.looks or name in self._seen or not self._layers[name].training or not args:
+            return
+        self._follow()
+        seed = (self._context.seed * 1_000_003 + self._step) * 10_007 + list(self._layers).index(name)
+        draws = torch.Generator().manual_seed(seed % 2**63)
+        x = args[0].detach()
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        rows = inputs_of(self._layers[name], x, samples=self._settings.samples, draws=draws)
+        self._seen[name] = self._places[name].covariances(rows)
+
+    @property
+    def looks(self) -> bool:
+        return self._strength > 0 and self._step % self._settings.every == 0
+
+    # -- the step
+    @torch.no_grad()
+    def before_update(self) -> None:
+        self._follow()
+        if self.looks:
+            self._learn()
+        self._step += 1
+        for name, matrix in self._matrices.items() if self._strength > 0 else ():
+            gradient = self._layers[name].weight.grad
+            if gradient is not None:
+                self._places[name].multiply(gradient, matrix, strength=self._strength)
+
+    def _learn(self) -> None:
+        if not from_rank(bool(self._seen)) and not self._covariances:
+            raise TechniqueError(
+                f"{Preconditioning.name} saw none of its layers run before this step",
+                allowed="layers that are called as modules, in training mode and, while the running recipe's `looks` is true, not compiled",
+                fix="call the model itself then, as `fit` does, and the compiled one in other steps; or leave it out of the recipe",
+            )
+        for name in self._places:
+            # Of rank 0, for all: ranks see other images, and have to make equal steps.
+            seen = from_rank(self._seen.get(name))
+            if seen is None or not seen.isfinite().all():
+                continue
+            seen = seen.to(self._layers[name].weight.device)
+            old = self._covariances.get(name)
+            self._covariances[name] = seen if old is None else old.lerp(seen, 1 - self._settings.decay)
+            self._matrices[name] = self._matrix(name)
+        self._seen = {}
+
+    def _matrix(self, name: str) -> Tensor:
+        s, places = self._settings, self._places[name]
+        return inverse_root(self._covariances[name], places.sizes, power=s.power, damping=s.damping)
+
+    # -- where weights are
+    def _follow(self) -> None:
+        """Take the mask that is held now, and the tensors as they lie now."""
+        hold = held(self._context.needs_optimizer(Preconditioning.name))
+        mask = self._mask if hold is None else hold.mask
+        moved = mask is not self._mask
+        self._mask = mask
+        for name, layer in self._layers.items():
+            if moved or self._places[name].shape != layer.weight.shape:
+                self._places[name] = self._place(name)
+                if moved:
+                    for known in (self._seen, self._covariances, self._matrices):
+                        known.pop(name, None)
+
+    def _place(self, name: str) -> "Blocks":
+        layer = self._layers[name]
+        sparse = compact(bare(self._context.model)).get(name)
+        kept = self._mask[name]
+        flat = kept.flatten().nonzero()[:, 0] if sparse is None else sparse.places().long()
+        return Blocks(
+            kept.shape, flat, layer.weight, groups=getattr(layer, "groups", 1), block=self._settings.block, compact=sparse is not None
+        )
+
+
+class Blocks:
+    """The kept weights of one layer as blocks (B, W) of one neuron each: of `width` W places, of which the last may be empty.
+
+    Args:
+        dense: shape of the dense weight (O, ...).
+        flat: the kept places in it, (K,), in the order of `weight` where that is compact.
+        weight: as it lies now.
+        groups: of a convolution.
+        block: the most that a block may hold.
+        compact: whether `weight` is the vector of what is kept.
+    """
+
+    def __init__(self, dense: torch.Size, flat: Tensor, weight: Tensor, *, groups: int, block: int, compact: bool) -> None:
+        self.shape = weight.shape
+        fan = dense[1:].numel()
+        neuron, place = flat // fan, flat % fan
+        counts = torch.bincount(neuron, minlength=dense[0])
+        parts = (counts + block - 1) // block
+        size = -(-counts // parts.clamp(min=1))  # of each of a neuron's blocks but the last
+        order = torch.argsort(flat)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(flat)) - (counts.cumsum(0) - counts)[neuron[order]]
+        self.blocks, self.width = int(parts.sum()), int(size.max())
+        at = (parts.cumsum(0) - parts)[neuron] + rank // size[neuron]
+        slots = at * self.width + rank % size[neuron]
+        inputs = torch.full((self.blocks * self.width,), fan * groups)  # which input each slot has; the last, of zeros, where it is empty
+        inputs[slots] = place + (neuron // (dense[0] // groups)) * fan
+        device = weight.device
+        self.inputs = inputs.view(self.blocks, self.width).to(device)
+        self.sizes = torch.bincount(at, minlength=self.blocks).to(device)
+        self.slots, self.flat = slots.to(device), None if compact else flat.to(device)
+
+    def covariances(self, rows: Tensor) -> Tensor:
+        """(B, W, W) of the inputs of each block, for samples of all inputs (M, D)."""
+        columns = F.pad((rows - rows.mean(0)).T, (0, 0, 0, 1))
+        found = columns.new_empty(self.blocks, self.width, self.width)
+        step = max(1, 2**23 // (self.width * len(rows)))  # 32 MB at a time
+        for i in range(0, self.blocks, step):
+            part = columns[self.inputs[i : i + step]]
+            torch.bmm(part, part.mT, out=found[i : i + step])
+        return found.div_(len(rows))
+
+    def multiply(self, gradient: Tensor, matrices: Tensor, *, strength: float) -> None:
+        """`gradient` towards its product with `matrices` (B, W, W), scaled to the norm that it has; in place."""
+        lies = gradient.reshape(-1)
+        values = lies if self.flat is None else lies[self.flat]
+        values = values.to(matrices.dtype)
+        rows = values.new_zeros(self.blocks * self.width).index_copy_(0, self.slots, values)
+        made = torch.bmm(matrices, rows.view(self.blocks, self.width, 1)).flatten()[self.slots]
+        made *= values.norm() / made.norm().clamp(min=torch.finfo(made.dtype).tiny)
+        made = torch.lerp(values, made, strength).to(gradient.dtype)
+        gradient.copy_((made if self.flat is None else lies.index_copy(0, self.flat, made)).view(gradient.shape))
+
+
+def inputs_of(layer: Any, x: Tensor, *, samples: int, draws: torch.Generator) -> Tensor:
+    """What `samples` drawn outputs of `layer` see of `x`: (samples, D), D = all inputs of a linear layer; those of a convolution's kernel,
+    one group after the other.
+
+    Example:
+        >>> x = torch.arange(4.0).view(1, 1, 4)
+        >>> seen = inputs_of(nn.Conv1d(1, 1, 3, padding=1), x, samples=50, draws=torch.Generator().manual_seed(0))
+        >>> sorted({tuple(row) for row in seen.tolist()})
+        [(0.0, 0.0, 1.0), (0.0, 1.0, 2.0), (1.0, 2.0, 3.0), (2.0, 3.0, 0.0)]
+    """
+    if not isinstance(layer, CONVS):
+        rows = x.reshape(-1, x.shape[-1])
+        return rows[torch.randint(len(rows), (samples,), generator=draws).to(x.device)]
+    dims = len(layer.kernel_size)
+    x = x if x.ndim == dims + 2 else x[None]
+    margins = layer._reversed_padding_repeated_twice
+    if any(margins):
+        x = F.pad(x, margins, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    index = [torch.randint(len(x), (samples,), generator=draws).view(-1, *[1] * dims)]
+    for d in range(dims):
+        kernel, dilation, stride = layer.kernel_size[d], layer.dilation[d], layer.stride[d]
+        starts = torch.randint((x.shape[2 + d] - dilation * (kernel - 1) - 1) // stride + 1, (samples,), generator=draws) * stride
+        offsets = torch.arange(kernel).view(*[-1 if e == d else 1 for e in range(dims)]) * dilation
+        index.append(starts.view(-1, *[1] * dims) + offsets)
+    seen = x.movedim(1, -1)[tuple(i.to(x.device) for i in index)]  # (samples, *kernel, channels)
+    return seen.movedim(-1, 1).reshape(samples, -1)
+
+
+def inverse_root(covariances: Tensor, sizes: Tensor, *, power: float, damping: float) -> Tensor:
+    """(C / v + damping) ** -power of each matrix of `covariances` (B, W, W), v the mean of its diagonal's first `sizes` (B,) entries.
+
+    Example:
+        >>> inverse_root(torch.diag(torch.tensor([1.0, 3.0]))[None], torch.tensor([2]), power=1.0, damping=0.5)
+        tensor([[[1.0000, 0.0000],
+                 [0.0000, 0.5000]]])
+    """
+    level = (covariances.diagonal(dim1=1, dim2=2).sum(1) / sizes).clamp(min=_LEAST)
+    values, vectors = torch.linalg.eigh(covariances / level[:, None, None])
+    return (vectors * (values.clamp(min=0) + damping)[:, None] ** -power) @ vectors.mT

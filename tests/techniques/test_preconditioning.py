@@ -1,0 +1,236 @@
+"""Preconditioning: its matrices against those of NumPy, neuron by neuron; what it does to a training; who cannot have it."""
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import anymask
+from anymask import Mask, Recipe, hold, models, prune
+from anymask.errors import SettingError, TechniqueError
+from anymask.kernels import available
+from anymask.prunables import compact
+from anymask.techniques import GradientCorrection, Preconditioning, SignIn
+from anymask.techniques.preconditioning import Blocks, inputs_of, inverse_root
+
+
+def place(kept: Tensor, *, groups: int = 1, block: int = 64) -> Blocks:
+    return Blocks(kept.shape, kept.flatten().nonzero()[:, 0], torch.empty(kept.shape), groups=groups, block=block, compact=False)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    neurons=st.integers(1, 5),
+    fan=st.integers(1, 9),
+    groups=st.sampled_from([1, 2]),
+    power=st.sampled_from([0.5, 1.0]),
+    strength=st.sampled_from([0.0, 0.4, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_each_neuron_gets_the_inverse_root_of_its_own_inputs_covariance(neurons, fan, groups, power, strength, seed):  # noqa: PLR0917
+    rng = np.random.default_rng(seed)
+    kept = rng.random((neurons * groups, fan)) < 0.6
+    kept[0, 0] = True
+    x, g = rng.normal(size=(50, fan * groups)) + 1, rng.normal(size=kept.shape) * kept
+    places = place(torch.from_numpy(kept), groups=groups)
+    covariances = places.covariances(torch.from_numpy(x))
+    gradient = torch.from_numpy(g.copy())
+    places.multiply(gradient, inverse_root(covariances, places.sizes, power=power, damping=0.1), strength=strength)
+
+    right = np.zeros_like(g)
+    for i, row in enumerate(kept):
+        if row.any():
+            of_group = x[:, (i // neurons) * fan : (i // neurons + 1) * fan][:, row]
+            c = np.cov(of_group, rowvar=False, bias=True).reshape(row.sum(), row.sum())
+            values, vectors = np.linalg.eigh(c / np.diag(c).mean() + 0.1 * np.eye(len(c)))
+            right[i, row] = (vectors * values**-power) @ vectors.T @ g[i, row]
+    right *= np.linalg.norm(g) / np.linalg.norm(right)
+    np.testing.assert_allclose(gradient.numpy(), strength * right + (1 - strength) * g, rtol=1e-8, atol=1e-10)
+    assert not gradient.numpy()[~kept].any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(counts=st.lists(st.integers(0, 30), min_size=1, max_size=6), block=st.integers(1, 12), seed=st.integers(0, 99))
+def test_blocks_hold_each_kept_weight_once_and_no_more_than_they_may(counts, block, seed):
+    counts = [*counts, 1]
+    kept = torch.zeros(len(counts), 30, dtype=torch.bool)
+    for row, count in zip(kept, counts, strict=True):
+        row[torch.randperm(30, generator=torch.Generator().manual_seed(seed))[:count]] = True
+    places = place(kept, block=block)
+    assert places.width <= block
+    assert places.blocks == sum(math.ceil(count / block) for count in counts)
+    assert len(set(places.slots.tolist())) == int(kept.sum())
+    assert int(places.sizes.sum()) == int(kept.sum())
+    filled = places.inputs.flatten()[places.slots]
+    assert torch.equal(filled, kept.nonzero()[:, 1])
+    eye = torch.eye(places.width).expand(places.blocks, -1, -1)
+    gradient = torch.randn(kept.shape) * kept
+    same = gradient.clone()
+    places.multiply(same, eye, strength=1.0)
+    torch.testing.assert_close(same, gradient)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(4, 6, 3, padding=1, stride=2), (2, 4, 7, 6)),
+        (nn.Conv2d(4, 6, (3, 2), padding="same", dilation=(1, 2)), (2, 4, 7, 6)),
+        (nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), (2, 4, 7, 6)),
+        (nn.Conv2d(4, 6, 1), (4, 7, 6)),
+        (nn.Conv1d(4, 6, 3, padding=2, groups=2), (3, 4, 9)),
+        (nn.Conv3d(2, 3, 2, stride=(1, 2, 1)), (2, 2, 3, 5, 4)),
+        (nn.Linear(5, 3), (2, 7, 5)),
+    ],
+    ids=str,
+)
+def test_what_is_drawn_is_what_outputs_see(layer: Any, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    seen = inputs_of(layer, x, samples=600, draws=torch.Generator().manual_seed(0))
+    groups = getattr(layer, "groups", 1)
+    weight = layer.weight.flatten(1)  # (O, D of a group)
+    parts = seen.view(600, groups, -1).unbind(1)
+    made = torch.cat([p @ w.T for p, w in zip(parts, weight.chunk(groups), strict=True)], 1) + layer.bias
+    out = layer(x)
+    out = out.flatten(0, -2) if isinstance(layer, nn.Linear) else (out if out.ndim == len(layer.kernel_size) + 2 else out[None])
+    every = out if isinstance(layer, nn.Linear) else out.movedim(1, -1).flatten(0, -2)  # (places, O)
+    apart = torch.cdist(made, every, compute_mode="donot_use_mm_for_euclid_dist")
+    assert apart.min(1).values.max() < 1e-4  # each drawn place is one of the layer's
+    assert apart.min(0).values.max() < 1e-4  # and each of those is drawn sooner or later
+
+
+def correlated(steps: int, *techniques: Any) -> float:
+    """The loss of a sparse linear map after some steps on inputs that go up and down together."""
+    torch.manual_seed(0)
+    model = nn.Linear(40, 10)
+    right = nn.Linear(40, 10)
+    mask = prune(model, "random-uniform", sparsity=0.8, seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.005)
+    hold(mask, model, optimizer)
+    mask.apply(right)
+    running = Recipe(techniques).attach(model, optimizer, total_steps=steps, loss=F.mse_loss)
+    for _ in range(steps):
+        x = torch.randn(200, 40) + 4 * torch.randn(200, 1)
+        loss = running.loss(model(x), right(x).detach())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        running.step()
+    running.finish()
+    assert not model.weight[~mask["weight"]].any()
+    return float(loss.detach())
+
+
+def test_correlated_inputs_are_learnt_faster() -> None:
+    assert correlated(200, Preconditioning(every=20, power=1.0)) < 0.3 * correlated(200)
+
+
+def trained(model: nn.Module, mask: Mask, *techniques: Any, sparse: bool = False, steps: int = 4) -> dict[str, Tensor]:
+    x, y = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 5
+    if sparse:
+        anymask.to_sparse(model, mask, x, measure=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    hold(mask, model, optimizer)
+    running = Recipe(techniques).attach(model, optimizer, total_steps=steps, example=x)
+    for _ in range(steps):
+        running.loss(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        running.step()
+    running.finish()
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def net() -> tuple[nn.Module, Mask]:
+    model = models.build("resnet8-0.25x", classes=5, seed=0)
+    mask = prune(model, "random-erk", sparsity=0.7, seed=0)
+    mask.apply(model)
+    return model, mask
+
+
+@pytest.mark.skipif(not available(), reason="the native kernels were not built here (no C compiler)")
+def test_sparse_layers_are_trained_as_dense_ones_are() -> None:
+    model, mask = net()
+    technique = Preconditioning(every=2)
+    dense = trained(copy.deepcopy(model), mask, technique)
+    sparse = trained(model, mask, technique, sparse=True)
+    assert compact(model)
+    for name, value in dense.items():
+        torch.testing.assert_close(sparse[name], value, rtol=1e-2, atol=1e-4, msg=name)
+
+
+def test_its_place_in_the_recipe_does_not_matter() -> None:
+    model, mask = net()
+    others = [GradientCorrection(), Preconditioning(), SignIn(beta=0.7)]
+    first, last = (trained(copy.deepcopy(model), mask, *order) for order in (others, others[::-1]))
+    assert all(torch.equal(first[name], last[name]) for name in first)
+
+
+def test_a_mask_that_moves_is_followed() -> None:
+    model, mask = net()
+    x, y = torch.randn(16, 3, 12, 12), torch.arange(16) % 5
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    held = hold(mask, model, optimizer)
+    rewiring = anymask.rewire(held, "set", total_steps=12, every="3it", fraction=0.5)
+    running = Recipe((Preconditioning(every=2),)).attach(model, optimizer, total_steps=12, example=x)
+    for _ in range(12):
+        running.loss(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        running.step()
+        assert all(not model.get_parameter(name)[~kept].any() for name, kept in held.mask.items())
+    assert len(rewiring.history) > 1
+    running.finish()
+
+
+def test_inputs_without_variance_and_without_numbers_leave_the_gradient_finite_and_the_matrices_old() -> None:
+    model = nn.Linear(4, 3)
+    mask = Mask({"weight": torch.ones(3, 4)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    hold(mask, model, optimizer)
+    running = Recipe((Preconditioning(every=1),)).attach(model, optimizer, total_steps=3)
+    for x in (torch.ones(2, 4), torch.full((2, 4), math.inf)):
+        model(x)
+        model.weight.grad = torch.ones(3, 4)
+        optimizer.step()
+        running.step()
+        assert model.weight.isfinite().all()
+
+
+def test_what_it_cannot_work_on_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TechniqueError, match="no mask"):
+        Recipe((Preconditioning(),)).attach(model, optimizer, total_steps=1)
+    hold(Mask({"1.weight": torch.tensor([1, 0])}), model, optimizer)
+    with pytest.raises(TechniqueError, match="a masked convolution or linear layer"):
+        Recipe((Preconditioning(),)).attach(model, optimizer, total_steps=1)
+    for how, said in (({"power": 0.0}, "power"), ({"damping": 0.0}, "damping"), ({"every": 0}, "every"), ({"decay": 1.0}, "decay")):
+        with pytest.raises(SettingError, match=said):
+            Preconditioning(**how)
+
+
+def test_compiled_layers_are_not_seen_and_it_says_so_unless_the_model_is_called_where_it_looks() -> None:
+    for obedient in (False, True):
+        model = nn.Linear(4, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        hold(Mask({"weight": torch.ones(2, 4)}), model, optimizer)
+        running = Recipe((Preconditioning(every=2),)).attach(model, optimizer, total_steps=4)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        looked = []
+        for _ in range(4 if obedient else 1):
+            looked.append(running.looks)
+            (model if running.looks and obedient else compiled)(torch.randn(8, 4)).sum().backward()
+            if obedient:
+                optimizer.step()
+                running.step()
+            else:
+                with pytest.raises(TechniqueError, match="saw none of its layers"):
+                    optimizer.step()
+        assert looked == [True, False, True, False][: len(looked)]
