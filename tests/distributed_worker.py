@@ -16,7 +16,17 @@ import anymask
 from anymask import Recipe
 from anymask.errors import TechniqueError
 from anymask.schedules import Schedule
-from anymask.techniques import DensityLR, FanInInit, GhostActivation, GhostSkip, IsometryInit, LabelSmoothing, LRsI, RescaleSettings
+from anymask.techniques import (
+    DensityLR,
+    FanInInit,
+    GhostActivation,
+    GhostSkip,
+    IsometryInit,
+    LabelSmoothing,
+    LRsI,
+    Preconditioning,
+    RescaleSettings,
+)
 
 STEPS, HALF, EACH = 8, 4, 6  # steps in all, where it is saved, samples of a rank in a step
 
@@ -116,7 +126,7 @@ def refusals(rank: int) -> dict[str, torch.Tensor]:
             chosen.attach(model, optimizer, total_steps=9, example=batches(rank)[0][0], data=batches(rank))
         assert len(optimizer.param_groups) == groups
         assert len(list(model.parameters())) == len(list(network().parameters()))
-    for technique in (FanInInit(), IsometryInit()):
+    for technique in (FanInInit(), IsometryInit(), Preconditioning()):
         model = network()
         mask, model = mask_of(model), fsdp2(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -133,7 +143,9 @@ def main(scenario: str, folder: Path) -> None:
         "ddp": lambda: train(ddp, rank),
         "fsdp2": lambda: train(fsdp2, rank),
         "lrsi": lambda: train(ddp, rank, chosen=scale),
-        "drawn": lambda: train(ddp, rank, chosen=Recipe((FanInInit(redraw=True), IsometryInit(), DensityLR())), seed=rank),
+        "drawn": lambda: train(
+            ddp, rank, chosen=Recipe((FanInInit(redraw=True), IsometryInit(), DensityLR(), Preconditioning(every=3))), seed=rank
+        ),
         "steps": lambda: train(fsdp2, rank, chosen=Recipe((DensityLR(),))),
         "save": lambda: train(ddp, rank, save=saved),
         "resume": lambda: train(ddp, rank, load=saved),

@@ -54,7 +54,7 @@ def test_the_scales_of_lrsi_are_the_same_on_ranks_with_other_batches(tmp_path: P
     assert_zeros_and_same_ranks(two_ranks("lrsi", tmp_path))
 
 
-def test_initial_weights_are_those_of_rank_0_whatever_seeds_the_ranks_have(tmp_path: Path) -> None:
+def test_initial_weights_and_preconditioners_are_those_of_rank_0_whatever_seeds_the_ranks_have(tmp_path: Path) -> None:
     assert_zeros_and_same_ranks(two_ranks("drawn", tmp_path))
 
 

@@ -21,7 +21,7 @@ from anymask.techniques import GradientCorrection, Preconditioning, SignIn
 from anymask.techniques.preconditioning import Blocks, inputs_of, inverse_root
 
 
-def place(kept: Tensor, *, groups: int = 1, block: int = 64) -> Blocks:
+def place(kept: Tensor, *, groups: int = 1, block: int = 32) -> Blocks:
     return Blocks(kept.shape, kept.flatten().nonzero()[:, 0], torch.empty(kept.shape), groups=groups, block=block, compact=False)
 
 

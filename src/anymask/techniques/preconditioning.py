@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from anymask.errors import SettingError, TechniqueError
 from anymask.holding import held
 from anymask.prunables import bare, compact
-from anymask.ranks import from_rank
+from anymask.ranks import from_rank, leads
 from anymask.schedules import Schedule
 from anymask.surgery import CONVS
 from anymask.techniques.base import Attached, Context, Technique
@@ -73,9 +73,9 @@ class Preconditioning(Technique):
     power: float = 0.5
     damping: float = 0.1
     every: int = 50
-    samples: int = 1024
+    samples: int = 512
     decay: float = 0.8
-    block: int = 64
+    block: int = 32
 
     def __post_init__(self) -> None:
         if not 0 < self.power <= 1:
@@ -143,7 +143,7 @@ class _Preconditioning(Attached):
     @torch.no_grad()
     def _look(self, name: str, args: tuple[Any, ...]) -> None:
         """Notes the covariances of what goes into a layer, where this step looks and did not yet."""
-        if torch.compiler.is_compiling() or not self.looks or name in self._seen or not self._layers[name].training or not args:
+        if torch.compiler.is_compiling() or not self.looks or name in self._seen or not (args and leads() and self._layers[name].training):
             return
         self._follow()
         seed = (self._context.seed * 1_000_003 + self._step) * 10_007 + list(self._layers).index(name)
@@ -251,7 +251,7 @@ class Blocks:
         """(B, W, W) of the inputs of each block, for samples of all inputs (M, D)."""
         columns = F.pad((rows - rows.mean(0)).T, (0, 0, 0, 1))
         found = columns.new_empty(self.blocks, self.width, self.width)
-        step = max(1, 2**23 // (self.width * len(rows)))  # 32 MB at a time
+        step = max(1, 2**21 // (self.width * len(rows)))  # 8 MB at a time
         for i in range(0, self.blocks, step):
             part = columns[self.inputs[i : i + step]]
             torch.bmm(part, part.mT, out=found[i : i + step])
@@ -263,7 +263,8 @@ class Blocks:
         values = lies if self.flat is None else lies[self.flat]
         values = values.to(matrices.dtype)
         rows = values.new_zeros(self.blocks * self.width).index_copy_(0, self.slots, values)
-        made = torch.bmm(matrices, rows.view(self.blocks, self.width, 1)).flatten()[self.slots]
+        # From the left, which is the same for what is symmetric and takes a sixth of the time on a CPU.
+        made = torch.bmm(rows.view(self.blocks, 1, self.width), matrices).flatten()[self.slots]
         made *= values.norm() / made.norm().clamp(min=torch.finfo(made.dtype).tiny)
         made = torch.lerp(values, made, strength).to(gradient.dtype)
         gradient.copy_((made if self.flat is None else lies.index_copy(0, self.flat, made)).view(gradient.shape))
