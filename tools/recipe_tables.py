@@ -62,11 +62,21 @@ def _cell(row: dict[str, Any]) -> tuple[Any, ...]:
     return s["model"], s["epochs"], s["mask"], s["sparsity"]
 
 
+def best_before() -> str:
+    """The same as `best_short` of what the presets were before `preconditioning` joined them: results/best-before."""
+    defaults = [row for row in ledger("best") if row["settings"]["recipe"] == "default"]
+    return _short(defaults + ledger("best-before"))
+
+
 def best_short() -> str:
     """A line for each network, recipe and sparsity of two seeds: its difference to default over all masks, and how many masks it wins."""
+    return _short(ledger("best"))
+
+
+def _short(rows: Rows) -> str:
     head = ["network, epochs", "recipe", "sparsity", "default", "recipe's", "difference, points [95% CI]", "masks won, tied, lost", "seeds"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for o in (o for o in overall(paired(ledger("best"))) if o.interval):
+    for o in (o for o in overall(paired(rows)) if o.interval):
         cells = [
             f"{o.settings['model']}, {o.settings['epochs']}",
             f"`{o.recipe}`",
@@ -167,7 +177,7 @@ def which() -> str:
     screen, small = paired(named(ledger("screen"))), paired(ledger("evidence"))
     wins = [c.verdict for c in small if c.recipe == "tost"]
     return "\n".join([
-        f"- **Begin with `best`** (`density_lr` and `ghost_activation`). {_all('best', 'default')}",
+        f"- **Begin with `best`** (`density_lr`, `preconditioning` and `ghost_activation`). {_all('best', 'default')}",
         f"- **The paper's recipe, `tost`**: {_all('tost', 'default')} `best` against it: {_all('best', 'tost')}",
         f"- **By mask**: {_by_mask('best', 0.98)}.",
         f"- **With a trained dense network at hand, let it teach** (`best-slow`, with `distillation`). {_all('best-slow', 'default')}",
@@ -228,6 +238,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "prototypes": prototypes,
     "best-table": best,
     "best-short": best_short,
+    "best-before": best_before,
     "best-costs": best_costs,
     "ticket": ticket,
     **{f"alone-{name.replace('_', '-')}": alone(name) for name in TECHNIQUES},

@@ -74,7 +74,7 @@ class Preconditioning(Technique):
     damping: float = 0.1
     every: int = 200
     samples: int = 512
-    decay: float = 0.8
+    decay: float = 0.5
     block: int = 32
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class Preconditioning(Technique):
             if (value := getattr(self, name)) < least:
                 raise SettingError(f"{name} came as {value}", allowed=f"a whole number >= {least}", fix="leave it out for the default")
         if not 0 <= self.decay < 1:
-            raise SettingError(f"decay came as {self.decay}", allowed="a number in [0, 1)", fix="0.8 is the default")
+            raise SettingError(f"decay came as {self.decay}", allowed="a number in [0, 1)", fix="0.5 is the default")
 
     def attach(self, context: Context) -> "_Preconditioning":
         model, mask = bare(context.model), context.needs_mask(self.name)
