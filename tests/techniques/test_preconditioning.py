@@ -178,14 +178,16 @@ def test_a_mask_that_moves_is_followed() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     held = hold(mask, model, optimizer)
     rewiring = anymask.rewire(held, "set", total_steps=12, every="3it", fraction=0.5)
-    running = Recipe((Preconditioning(every=2),)).attach(model, optimizer, total_steps=12, example=x)
+    running = Recipe((Preconditioning(every=100),)).attach(model, optimizer, total_steps=12, example=x)
+    looked = []
     for _ in range(12):
+        looked.append(running.looks)
         running.loss(model(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
         running.step()
         assert all(not model.get_parameter(name)[~kept].any() for name, kept in held.mask.items())
-    assert len(rewiring.history) > 1
+    assert sum(looked) == 1 + len(rewiring.history) > 2  # at first, and in the step after each move
     running.finish()
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from anymask.errors import SettingError, TechniqueError
 from anymask.holding import held
+from anymask.mask import Mask
 from anymask.prunables import bare, compact
 from anymask.ranks import from_rank, leads
 from anymask.schedules import Schedule
@@ -36,7 +37,7 @@ class Preconditioning(Technique):
     for each `block` of them, which lie together, so there is memory for no more than `block` floats a kept weight, twice.
 
     Convolutions and linear layers of a mask whose own forward runs are preconditioned; transposed ones, recurrent ones and the
-    projections of nn.MultiheadAttention are left as they are. A mask that moves is followed: its new matrices come with the next look.
+    projections of nn.MultiheadAttention are left as they are. A mask that moves is followed, with a look in the step after.
 
     Args:
         power: in (0, 1]; 1 is the natural gradient's for the inputs.
@@ -155,7 +156,8 @@ class _Preconditioning(Attached):
 
     @property
     def looks(self) -> bool:
-        return self._strength > 0 and self._step % self._settings.every == 0
+        due = not self._matrices or self._step % self._settings.every == 0
+        return self._strength > 0 and (due or self._now() is not self._mask)
 
     # -- the step
     @torch.no_grad()
@@ -194,16 +196,19 @@ class _Preconditioning(Attached):
     # -- where weights are
     def _follow(self) -> None:
         """Take the mask that is held now, and the tensors as they lie now."""
-        hold = held(self._context.needs_optimizer(Preconditioning.name))
-        mask = self._mask if hold is None else hold.mask
-        moved = mask is not self._mask
-        self._mask = mask
+        mask = self._now()
+        moved, self._mask = mask is not self._mask, mask
         for name, layer in self._layers.items():
-            if moved or self._places[name].shape != layer.weight.shape:
-                self._places[name] = self._place(name)
-                if moved:
-                    for known in (self._seen, self._covariances, self._matrices):
-                        known.pop(name, None)
+            if not moved and self._places[name].lies == (layer.weight.shape, layer.weight.device):
+                continue
+            self._places[name] = self._place(name)
+            for known in (self._seen, self._covariances, self._matrices):
+                if (old := known.pop(name, None)) is not None and not moved:
+                    known[name] = old.to(layer.weight.device)
+
+    def _now(self) -> Mask:
+        hold = held(self._context.needs_optimizer(Preconditioning.name))
+        return self._mask if hold is None else hold.mask
 
     def _place(self, name: str) -> "Blocks":
         layer = self._layers[name]
@@ -228,7 +233,7 @@ class Blocks:
     """
 
     def __init__(self, dense: torch.Size, flat: Tensor, weight: Tensor, *, groups: int, block: int, compact: bool) -> None:
-        self.shape = weight.shape
+        self.lies = weight.shape, weight.device
         fan = dense[1:].numel()
         neuron, place = flat // fan, flat % fan
         counts = torch.bincount(neuron, minlength=dense[0])
