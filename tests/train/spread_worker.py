@@ -20,7 +20,7 @@ from anymask.prunables import bare
 from anymask.schedules import Schedule
 from anymask.sparse import converting, tuning
 from anymask.sweep.run import Clock, Worker
-from anymask.techniques import GhostActivation, GhostSkip, LabelSmoothing, LRsI, RescaleSettings
+from anymask.techniques import Distillation, GhostActivation, GhostSkip, LabelSmoothing, LRsI, Preconditioning, RescaleSettings
 from anymask.train import Computing, Protocol, Result
 from anymask.train.run import Run
 from anymask.train.spread import Spread
@@ -108,6 +108,14 @@ def drawing(file: Path, *, stop: int | None = None) -> dict[str, Any]:
     return train(Net(seed=dist.get_rank()), **how)
 
 
+def taught() -> dict[str, Any]:
+    """By a teacher that is asked about each image once, each rank about those of its part."""
+    teacher = still()
+    for parameter in teacher.parameters():
+        parameter.detach().mul_(2)
+    return train(still(), recipe=Recipe((Distillation(asks="once"),)), teacher=teacher)
+
+
 def measured_by_rank_0() -> dict[str, Any]:
     """Rank 1 would find every layer slower sparse, and is not asked."""
     asked = []
@@ -154,6 +162,8 @@ def first(folder: Path) -> dict[str, Any]:
     found = {f"still {moving}": train(still(), moving=moving) for moving in ("static", "rigl")}
     found["few"] = train(still(), count=FEW)
     found["adamw"] = train(still(), protocol=Protocol(epochs=2, batch_size=16, optimizer="adamw", lr=2e-3))
+    found["taught"] = taught()
+    found["preconditioned"] = train(still(), recipe=Recipe((Preconditioning(every=3),)))  # by what rank 0 saw of its part
     found["undisturbed"] = drawing(folder / "undisturbed.pt")
     found["stopped"] = drawing(folder / "stopped.pt", stop=MIDDLE)
     if available():

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from anymask.kernels import available
 from anymask.train import Protocol
 from anymask.train.spread import Spread
-from tests.train.spread_worker import FEW, LATER, MIDDLE, demo, still, stopping, train
+from tests.train.spread_worker import FEW, LATER, MIDDLE, demo, still, stopping, taught, train
 from tests.train.trainings import Net
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo here")
@@ -78,6 +78,7 @@ def _the_numbers_are_those_of_one_process(ours: dict[str, Any], whole: dict[str,
     close(ours["still rigl"], train(still(), moving="rigl"))
     assert ours["still rigl"]["mask"] != ours["still static"]["mask"]
     close(ours["few"], train(still(), count=FEW))
+    close(ours["taught"], taught())
     close(ours["adamw"], train(still(), protocol=Protocol(epochs=2, batch_size=16, optimizer="adamw", lr=2e-3)))
 
 
