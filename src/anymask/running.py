@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -74,10 +74,22 @@ class RunningRecipe:
         """The strength of each technique that fades, at this step."""
         return dict(self._strengths)
 
-    @property
-    def looks(self) -> bool:
-        """Whether a technique has to see the next forward pass, so that the model itself has to be called, not a compiled one."""
-        return any(attached.looks for _, attached in self._live.values())
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Around the forward pass of a step in a loop that compiles: where a technique has to see it, torch.compile stays out inside.
+
+        Example:
+            >>> import torch, anymask
+            >>> model = torch.nn.Linear(1, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> running = anymask.Recipe.preset("tost").only("label_smoothing").attach(model, optimizer, total_steps=9)
+            >>> with running.watched():  # where `torch.compile(model)` may be called
+            ...     model(torch.ones(1, 1)).shape
+            torch.Size([1, 1])
+        """
+        seen = "torch._dynamo.eval_frame" in sys.modules and any(attached.looks for _, attached in self._live.values())
+        with torch.compiler.set_stance("force_eager") if seen else nullcontext():
+            yield
 
     def strength(self, technique: Technique, step: int) -> float:
         """The strength, in [0, 1], of `technique` at optimiser step `step`."""

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import anymask
 from anymask.errors import MaskError, SettingError, TechniqueError
 from anymask.surgery import fingerprint
-from anymask.techniques import Distillation, LRsI
+from anymask.techniques import Distillation, LRsI, Preconditioning
 
 try:
     from lightning.pytorch import LightningModule, Trainer
@@ -85,6 +85,16 @@ def trainer(tmp_path: Path, *callbacks: Callback, epochs: int = 2, **settings) -
 
 def zeros_kept(mask: anymask.Mask, network: nn.Module) -> bool:
     return all(bool((p[~mask[n]] == 0).all()) for n, p in mask.check(network).items())
+
+
+def test_a_compiled_network_is_watched_where_a_technique_looks(tmp_path):
+    module, graphs = Small(), []
+    mask = mask_of(module)
+    module.sparse[0] = sparse = AnyMask(mask, anymask.Recipe((Preconditioning(every=3),)))
+    module.net.compile(backend=lambda graph, _: (graphs.append(1), graph.forward)[1])
+    trainer(tmp_path, sparse, epochs=1).fit(module, data(), data())
+    assert graphs
+    assert zeros_kept(mask, module.net)
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])

@@ -9,7 +9,7 @@ from torch import nn
 import anymask
 from anymask.errors import MaskError, SettingError, TechniqueError
 from anymask.surgery import fingerprint as whole
-from anymask.techniques import Distillation
+from anymask.techniques import Distillation, Preconditioning
 
 try:
     from transformers import (
@@ -69,6 +69,15 @@ def trainer(folder: Path, model: nn.Module, rows: list[dict], *callbacks: Traine
     quiet["per_device_train_batch_size"] = 4
     args = TrainingArguments(output_dir=str(folder), num_train_epochs=2, per_device_eval_batch_size=8, **{**quiet, **settings})
     return Trainer(model=model, args=args, train_dataset=rows, eval_dataset=rows[:8], callbacks=list(callbacks), compute_loss_func=loss)
+
+
+def test_a_compiled_model_is_watched_where_a_technique_looks(tmp_path):
+    (model, mask), graphs = pruned(vit()), []
+    sparse = AnyMask(mask, anymask.Recipe((Preconditioning(every=3),)))
+    model.compile(backend=lambda graph, _: (graphs.append(1), graph.forward)[1])
+    trainer(tmp_path, model, images(), sparse).train()
+    assert graphs
+    assert all(not p[~mask[n]].any() for n, p in mask.check(model).items())
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:

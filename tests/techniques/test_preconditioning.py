@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -181,7 +182,7 @@ def test_a_mask_that_moves_is_followed() -> None:
     running = Recipe((Preconditioning(every=100),)).attach(model, optimizer, total_steps=12, example=x)
     looked = []
     for _ in range(12):
-        looked.append(running.looks)
+        looked.append(looks(running))
         running.loss(model(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -191,18 +192,86 @@ def test_a_mask_that_moves_is_followed() -> None:
     running.finish()
 
 
-def test_inputs_without_variance_and_without_numbers_leave_the_gradient_finite_and_the_matrices_old() -> None:
-    model = nn.Linear(4, 3)
-    mask = Mask({"weight": torch.ones(3, 4)})
+def single(*, rows: int = 3, every: int = 1, kept: Tensor | None = None) -> tuple[nn.Module, torch.optim.Optimizer, Any, Any]:
+    """A linear layer, its optimiser, its hold and a recipe of preconditioning alone."""
+    model = nn.Linear(4, rows)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    hold(mask, model, optimizer)
-    running = Recipe((Preconditioning(every=1),)).attach(model, optimizer, total_steps=3)
-    for x in (torch.ones(2, 4), torch.full((2, 4), math.inf)):
-        model(x)
-        model.weight.grad = torch.ones(3, 4)
-        optimizer.step()
-        running.step()
-        assert model.weight.isfinite().all()
+    held = hold(Mask({"weight": torch.ones(rows, 4) if kept is None else kept}), model, optimizer)
+    return model, optimizer, held, Recipe((Preconditioning(every=every),)).attach(model, optimizer, total_steps=9)
+
+
+def looks(running: Any) -> bool:
+    return attached(running).looks
+
+
+def attached(running: Any) -> Any:
+    return running._live["preconditioning"][1]
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, running: Any, x: Tensor) -> None:
+    model(x).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    running.step()
+
+
+def test_inputs_without_variance_or_numbers_leave_the_weights_finite_and_the_matrices_old() -> None:
+    model, optimizer, _, running = single()
+    step(model, optimizer, running, torch.ones(2, 4))
+    old = attached(running)._matrices["weight"].clone()
+    model(torch.full((2, 4), math.inf))
+    model.weight.grad = torch.ones(3, 4)
+    optimizer.step()
+    assert torch.equal(attached(running)._matrices["weight"], old)
+    assert model.weight.isfinite().all()
+
+
+def test_steps_without_a_forward_pass_or_images_are_steps() -> None:
+    model, optimizer, held, running = single()
+    model.weight.grad = torch.zeros(3, 4)  # as torch.distributed.checkpoint makes one
+    optimizer.step()
+    step(model, optimizer, running, torch.randn(5, 4))
+    step(model, optimizer, running, torch.empty(0, 4))
+    model(torch.randn(5, 4)).sum().backward()
+    held.move(Mask({"weight": torch.tril(torch.ones(3, 4))}))  # between backward and the step
+    optimizer.step()
+    held.move(Mask({"weight": torch.zeros(3, 4)}))
+    step(model, optimizer, running, torch.randn(5, 4))
+    assert model.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("moves", ["no mask", "before the state", "after the state"])
+def test_a_training_that_goes_on_looks_when_it_would_have(moves: str) -> None:
+    first, then = torch.tensor([[1, 1, 0, 0]]), torch.tensor([[0, 0, 1, 1]])
+    model, optimizer, held, running = single(rows=1, every=100, kept=first)
+    step(model, optimizer, running, torch.randn(9, 4))
+    if moves == "before the state":
+        held.move(Mask({"weight": then}))
+        step(model, optimizer, running, torch.randn(9, 4))
+    state = running.state_dict()
+    if moves == "after the state":
+        held.move(Mask({"weight": then}))
+    expected = looks(running)
+    assert expected == (moves == "after the state")
+
+    again = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(again.parameters(), lr=0.1)
+    other = hold(Mask({"weight": first}), again, optimizer)
+    resumed = Recipe((Preconditioning(every=100),)).attach(again, optimizer, total_steps=9, state=state)
+    other.move(Mask({"weight": first if moves == "no mask" else then}))  # as `fit` does: another object, whatever it holds
+    assert looks(resumed) == expected
+    if not expected:
+        assert torch.equal(attached(resumed)._matrices["weight"], attached(running)._matrices["weight"])
+
+
+def test_copies_and_pickles_of_the_model_are_not_heard() -> None:
+    model, _, _, running = single()
+    copied, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for other in (copied, loaded):
+        assert torch.equal(other(torch.ones(2, 4)), model.eval()(torch.ones(2, 4)))
+    assert not attached(running)._seen
+    model.train()(input=torch.randn(3, 4))
+    assert list(attached(running)._seen) == ["weight"]
 
 
 def test_what_it_cannot_work_on_is_refused() -> None:
@@ -218,21 +287,19 @@ def test_what_it_cannot_work_on_is_refused() -> None:
             Preconditioning(**how)
 
 
-def test_compiled_layers_are_not_seen_and_it_says_so_unless_the_model_is_called_where_it_looks() -> None:
-    for obedient in (False, True):
-        model = nn.Linear(4, 2)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        hold(Mask({"weight": torch.ones(2, 4)}), model, optimizer)
-        running = Recipe((Preconditioning(every=2),)).attach(model, optimizer, total_steps=4)
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        looked = []
-        for _ in range(4 if obedient else 1):
-            looked.append(running.looks)
-            (model if running.looks and obedient else compiled)(torch.randn(8, 4)).sum().backward()
-            if obedient:
-                optimizer.step()
-                running.step()
-            else:
-                with pytest.raises(TechniqueError, match="saw none of its layers"):
-                    optimizer.step()
-        assert looked == [True, False, True, False][: len(looked)]
+def test_compiled_layers_are_seen_within_watched_and_it_says_so_where_they_are_not() -> None:
+    model, optimizer, _, running = single(every=2)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(torch.randn(8, 4)).sum().backward()
+    with pytest.raises(TechniqueError, match="saw none of its layers"):
+        optimizer.step()
+    model, optimizer, _, running = single(every=2)
+    graphs: list[int] = []
+    compiled = torch.compile(model, backend=lambda graph, _: (graphs.append(1), graph.forward)[1], fullgraph=True)
+    for number in range(4):
+        with running.watched():
+            out = compiled(torch.randn(8, 4))
+        assert len(graphs) == (number > 0)  # the first is watched, and compiled is it once
+        out.sum().backward()
+        optimizer.step()
+        running.step()

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch._inductor.exc import TritonMissing
 
+from anymask import Recipe
 from anymask.errors import SettingError, UnknownName
 from anymask.kernels import available
 from anymask.surgery import fingerprint
+from anymask.techniques import Preconditioning
 from anymask.train import computing
 from tests.train.trainings import PROTOCOL, Net, train_once
 
@@ -54,6 +56,11 @@ def test_a_compiled_training_gives_what_an_eager_one_gives() -> None:
 def test_so_it_does_with_ghosts_that_come_and_go(sparse: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compiling_by(monkeypatch, "aot_eager")
     check_alike(sparse=sparse)
+
+
+def test_so_it_does_with_techniques_that_have_to_see_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiling_by(monkeypatch, "aot_eager")
+    check_alike(recipe=Recipe((Preconditioning(every=5),)), sparse="off")
 
 
 def test_each_phase_is_compiled_once_and_evaluation_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

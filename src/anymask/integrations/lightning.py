@@ -97,9 +97,15 @@ class AnyMask(Callback):
             self.session.check_loss("return `callback.loss(output, target)` from training_step")
             self.session.step()
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Let the techniques see what they have to see, of a compiled module, too."""
+        if self.session is not None:
+            self.session.watched(True)
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log strengths and sparsity."""
         if self.session is not None:
+            self.session.watched(False)
             pl_module.log_dict(self.session.numbers(), on_step=True, on_epoch=False)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -101,7 +101,7 @@ class Session:
         self.network, self.optimizer, self.loss_called, self._whole = network, optimizer, False, False
         self._keys = set(network.state_dict())
         self._own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self._plain = ExitStack()
+        self._plain, self._watched = ExitStack(), ExitStack()
         mask = wanted.mask_for(network) if state is None or state["mask"] is None else unpacked(state["mask"])
         self._hold = None
         if mask is not None and held(optimizer) is None:
@@ -165,6 +165,12 @@ class Session:
         if on:
             self._plain.enter_context(self.running.plain())
 
+    def watched(self, on: bool) -> None:
+        """Let the techniques see what they have to see, until this is called with False."""
+        self._watched.close()
+        if on:
+            self._watched.enter_context(self.running.watched())
+
     def numbers(self) -> dict[str, float]:
         """What is logged."""
         carried = held(self.optimizer)
@@ -174,6 +180,7 @@ class Session:
     def close(self) -> bool:
         """Take everything away; True when a ghost was cut off before it had faded."""
         self.plain(False)
+        self.watched(False)
         cut = any(t.seam == "model" and self.running.strengths.get(t.name, 0) > 0 for t in self.running.techniques)
         try:
             self.running.finish(early=True)

@@ -104,10 +104,12 @@ class AnyMask(TrainerCallback):
         """The ghosts act inside training steps alone: the trainer has no event before an evaluation."""
         if self.session is not None:
             self.session.plain(False)
+            self.session.watched(True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The optimiser made a step."""
         if self.session is not None:
+            self.session.watched(False)
             self.session.check_loss("add Trainer(..., compute_loss_func=callback.loss)")
             self.session.step()
             self.session.plain(True)

@@ -22,6 +22,7 @@ _SIZES = (
     "images", "lanes", "src_channels", "src_rows", "src_cols", "dst_channels", "dst_rows", "dst_cols", "rows", "row_start", "row_step",
     "src_row_start", "src_row_step", "ring", "cols", "packed_cols", "strips", "col_tiles", "kept",
 )  # fmt: skip
+_VERSION = 2  # of the interface in core.c
 _TABLES = ("run_ptr", "runs", "dst_map", "rowptr", "off")
 
 
@@ -41,7 +42,7 @@ def library() -> Any:
         loaded = ctypes.CDLL(str(found[0])) if found else None
     except OSError:  # of another machine, or no OpenMP here
         return None
-    if loaded is None:
+    if loaded is None or not hasattr(loaded, "am_version") or loaded.am_version() != _VERSION:
         return None
     loaded.am_use.restype, loaded.am_use.argtypes = ctypes.c_char_p, [ctypes.c_char_p]
     loaded.am_gather.argtypes = [_POINTER] * 5 + [_C_INT, _POINTER, _C_INT]
@@ -70,7 +71,7 @@ def isa() -> str:
 
 def why_not() -> str:
     """What to do where it is not."""
-    return "the native kernels were not built: install a C compiler (gcc or clang) and run pip install --force-reinstall --no-deps anymask"
+    return "the native kernels were not built, or of another version: install gcc or clang and run pip install --force-reinstall --no-deps anymask"
 
 
 _WORTH_A_THREAD = 300_000  # multiply-adds: fewer are done before a second thread is awake

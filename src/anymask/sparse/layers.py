@@ -211,9 +211,8 @@ def _softness(relu: nn.Module, x: Tensor) -> float | None:
         return 0.0
     if not ops.softens(x) or relu._backward_hooks or relu._backward_pre_hooks or nn.modules.module._has_any_global_hook():
         return None
-    who = {getattr(hook, "__self__", None) for hook in (*relu._forward_pre_hooks.values(), *relu._forward_hooks.values())}
-    softener = next(iter(who), None)
-    return softener.softness() if isinstance(softener, Softens) and len(who) == 1 else None
+    who = [getattr(hook, "__self__", None) for hook in (*relu._forward_pre_hooks.values(), *relu._forward_hooks.values())]
+    return who[0].softness() if isinstance(who[0], Softens) and all(other is who[0] for other in who) else None
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -88,7 +88,7 @@ class Attached:
 
     @property
     def looks(self) -> bool:
-        """Whether its hooks have to see the next forward pass, which therefore must not be a compiled one."""
+        """Whether its hooks have to see the next forward pass, which therefore must not be a compiled one (`RunningRecipe.watched`)."""
         return False
 
     def set_strength(self, strength: float) -> None:

@@ -1,5 +1,6 @@
 """Preconditioning: each neuron's gradient times the inverse root of the covariance of the few inputs that it keeps."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -26,18 +27,20 @@ class Preconditioning(Technique):
 
         (C / v + damping) ** -power  g
 
-    with C the covariance (k, k) of the k inputs that the neuron keeps, over images and places, and v its mean variance. Then each layer's
+    with C the covariance (k, k) of the k inputs that the neuron keeps, over images and places, and v their mean variance. Then each layer's
     gradient gets the norm that it had, so that learning rates mean what they did.
 
     Inputs behind a ReLU go up and down together, and gradient descent is slow along all directions but that one. Dense networks can only
     undo this for whole layers, by large matrices; a sparse neuron has so few inputs that its own small matrix is cheap. C is taken from
     `samples` places of the batch every `every` steps, as a moving average.
 
-    It costs that look and, at each step, a product with each matrix. A neuron of more than `block` kept inputs gets a matrix
-    for each `block` of them, which lie together, so there is memory for no more than `block` floats a kept weight, twice.
+    It costs that look and, at each step, a product with each matrix. A neuron of more than `block` kept inputs has a matrix (and a mean
+    variance) for each `block` of them, which lie together. Memory is for two matrices of each block, all of them as large as the largest of
+    the layer, at most `block`^2 floats.
 
-    Convolutions and linear layers of a mask whose own forward runs are preconditioned; transposed ones, recurrent ones and the
-    projections of nn.MultiheadAttention are left as they are. A mask that moves is followed, with a look in the step after.
+    Preconditioned are convolutions and linear layers of the mask that own their weight and are called as modules: transposed convolutions,
+    recurrent layers, the projections of nn.MultiheadAttention and a head that is tied to an embedding are left as they are, and of a layer
+    that is called more than once in a step the first call counts. A mask that moves is followed, with a look in the step after.
 
     Args:
         power: in (0, 1]; 1 is the natural gradient's for the inputs.
@@ -49,7 +52,7 @@ class Preconditioning(Technique):
 
     Raises:
         TechniqueError: on attach, when there is no mask, no such layer in it, or a model that fully_shard has cut; in the first step,
-            when none of them has run as a module, or only under torch.compile (see `RunningRecipe.looks`).
+            when none of them has run as a module, or only compiled (see `RunningRecipe.watched`).
 
     Example:
         >>> import torch, anymask
@@ -61,7 +64,8 @@ class Preconditioning(Technique):
         '1 of 1 masked weights, 2 matrices of up to 2 x 2'
 
     Reference: the inputs' half of K-FAC (arXiv 1503.05671), which alone does most of the work (FOOF, arXiv 2201.12250); by neuron it is the
-    unit-wise natural gradient (arXiv 1303.0818). Ours: on kept inputs alone; the power, blocks and the norm of the layer.
+    unit-wise natural gradient (arXiv 1303.0818). Ours: on kept inputs alone, centred; the power, blocks
+    and the norm of the layer.
     """
 
     name: ClassVar[str] = "preconditioning"
@@ -110,16 +114,16 @@ class _Preconditioning(Attached):
     def __init__(self, settings: Preconditioning, context: Context, layers: dict[str, Any], *, total: int) -> None:
         self._settings, self._context, self._layers = settings, context, layers
         self._strength, self._step, self._mask = 1.0, context.start, context.needs_mask(settings.name)
-        self._places = {name: self._place(name) for name in layers}
+        self._places = {name: self._place(name, self._mask) for name in layers}
         self._seen: dict[str, Tensor] = {}  # covariances of this step's look
         self._covariances: dict[str, Tensor] = {}
         self._matrices: dict[str, Tensor] = {}
         places = self._places.values()
         width = max(p.width for p in places)
         self.found = f"{len(layers)} of {total} masked weights, {sum(p.blocks for p in places)} matrices of up to {width} x {width}"
-        self._handles = [
-            layer.register_forward_pre_hook(lambda _layer, args, name=name: self._look(name, args)) for name, layer in layers.items()
-        ]
+        self._loaded: Mapping[str, Any] = {}  # of a training that goes on, until it is known which mask is held
+        self._due = True  # whether some layer needs a look before its time
+        self._handles = [layer.register_forward_pre_hook(_Look(self, name), with_kwargs=True) for name, layer in layers.items()]
 
     def set_strength(self, strength: float) -> None:
         self._strength = strength
@@ -130,54 +134,57 @@ class _Preconditioning(Attached):
         self._handles = []
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self._step, **{f"covariance.{name}": c for name, c in self._covariances.items()}}
+        kept = {f"kept.{name}": _digest(self._mask[name]) for name in self._covariances}
+        return {"step": self._step, "due": self._due, **kept, **{f"covariance.{name}": c for name, c in self._covariances.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._step = state["step"]
-        for name, places in self._places.items():
-            given = state.get(f"covariance.{name}")
-            if given is not None and tuple(given.shape) == (places.blocks, places.width, places.width):
-                self._covariances[name] = given.to(self._layers[name].weight.device)
-                self._matrices[name] = self._matrix(name)
+        self._step, self._loaded = state["step"], state
 
     # -- the look
-    @torch.no_grad()
-    def _look(self, name: str, args: tuple[Any, ...]) -> None:
-        """Notes the covariances of what goes into a layer, where this step looks and did not yet."""
-        if torch.compiler.is_compiling() or not self.looks or name in self._seen or not (args and leads() and self._layers[name].training):
-            return
-        self._follow()
-        seed = (self._context.seed * 1_000_003 + self._step) * 10_007 + list(self._layers).index(name)
-        draws = torch.Generator().manual_seed(seed % 2**63)
-        x = args[0].detach()
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        rows = inputs_of(self._layers[name], x, samples=self._settings.samples, draws=draws)
-        self._seen[name] = self._places[name].covariances(rows)
-
     @property
     def looks(self) -> bool:
-        due = not self._matrices or self._step % self._settings.every == 0
-        return self._strength > 0 and (due or self._now() is not self._mask)
+        if self._strength == 0:
+            return False
+        if self._loaded or self._now() is not self._mask:
+            self._follow()
+        return self._due or self._step % self._settings.every == 0
+
+    @torch.no_grad()
+    def look(self, name: str, x: Tensor) -> None:
+        """Note the covariances of what goes into a layer, unless that is done already."""
+        if name in self._seen or not leads() or not self._layers[name].training or not self.looks:
+            return
+        self._follow()
+        if not x.numel() or not self._places[name].blocks:
+            return
+        seed = (self._context.seed * 1_000_003 + self._step) * 10_007 + list(self._layers).index(name)
+        draws = torch.Generator().manual_seed(seed % 2**63)
+        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        rows = inputs_of(self._layers[name], x, samples=self._settings.samples, draws=draws)
+        self._seen[name] = self._places[name].covariances(rows).cpu()  # to be sent to other ranks, on devices of theirs
 
     # -- the step
     @torch.no_grad()
     def before_update(self) -> None:
-        self._follow()
+        moved = self._follow()
         if self.looks:
-            self._learn()
+            self._learn(moved=moved)
         self._step += 1
         for name, matrix in self._matrices.items() if self._strength > 0 else ():
             gradient = self._layers[name].weight.grad
             if gradient is not None:
                 self._places[name].multiply(gradient, matrix, strength=self._strength)
 
-    def _learn(self) -> None:
-        if not from_rank(bool(self._seen)) and not self._covariances:
-            raise TechniqueError(
-                f"{Preconditioning.name} saw none of its layers run before this step",
-                allowed="layers that are called as modules, in training mode and, while the running recipe's `looks` is true, not compiled",
-                fix="call the model itself then, as `fit` does, and the compiled one in other steps; or leave it out of the recipe",
-            )
+    def _learn(self, *, moved: bool) -> None:
+        if not from_rank(bool(self._seen)):
+            gradients = (layer.weight.grad for layer in self._layers.values())
+            if not self._covariances and not moved and any(bool(g.any()) for g in gradients if g is not None):
+                raise TechniqueError(
+                    f"{Preconditioning.name} saw none of its layers run before this step",
+                    allowed="layers that are called as modules, in training mode; compiled ones within `running.watched()`",
+                    fix="put `with running.watched():` around the forward pass, or leave it out of the recipe",
+                )
+            return
         for name in self._places:
             # Of rank 0, for all: ranks see other images, and have to make equal steps.
             seen = from_rank(self._seen.get(name))
@@ -185,39 +192,70 @@ class _Preconditioning(Attached):
                 continue
             seen = seen.to(self._layers[name].weight.device)
             old = self._covariances.get(name)
-            self._covariances[name] = seen if old is None else old.lerp(seen, 1 - self._settings.decay)
-            self._matrices[name] = self._matrix(name)
-        self._seen = {}
+            self._know(name, seen if old is None else old.lerp(seen, 1 - self._settings.decay))
+        self._seen, self._due = {}, False
 
-    def _matrix(self, name: str) -> Tensor:
+    def _know(self, name: str, covariances: Tensor) -> None:
         s, places = self._settings, self._places[name]
-        return inverse_root(self._covariances[name], places.sizes, power=s.power, damping=s.damping)
+        self._covariances[name] = covariances
+        self._matrices[name] = inverse_root(covariances, places.sizes, power=s.power, damping=s.damping)
 
     # -- where weights are
-    def _follow(self) -> None:
-        """Take the mask that is held now, and the tensors as they lie now."""
-        mask = self._now()
-        moved, self._mask = mask is not self._mask, mask
+    def _follow(self) -> bool:
+        """Take the mask that is held now, the tensors as they lie now, and what was loaded; True where the mask is another."""
+        mask, loaded = self._now(), self._loaded
+        moved, self._loaded = False, {}
         for name, layer in self._layers.items():
-            if not moved and self._places[name].lies == (layer.weight.shape, layer.weight.device):
-                continue
-            self._places[name] = self._place(name)
-            for known in (self._seen, self._covariances, self._matrices):
-                if (old := known.pop(name, None)) is not None and not moved:
-                    known[name] = old.to(layer.weight.device)
+            other = mask is not self._mask and not torch.equal(mask[name], self._mask[name])
+            if other or self._places[name].lies != (layer.weight.shape, layer.weight.device):
+                self._places[name] = self._place(name, mask)
+                known = [of.pop(name, None) for of in (self._seen, self._covariances, self._matrices)]
+                if known[1] is not None and not other:
+                    self._know(name, known[1].to(layer.weight.device))
+            moved = moved or other
+        self._mask, self._due = mask, self._due or moved
+        if loaded:
+            self._due = loaded["due"]
+            for name in self._layers:
+                if loaded.get(f"kept.{name}") == _digest(mask[name]):
+                    self._know(name, loaded[f"covariance.{name}"].to(self._layers[name].weight.device))
+                elif f"kept.{name}" in loaded:  # the mask moved after the step that was saved
+                    self._due = True
+        return moved
 
     def _now(self) -> Mask:
         hold = held(self._context.needs_optimizer(Preconditioning.name))
         return self._mask if hold is None else hold.mask
 
-    def _place(self, name: str) -> "Blocks":
+    def _place(self, name: str, mask: Mask) -> "Blocks":
         layer = self._layers[name]
         sparse = compact(bare(self._context.model)).get(name)
-        kept = self._mask[name]
-        flat = kept.flatten().nonzero()[:, 0] if sparse is None else sparse.places().long()
-        return Blocks(
-            kept.shape, flat, layer.weight, groups=getattr(layer, "groups", 1), block=self._settings.block, compact=sparse is not None
-        )
+        flat = mask[name].flatten().nonzero()[:, 0] if sparse is None else sparse.places().long()
+        how = {"groups": getattr(layer, "groups", 1), "block": self._settings.block}
+        return Blocks(mask[name].shape, flat, layer.weight, compact=sparse is not None, **how)
+
+
+class _Look:
+    """What hears a layer's inputs; nothing in a copy of the model, or in one that was pickled."""
+
+    def __init__(self, attached: _Preconditioning, name: str) -> None:
+        self.attached, self.name = attached, name
+
+    def __call__(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if not torch.compiler.is_compiling() and (args or "input" in kwargs):
+            self.attached.look(self.name, args[0] if args else kwargs["input"])
+
+    def __reduce__(self) -> Any:
+        return _Deaf, ()
+
+
+class _Deaf:
+    def __call__(self, *_: Any) -> None:
+        """Nothing."""
+
+
+def _digest(kept: Tensor) -> str:
+    return hashlib.sha256(kept.cpu().numpy().tobytes()).hexdigest()
 
 
 class Blocks:
@@ -242,7 +280,7 @@ class Blocks:
         order = torch.argsort(flat)
         rank = torch.empty_like(order)
         rank[order] = torch.arange(len(flat)) - (counts.cumsum(0) - counts)[neuron[order]]
-        self.blocks, self.width = int(parts.sum()), int(size.max())
+        self.blocks, self.width = int(parts.sum()), int(size.max())  # both 0 where nothing is kept
         at = (parts.cumsum(0) - parts)[neuron] + rank // size[neuron]
         slots = at * self.width + rank % size[neuron]
         inputs = torch.full((self.blocks * self.width,), fan * groups)  # which input each slot has; the last, of zeros, where it is empty

@@ -149,8 +149,9 @@ class Run:
         x, y, weight = self.spread.part(x, y)
         with self.spread.adding(last=last):
             with self.autocast():
-                forward = self.spread.network if self.recipe.looks else self.forward
-                loss = self.recipe.loss(forward(x), y) * weight
+                with self.recipe.watched():
+                    output = self.forward(x)
+                loss = self.recipe.loss(output, y) * weight
             self.loss += loss.detach()
             self.scaler.scale(loss / self.protocol.accumulate).backward()
 
