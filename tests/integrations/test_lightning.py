@@ -91,10 +91,10 @@ def test_a_compiled_network_is_watched_where_a_technique_looks(tmp_path):
     module, graphs = Small(), []
     mask = mask_of(module)
     module.sparse[0] = sparse = AnyMask(mask, anymask.Recipe((Preconditioning(every=3),)))
-    module.net.compile(backend=lambda graph, _: (graphs.append(1), graph.forward)[1])
+    network, module.net = module.net, torch.compile(module.net, backend=lambda graph, _: (graphs.append(1), graph.forward)[1])
     trainer(tmp_path, sparse, epochs=1).fit(module, data(), data())
     assert graphs
-    assert zeros_kept(mask, module.net)
+    assert zeros_kept(mask, network)
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])

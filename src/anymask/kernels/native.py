@@ -71,7 +71,8 @@ def isa() -> str:
 
 def why_not() -> str:
     """What to do where it is not."""
-    return "the native kernels were not built, or of another version: install gcc or clang and run pip install --force-reinstall --no-deps anymask"
+    how = "install a C compiler (gcc or clang) and run pip install --force-reinstall --no-deps anymask"
+    return f"the native kernels were not built, or of another version: {how}"
 
 
 _WORTH_A_THREAD = 300_000  # multiply-adds: fewer are done before a second thread is awake
