@@ -99,13 +99,22 @@ def best_costs() -> str:
         if recipe != "default":
             ratios.setdefault(recipe, []).append(took / seconds["default", seed])
     said = ", ".join(f"`{recipe}` {median(found):.2f} times" for recipe, found in ratios.items())
-    taught = [row for row in rows if "teacher_seconds" in row["time"]]
+    taught = [row for row in rows + ledger("costs-before") if row["time"].get("teacher_seconds", 0) > 1]  # less: it was there and was read
     teachers = [row["time"]["teacher_seconds"] / seconds["default", row["settings"]["seed"]] for row in taught]
-    where = f"random-erk at 98%, {len(teachers)} seeds, {rows[0]['machine']['threads']} threads"
+    where = f"random-erk at 98%, {len({seed for _, seed in seconds})} seeds, {rows[0]['machine']['threads']} threads"
     return (
         f"A training takes, against the default one of the same seed ({where}): {said}; "
         f"the teacher of `best-slow`, one for all masks and recipes of a seed, {median(teachers):.2f} times.\n"
     )
+
+
+def costs_before() -> str:
+    """The same of what `best` was before `preconditioning`, in one sentence: results/costs-before."""
+    default = {row["settings"]["seed"]: row["time"]["seconds"] for row in ledger("costs") if row["settings"]["recipe"] == "default"}
+    ratios: dict[str, list[float]] = {}
+    for row in ledger("costs-before"):
+        ratios.setdefault(row["settings"]["recipe"], []).append(row["time"]["seconds"] / default[row["settings"]["seed"]])
+    return f"Without it they cost {', '.join(f'{median(found):.2f} times (`{recipe}`)' for recipe, found in ratios.items())}.\n"
 
 
 def ticket() -> str:
@@ -240,6 +249,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "best-short": best_short,
     "best-before": best_before,
     "best-costs": best_costs,
+    "costs-before": costs_before,
     "ticket": ticket,
     **{f"alone-{name.replace('_', '-')}": alone(name) for name in TECHNIQUES},
 }
