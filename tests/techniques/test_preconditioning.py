@@ -226,6 +226,16 @@ def test_inputs_without_variance_or_numbers_leave_the_weights_finite_and_the_mat
     assert model.weight.isfinite().all()
 
 
+def test_inputs_most_of_which_are_dead_have_finite_matrices() -> None:
+    draws = torch.Generator().manual_seed(0)
+    covariances = torch.zeros(2000, 32, 32)
+    for matrix in covariances:
+        live = torch.randperm(32, generator=draws)[: int(torch.randint(0, 9, (), generator=draws))]
+        seen = torch.randn(len(live), len(live) + 1, generator=draws).relu()
+        matrix[live[:, None], live] = seen @ seen.T
+    assert inverse_root(covariances, torch.full((2000,), 29), power=0.5, damping=0.1).isfinite().all()
+
+
 def test_steps_without_a_forward_pass_or_images_are_steps() -> None:
     model, optimizer, held, running = single()
     model.weight.grad = torch.zeros(3, 4)  # as torch.distributed.checkpoint makes one

@@ -354,8 +354,10 @@ def inverse_root(covariances: Tensor, sizes: Tensor, *, power: float, damping: f
                  [0.0000, 0.5000]]])
     """
     level = (covariances.diagonal(dim1=1, dim2=2).sum(1) / sizes).clamp(min=_LEAST)
-    values, vectors = _eigh(covariances / level[:, None, None])
-    return (vectors * (values.clamp(min=0) + damping)[:, None] ** -power) @ vectors.mT
+    # In float32 and without damping LAPACK gives NaN or fails for one in a hundred matrices that are mostly 0, as those of dead inputs are.
+    damped = (covariances / level[:, None, None]).double() + damping * torch.eye(covariances.shape[-1], device=covariances.device)
+    values, vectors = _eigh(damped)
+    return ((vectors * values.clamp(min=damping)[:, None] ** -power) @ vectors.mT).to(covariances.dtype)
 
 
 def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
