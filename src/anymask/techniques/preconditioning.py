@@ -355,7 +355,8 @@ def inverse_root(covariances: Tensor, sizes: Tensor, *, power: float, damping: f
     """
     level = (covariances.diagonal(dim1=1, dim2=2).sum(1) / sizes).clamp(min=_LEAST)
     # In float32 and without damping LAPACK gives NaN or fails for one in a hundred matrices that are mostly 0, as those of dead inputs are.
-    damped = (covariances / level[:, None, None]).double() + damping * torch.eye(covariances.shape[-1], device=covariances.device)
+    scaled = (covariances / level[:, None, None]).double()
+    damped = scaled + damping * torch.eye(scaled.shape[-1], dtype=scaled.dtype, device=scaled.device)
     values, vectors = _eigh(damped)
     return ((vectors * values.clamp(min=damping)[:, None] ** -power) @ vectors.mT).to(covariances.dtype)
 
