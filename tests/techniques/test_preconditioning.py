@@ -268,6 +268,8 @@ def test_a_training_that_goes_on_looks_when_it_would_have(moves: str) -> None:
     optimizer = torch.optim.SGD(again.parameters(), lr=0.1)
     other = hold(Mask({"weight": first}), again, optimizer)
     resumed = Recipe((Preconditioning(every=100),)).attach(again, optimizer, total_steps=9, state=state)
+    part, again_part = (of["parts"]["preconditioning"] for of in (state, resumed.state_dict()))  # saved again before its first step
+    torch.testing.assert_close(again_part["covariance.weight"], part["covariance.weight"], rtol=0, atol=0)
     other.move(Mask({"weight": first if moves == "no mask" else then}))  # as `fit` does: another object, whatever it holds
     assert looks(resumed) == expected
     if not expected:

@@ -134,6 +134,8 @@ class _Preconditioning(Attached):
         self._handles = []
 
     def state_dict(self) -> dict[str, Any]:
+        if self._loaded:  # saved again before the first step
+            return dict(self._loaded)
         kept = {f"kept.{name}": _digest(self._mask[name]) for name in self._covariances}
         return {"step": self._step, "due": self._due, **kept, **{f"covariance.{name}": c for name, c in self._covariances.items()}}
 
