@@ -14,6 +14,7 @@ from torch import nn
 
 import anymask
 from anymask import Recipe
+from anymask.cli.ranks import leave
 from anymask.errors import TechniqueError
 from anymask.schedules import Schedule
 from anymask.techniques import (
@@ -154,7 +155,7 @@ def main(scenario: str, folder: Path) -> None:
     found = scenarios[scenario]()
     torch.save(found, folder / f"{scenario}-{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import anymask
+from anymask.cli.ranks import leave
 from anymask.ranks import from_rank, mean_over_ranks, on_any_rank, together
 
 METHODS = {"rigl": {}, "set": {}, "gmp": {"sparsity": 0.8}}
@@ -72,7 +73,7 @@ def on_both(rank, folder):
     spoil = (lambda g: _with(g, place, math.nan) if next(heard) == 1 else g) if rank == 1 else None
     model = net()
     found["rigl with NaN"] = train(DistributedDataParallel(model), model, "rigl", seed=0, rank=rank, spoil=spoil)
-    dist.destroy_process_group()
+    leave()
     torch.save(found, f"{folder}/rank{rank}.pt")
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from anymask import Mask, Recipe, data, fit, models, prune
+from anymask.cli.ranks import leave
 from anymask.data import Augment, Batches, Split
 from anymask.errors import SettingError, TechniqueError
 from anymask.kernels import available
@@ -183,4 +184,4 @@ if __name__ == "__main__":
     part, place = sys.argv[1], Path(sys.argv[2])
     torch.save({"first": first, "second": second}[part](place), place / f"{part}-{dist.get_rank()}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    leave()
