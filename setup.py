@@ -35,7 +35,7 @@ setup(
         Extension(
             "anymask.kernels._native",
             [f"{KERNELS}/{name}.c" for name in NAMES],
-            depends=[f"{KERNELS}/{name}" for name in ("core.h", "gather.inc", "norm.inc", "pool.inc", "soft.inc")],
+            depends=[f"{KERNELS}/{name}" for name in ("core.h", "gather.inc", "norm.inc", "normpool.inc", "pool.inc", "soft.inc")],
             optional=True,
         )
     ],

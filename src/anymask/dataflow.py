@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +69,8 @@ class _Call:
     output: Tensor | None = None
     order: int = 0
     used: int = 0  # how often what was given had been used before
+    began: int = 0  # in `_Flow.steps`
+    ended: int = 0
 
 
 @dataclass
@@ -80,6 +82,7 @@ class _Flow:
     source: dict[int, int] = field(default_factory=dict)  # a tensor that holds the values of another, moved or cut
     activated: dict[int, int] = field(default_factory=dict)  # the output of an activation -> its input
     uses: Counter = field(default_factory=Counter)
+    steps: int = 0  # functions of torch that were called, and modules without children
     alive: list[Any] = field(default_factory=list)  # an id means something only while its tensor lives
 
     def root(self, tensor: Any) -> int:
@@ -100,6 +103,7 @@ class _Watching(TorchFunctionMode):
 
     def _note(self, func: Any, args: Any, kwargs: Any, *, out: Any) -> None:
         flow = self.flow
+        flow.steps += 1
         flow.alive.append(out)  # an id must not be used again
         if not isinstance(out, Tensor):
             return  # a tuple of chunks, say: seen by nobody as a unit
@@ -122,6 +126,8 @@ def _kind(func: Any, module: nn.Module) -> str:
         return "linear" if isinstance(module, nn.Linear) else "conv"
     if str(func) == "anymask.norm.default":
         return "norm"
+    if type(module) is nn.MaxPool2d:
+        return "pool"
     return next((kind for functions, kind in kinds if func in functions), "")
 
 
@@ -174,24 +180,30 @@ def before_norms(model: nn.Module, example: Any) -> list[tuple[nn.Module, nn.Mod
 
 
 @torch.no_grad()
-def norms_with_relu(model: nn.Module, example: Any) -> list[tuple[nn.Module, nn.Module]]:
-    """(norm, `nn.ReLU`) for each norm whose output goes through that ReLU and nowhere else, both called once.
+def norms_with_relu(model: nn.Module, example: Any) -> list[tuple[nn.Module, nn.Module, nn.MaxPool2d | None]]:
+    """(norm, `nn.ReLU`, `nn.MaxPool2d`) for each norm whose output goes through that ReLU and nowhere else, all called once.
+
+    The pool is None where the ReLU's output goes elsewhere, too.
 
     Example:
-        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-        >>> [(type(norm).__name__, type(relu).__name__) for norm, relu in norms_with_relu(net, torch.ones(1, 1, 8, 8))]
-        [('BatchNorm2d', 'ReLU')]
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
+        >>> [[type(layer).__name__ for layer in found] for found in norms_with_relu(net, torch.ones(1, 1, 8, 8))]
+        [['BatchNorm2d', 'ReLU', 'MaxPool2d']]
     """
     flow = _watch(model, example)
     times = Counter(id(call.module) for call in flow.calls)
     once = [call for call in flow.calls if times[id(call.module)] == 1]
     norms = {id(call.output): call.module for call in once if call.kind == "norm"}
-    pairs: list[tuple[nn.Module, nn.Module]] = []
+    found: list[tuple[nn.Module, nn.Module, nn.MaxPool2d | None]] = []
     for call in once:
         norm = norms.get(id(call.given))
         if norm is not None and type(call.module) is nn.ReLU and call.used == 0 and (call.module.inplace or flow.uses[id(call.given)] == 1):
-            pairs.append((norm, call.module))
-    return pairs
+            before = int(call.given is call.output)  # in place: the ReLU has used what the pool is given
+            # The very next step: what only training does, such as a dropout, would show as one between them.
+            pools = [c.module for c in once if c.kind == "pool" and c.given is call.output and c.began == call.ended + 1]
+            alone = pools and flow.uses[id(call.output)] == before + 1
+            found.append((norm, call.module, cast("nn.MaxPool2d", pools[0]) if alone else None))
+    return found
 
 
 def _layers(flow: _Flow) -> tuple[list[_Call], list[_Call]]:
@@ -205,12 +217,13 @@ def _watch(model: nn.Module, example: Any) -> _Flow:
 
     def enter(module: nn.Module, args: Any, kwargs: Any, name: str) -> None:
         given = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
-        flow.stack.append(_Call(module, name, given, used=flow.uses[flow.root(given)]))
+        flow.steps += not any(module.children())
+        flow.stack.append(_Call(module, name, given, used=flow.uses[flow.root(given)], began=flow.steps))
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
         call = flow.stack.pop()
         if call.kind and isinstance(output, Tensor) and call.given is not None:
-            call.output, call.order = output, len(flow.calls)
+            call.output, call.order, call.ended = output, len(flow.calls), flow.steps
             flow.calls.append(call)
 
     try:

@@ -221,6 +221,46 @@ def test_the_ghost_after_a_norm_of_a_map_that_is_stored_past_the_cache():
     np.testing.assert_allclose(gx, gapart, atol=1e-5)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=CASES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    size=st.tuples(*[st.integers(1, 7)] * 2, st.sampled_from([1, 3, 16, 33])),
+    kernel=st.tuples(*[st.integers(1, 3)] * 2),
+    how=st.tuples(*[st.booleans()] * 3, st.sampled_from([0.0, 0.3, 1.0])),
+    seed=st.integers(0, 99),
+)
+def test_a_norm_with_its_max_pool_is_the_two_apart(isa, size, kernel, how, seed):
+    affine, given_stats, ceil, soft = how
+    native.library().am_use(isa.encode())
+    rng = np.random.default_rng(seed)
+    rows, cols, images = (max(s, k) for s, k in zip(size, (*kernel, 1), strict=True))
+    x = rng.standard_normal((3, rows, cols, images)).astype(np.float32)
+    out = [-(-n // k) if ceil else n // k for n, k in zip((rows, cols), kernel, strict=True)]
+    g = rng.standard_normal((3, *out, images)).astype(np.float32)
+    pool = native.Pool(images, 3, rows, cols, *out, *kernel, *kernel, 0, 0, 0)
+    weight, bias = (rng.standard_normal(3).astype(np.float32) for _ in range(2)) if affine else (None, None)
+    found = []
+    for together in (True, False):
+        mean, var = np.full(3, 0.2, np.float32), np.full(3, 1.5, np.float32)
+        more = {"soft": soft, "given": given_stats, "pool": pool if together else None}
+        norm = native.Norm(weight, bias, mean, var, eps=1e-5, relu=True, threads=2, **more)
+        y, gx, gw, gb = np.empty_like(g), np.empty_like(x), np.empty(3, np.float32), np.empty(3, np.float32)
+        if together:
+            norm.forward(x, y)
+            norm.gradient(x, g, (gx, None, gw, gb))
+        else:
+            between, back = np.empty_like(x), np.empty_like(x)
+            norm.forward(x, between)
+            pool.forward(between, y, threads=2)
+            pool.gradient(between, y, g, back, threads=2)
+            norm.gradient(x, back, (gx, None, gw, gb))
+        found.append((y, mean, var, gx, gw, gb))
+    for mine, right in zip(*(part[:3] for part in found), strict=True):
+        np.testing.assert_array_equal(mine, right)
+    for mine, right in zip(*(part[3:] for part in found), strict=True):
+        assert np.abs(mine - right).max() <= 2e-5 * max(1.0, np.abs(right).max())
+
+
 def test_a_constant_channel_is_0_after_the_norm_bit_for_bit():
     for constant in (0.1, -3.7, 1e5):
         x = np.full((1, 5000), constant, np.float32)

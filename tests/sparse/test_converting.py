@@ -264,8 +264,8 @@ def test_the_operators_pass_pytorchs_own_checks(check):
     ops = torch.ops.anymask
     ones = torch.ones(3, requires_grad=True)
     torch.library.opcheck(ops.conv.default, (x, conv.weight, conv.bias, conv.gather.handle), test_utils=check)
-    torch.library.opcheck(ops.norm.default, (last, None, ones, ones, None, None, 1e-5, True, 0.0), test_utils=check)
-    torch.library.opcheck(ops.norm.default, (last, last.detach().clone(), ones, ones, None, None, 1e-5, True, 0.5), test_utils=check)
+    for add, *more in ((None, 0.0, 2, 1, 2, 3), (last.detach().clone(), 0.5, 0, 0, 0, 0)):
+        torch.library.opcheck(ops.norm.default, (last, add, ones, ones, None, None, 1e-5, True, *more), test_utils=check)
     torch.library.opcheck(ops.pool.default, (last, [2, 2], [2, 2, 2, 2, 0, 0], False), test_utils=check)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from anymask import prune
 from anymask.errors import SettingError
 from anymask.kernels import available
 from anymask.prunables import compact
-from anymask.sparse import ops
+from anymask.sparse import layers, ops
 from anymask.techniques import Context, GhostActivation
 from tests.sparse.test_converting import made, sgd, steps
 
@@ -148,3 +149,83 @@ def test_a_norm_takes_a_ghost_activation_along_while_nobody_else_looks(strength)
     for ours, hooked, theirs in zip(fused, seen, right, strict=True):
         torch.testing.assert_close(ours, hooked, atol=1e-5, rtol=1e-3)
         assert (ours - theirs).abs().max() <= 1e-3 * max(1e-2, theirs.abs().max())
+
+
+class Between(nn.Module):
+    """What training alone puts between a ReLU and a pool."""
+
+    def forward(self, x):
+        return x * 0.5 + 1 if self.training else x
+
+
+def pooling(*between, pool=None, inplace=False):
+    torch.manual_seed(0)
+    first = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace), *between]
+    return nn.Sequential(*first, pool or nn.MaxPool2d(2), nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class Twice(nn.Module):
+    """A map that goes into the pool and around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.pool = pooling()[:3], nn.MaxPool2d(2)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.pool(x).mean((2, 3)) + x.amax((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("net", "fuses"),
+    [
+        (pooling, True),
+        (lambda: pooling(inplace=True), True),
+        (lambda: pooling(pool=nn.MaxPool2d((3, 2))), True),
+        (lambda: pooling(pool=nn.MaxPool2d(2, 1)), False),
+        (lambda: pooling(pool=nn.MaxPool2d(2, ceil_mode=True)), True),
+        (lambda: pooling(nn.Dropout(1e-9)), False),
+        (lambda: pooling(Between()), False),
+        (Twice, False),
+    ],
+)
+@pytest.mark.parametrize("strength", [0.0, 0.7])
+def test_a_norm_takes_the_max_pool_after_its_relu_along(net, fuses, strength):
+    torch.manual_seed(1)
+    model, x = net(), torch.randn(5, 3, 11, 9)
+    dense = copy.deepcopy(model)
+    mask = anymask.prune(model, "random-uniform", sparsity=0.3, seed=0)
+    mask.apply(dense)
+    anymask.to_sparse(model, mask, x, measure=False)
+    model = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    if strength:
+        for one in (model, dense):
+            GhostActivation().attach(Context(one, None, F.cross_entropy, example=x)).set_strength(strength)
+    norm, pool = (next(m for m in model.modules() if isinstance(m, kind)) for kind in (layers.BatchLastNorm2d, nn.MaxPool2d))
+    assert norm.pools(norm_input := ops.batch_last(torch.ones(5, 8, 11, 9)).permute(3, 0, 1, 2)) == fuses
+
+    def same():
+        for part in (nn.Module.train, nn.Module.eval):
+            found = []
+            for one in (part(model), part(dense)):
+                torch.manual_seed(2)
+                given, named = x.clone().requires_grad_(), dict(one.named_parameters())
+                one(given).square().sum().backward()
+                found.append([given.grad, *(compact(one)[n].scatter(p.grad) if n in compact(one) else p.grad for n, p in named.items())])
+                one.zero_grad()
+            right = [value * mask[n] if n in mask else value for n, value in zip(["", *named], found[1], strict=True)]
+            torch.testing.assert_close(found[0], right, atol=1e-4, rtol=1e-3)
+
+    same()
+    seen = []
+    pool.register_forward_hook(lambda m, given, out: seen.append(given[0].shape[-2:]))
+    assert not norm.pools(norm_input)
+    same()
+    assert set(seen) == {(11, 9)}
+
+
+def test_a_map_that_is_smaller_than_its_pools_window_is_refused_as_before():
+    model = pooling()
+    anymask.to_sparse(model, anymask.prune(model, "random-uniform", sparsity=0.3, seed=0), torch.ones(2, 3, 8, 8), measure=False)
+    with pytest.raises(RuntimeError, match=r"[Oo]utput size is too small"):
+        model(torch.ones(2, 3, 8, 1))

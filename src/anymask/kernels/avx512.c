@@ -20,7 +20,8 @@ static inline __attribute__((always_inline)) void reduce4(const vf16 *a, float *
 #include "soft.inc"
 #include "norm.inc"
 #include "pool.inc"
-const am_isa am_avx512 = {"avx512", V, NAME(gather), NAME(dot), NAME(norm), NAME(norm_back), NAME(pool), NAME(pool_back), NAME(soften)};
+#include "normpool.inc"
+const am_isa am_avx512 = {"avx512", V, NAME(gather), NAME(dot), NAME(norm), NAME(norm_back), NAME(pool), NAME(pool_back), NAME(soften), NAME(norm_pool), NAME(norm_pool_back)};
 #else
 typedef int am_empty;
 #endif

@@ -50,7 +50,7 @@ const char *am_use(const char *name) {
   return NULL;
 }
 
-int am_version(void) { return 2; } /* of all these functions; native.py has the same, or does without them */
+int am_version(void) { return 3; } /* of all these functions; native.py has the same, or does without them */
 
 int am_width(void) { return chosen->width; }
 
@@ -78,4 +78,14 @@ int am_pooling_back(const am_pool *p, const float *x, const float *y, const floa
 
 int am_softening(int64_t size, const float *x, const float *g, float strength, float *y, int threads) {
   return chosen->soften(size, x, g, strength, y, threads);
+}
+
+int am_norm_pooling(const am_pool *p, const float *x, const float *weight, const float *bias, float eps, float soft, int use_stats, float *mean,
+                    float *var, float *y, int threads) {
+  return chosen->norm_pool(p, x, weight, bias, eps, soft, use_stats, mean, var, y, threads);
+}
+
+int am_norm_pooling_back(const am_pool *p, const float *x, const float *g, const float *weight, const float *bias, const float *mean, const float *var,
+                         float eps, float soft, int use_stats, float *gx, float *gweight, float *gbias, int threads) {
+  return chosen->norm_pool_back(p, x, g, weight, bias, mean, var, eps, soft, use_stats, gx, gweight, gbias, threads);
 }

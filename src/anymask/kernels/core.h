@@ -45,6 +45,10 @@ typedef struct {
 typedef int am_pool_fn(const am_pool *, const float *x, float *y, int threads);
 typedef int am_pool_back_fn(const am_pool *, const float *x, const float *y, const float *g, float *gx, int threads);
 typedef int am_soften_fn(int64_t size, const float *x, const float *g, float strength, float *y, int threads);
+typedef int am_norm_pool_fn(const am_pool *, const float *x, const float *weight, const float *bias, float eps, float soft, int use_stats, float *mean,
+                            float *var, float *y, int threads);
+typedef int am_norm_pool_back_fn(const am_pool *, const float *x, const float *g, const float *weight, const float *bias, const float *mean,
+                                 const float *var, float eps, float soft, int use_stats, float *gx, float *gweight, float *gbias, int threads);
 typedef struct {
   const char *name;
   int width; /* floats of a vector */
@@ -55,6 +59,8 @@ typedef struct {
   am_pool_fn *pool;
   am_pool_back_fn *pool_back;
   am_soften_fn *soften;
+  am_norm_pool_fn *norm_pool;
+  am_norm_pool_back_fn *norm_pool_back;
 } am_isa;
 
 extern const am_isa am_portable, am_avx2, am_avx512;

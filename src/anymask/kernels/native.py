@@ -22,7 +22,7 @@ _SIZES = (
     "images", "lanes", "src_channels", "src_rows", "src_cols", "dst_channels", "dst_rows", "dst_cols", "rows", "row_start", "row_step",
     "src_row_start", "src_row_step", "ring", "cols", "packed_cols", "strips", "col_tiles", "kept",
 )  # fmt: skip
-_VERSION = 2  # of the interface in core.c
+_VERSION = 3  # of the interface in core.c
 _TABLES = ("run_ptr", "runs", "dst_map", "rowptr", "off")
 
 
@@ -49,6 +49,8 @@ def library() -> Any:
     loaded.am_dot.argtypes = [_POINTER] * 4 + [_C_INT]
     loaded.am_norm.argtypes = [*[_INT] * 2, *[_POINTER] * 4, _C_FLOAT, _C_INT, _C_FLOAT, _C_INT, *[_POINTER] * 3, _C_INT]
     loaded.am_norm_back.argtypes = [*[_INT] * 2, *[_POINTER] * 7, _C_FLOAT, _C_INT, _C_FLOAT, _C_INT, *[_POINTER] * 4, _C_INT]
+    loaded.am_norm_pooling.argtypes = [*[_POINTER] * 4, *[_C_FLOAT] * 2, _C_INT, *[_POINTER] * 3, _C_INT]
+    loaded.am_norm_pooling_back.argtypes = [*[_POINTER] * 7, *[_C_FLOAT] * 2, _C_INT, *[_POINTER] * 3, _C_INT]
     wanted = os.environ.get("ANYMASK_ISA")
     if loaded.am_use(wanted.encode() if wanted else None) is None:
         raise SettingError(f"ANYMASK_ISA is {wanted!r}", allowed="avx512, avx2 or portable, as far as this machine has it", fix="unset it")
@@ -210,16 +212,17 @@ class Pool(ctypes.Structure):
 
     def forward(self, x: Floats, out: Floats, *, threads: int) -> None:
         """x (C, H, W, N) into out (C, OH, OW, N)."""
-        self._check(x, out)
+        self.check(x, out)
         _call(library().am_pooling, self, x, out, threads)
 
     def gradient(self, x: Floats, y: Floats, g: Floats, out: Floats, *, threads: int) -> None:
         """Of x, into out: y is what `forward` gave, g its gradient."""
-        self._check(x, y)
-        self._check(out, g)
+        self.check(x, y)
+        self.check(out, g)
         _call(library().am_pooling_back, self, x, y, g, out, threads)
 
-    def _check(self, x: Floats, y: Floats) -> None:
+    def check(self, x: Floats, y: Floats) -> None:
+        """Refuse an input or output of another shape."""
         _check("the input", x, (self.channels, self.rows, self.cols, self.images))
         _check("the output", y, (self.channels, self.out_rows, self.out_cols, self.images))
 
@@ -274,6 +277,7 @@ class Norm:
         weight: (C,), or None for 1; so is bias, for 0.
         mean: (C,), written by `forward` unless it is `given`; so is var, the biased variance.
         soft: above 0 the ReLU is its ghost of that strength, as `soften` has it.
+        pool: a max pool after the ReLU, whose windows do not overlap: `out` and `g` are of its output. Not together with `add`.
     """
 
     weight: Floats | None
@@ -285,9 +289,16 @@ class Norm:
     given: bool
     threads: int
     soft: float = 0.0
+    pool: Pool | None = None
 
     def forward(self, x: Floats, out: Floats, *, add: Floats | None = None) -> None:
         """x, and what is added before the ReLU, into out."""
+        if self.pool is not None:
+            self._check(x, x)
+            self.pool.check(x, out)
+            stats = (self.eps, self.soft, int(self.given), self.mean, self.var)
+            _call(library().am_norm_pooling, self.pool, x, self.weight, self.bias, *stats, out, self.threads)
+            return
         self._check(x, x, add, out)
         last = (self.eps, int(self.relu), self.soft, int(self.given), self.mean, self.var, out, self.threads)
         _call(library().am_norm, len(x), x.size // len(x), x, add, self.weight, self.bias, *last)
@@ -295,9 +306,15 @@ class Norm:
     def gradient(self, x: Floats, g: Floats, out: tuple[Floats | None, ...], *, add: Floats | None = None) -> None:
         """Into out = (of x, of add or None, of weight, of bias); g is that of what `forward` gave, whose ReLU is done again here."""
         gx, gadd, *of_channels = out
-        self._check(x, add, g, gx, gadd)
         for vector in of_channels:
             _check("the gradient", vector, (len(x),))
+        if self.pool is not None:
+            self._check(x, gx)
+            self.pool.check(x, g)
+            stats = (self.mean, self.var, self.eps, self.soft, int(self.given))
+            _call(library().am_norm_pooling_back, self.pool, x, g, self.weight, self.bias, *stats, gx, *of_channels, self.threads)
+            return
+        self._check(x, add, g, gx, gadd)
         last = (self.eps, int(self.relu), self.soft, int(self.given), *out, self.threads)
         _call(library().am_norm_back, len(x), x.size // len(x), x, add, g, self.weight, self.bias, self.mean, self.var, *last)
 

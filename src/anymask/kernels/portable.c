@@ -10,4 +10,5 @@ static inline __attribute__((always_inline)) void reduce4(const vf4 *a, float *t
 #include "soft.inc"
 #include "norm.inc"
 #include "pool.inc"
-const am_isa am_portable = {"portable", V, NAME(gather), NAME(dot), NAME(norm), NAME(norm_back), NAME(pool), NAME(pool_back), NAME(soften)};
+#include "normpool.inc"
+const am_isa am_portable = {"portable", V, NAME(gather), NAME(dot), NAME(norm), NAME(norm_back), NAME(pool), NAME(pool_back), NAME(soften), NAME(norm_pool), NAME(norm_pool_back)};

@@ -76,19 +76,23 @@ class BatchLast:
 
 
 class BatchLastNorm2d(BatchLast, nn.BatchNorm2d):
-    """A BatchNorm2d, which takes the ReLU after it along (`relu`) while nobody hooks into either."""
+    """A BatchNorm2d, which takes the ReLU after it along (`relu`) while nobody hooks into either, and the max pool after that (`pool`)."""
 
     relu: "tuple[FusedReLU, ...]"  # in a tuple, so that it is no child
+    pool: "tuple[BatchLastMaxPool2d, ...]"
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, H, W) to the same."""
-        return self.normed(input, None, soft=self.fuses(input)) if ops.is_batch_last(input) else super().forward(input)
+        """(N, C, H, W) to the same, or to what the pool gives."""
+        if not ops.is_batch_last(input):
+            return super().forward(input)
+        return self.normed(input, None, soft=self.fuses(input), pool=self.pool[0] if self.pools(input) else None)
 
-    def normed(self, input: Tensor, add: Tensor | None, *, soft: float | None) -> Tensor:
-        """The norm of a batch-last tensor, plus `add`, then a ReLU as soft as asked (0: a plain one; None: none)."""
+    def normed(self, input: Tensor, add: Tensor | None, *, soft: float | None, pool: "BatchLastMaxPool2d | None" = None) -> Tensor:
+        """The norm of a batch-last tensor, plus `add`, then a ReLU as soft as asked (0: a plain one; None: none), then a max pool."""
         batch = self.training or self.running_mean is None
         given = (None, None) if batch else (self.running_mean, self.running_var)
-        y, mean, var = ops.norm(input, add, self.weight, self.bias, *given, self.eps, soft is not None, soft or 0.0)
+        tiles = (0, 0, 0, 0) if pool is None else (*pool.size(input), *_pair(pool.kernel_size))
+        y, mean, var = ops.norm(input, add, self.weight, self.bias, *given, self.eps, soft is not None, soft or 0.0, *tiles)
         if self.training and self.track_running_stats:
             self._track(mean, var, input.numel() // input.shape[1])
         return y
@@ -96,6 +100,10 @@ class BatchLastNorm2d(BatchLast, nn.BatchNorm2d):
     def fuses(self, input: Tensor) -> float | None:
         """How soft the ReLU is that is done here for this input; None where it is not done here."""
         return _softness(self.relu[0], input) if self.relu and ops.is_batch_last(input) and not _hooked(self) else None
+
+    def pools(self, input: Tensor) -> bool:
+        """Whether the max pool is done here for this input, or was for what it became."""
+        return bool(self.pool) and self.pool[0].is_tiling() and not _hooked(self.pool[0]) and self.fuses(input) is not None
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
@@ -153,10 +161,27 @@ class FusedReLU(nn.ReLU):
 
 
 class BatchLastMaxPool2d(BatchLast, nn.MaxPool2d):
-    """A MaxPool2d."""
+    """A MaxPool2d, which a norm may have done already."""
+
+    norm: tuple[BatchLastNorm2d, ...]
+
+    def is_tiling(self) -> bool:
+        """Whether windows lie side by side from the first place on, which is what a norm takes along."""
+        plain = _pair(self.padding) == (0, 0) and _pair(self.dilation) == (1, 1) and not self.return_indices
+        return plain and _pair(self.stride) == _pair(self.kernel_size)
+
+    def size(self, input: Tensor) -> list[int]:
+        """(OH, OW) for this input, where it `is_tiling`."""
+        kernel = _pair(self.kernel_size)
+        size = [_pool_size(n, k, k, 0, ceil=self.ceil_mode) for n, k in zip(input.shape[2:], kernel, strict=True)]
+        if not all(size):
+            super().forward(input)  # which refuses that
+        return size
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, OH, OW)."""
+        if self.norm and self.norm[0].pools(input):
+            return input
         if not ops.is_batch_last(input) or self.return_indices or _pair(self.dilation) != (1, 1):
             return super().forward(input)
         return _pooled(self, input, mean=False)

@@ -198,15 +198,20 @@ def _norm(  # noqa: PLR0917  an operator's arguments are a list
     eps: float,
     relu: bool,
     soft: float,
+    rows: int,
+    cols: int,
+    high: int,
+    wide: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Batch norm of x (N, C, H, W), plus `add` of its shape, then if asked ReLU, as soft as `soft` says. Gives (y, mean, var).
 
-    The statistics are those of the batch where mean and var are None.
+    The statistics are those of the batch where mean and var are None. After a ReLU without `add`, a max pool of windows side by side may
+    follow: to (rows, cols), of windows (high, wide), all 0 where none does; torch.jit.trace knows no lists.
     """
     given = mean is not None
-    y = _empty(x, x.shape)
+    y = _fake_norm(x, add, weight, bias, mean, var, eps, relu, soft, rows, cols, high, wide)[0]
     mean, var = (t.clone() if t is not None else x.new_empty(x.shape[1]) for t in (mean, var))
-    kind: dict[str, Any] = {"eps": eps, "relu": relu, "soft": soft, "given": given}
+    kind: dict[str, Any] = {"eps": eps, "relu": relu, "soft": soft, "given": given, "pool": _side_by_side(x, rows, cols, high, wide)}
     how = native.Norm(_array(weight), _array(bias), _array(mean), _array(var), threads=_threads(), **kind)
     how.forward(_array(batch_last(x)), _into(y), add=None if add is None else _array(batch_last(add)))
     return y, mean, var
@@ -224,11 +229,15 @@ def _norm_gradient(  # noqa: PLR0917
     eps: float,
     relu: bool,
     soft: float,
+    rows: int,
+    cols: int,
+    high: int,
+    wide: int,
     given: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, add, weight and bias; g is that of what `norm` gave. That of add is empty where it is none, or g itself."""
-    gx, gadd, gweight, gbias = _fake_norm_gradient(x, add, g, weight, bias, mean, var, eps, relu, soft, given)
-    kind: dict[str, Any] = {"eps": eps, "relu": relu, "soft": soft, "given": given}
+    gx, gadd, gweight, gbias = _fake_norm_gradient(x, add, g, weight, bias, mean, var, eps, relu, soft, rows, cols, high, wide, given)
+    kind: dict[str, Any] = {"eps": eps, "relu": relu, "soft": soft, "given": given, "pool": _side_by_side(x, rows, cols, high, wide)}
     how = native.Norm(_array(weight), _array(bias), _array(mean), _array(var), threads=_threads(), **kind)
     more = None if add is None else _array(batch_last(add))
     out = (_into(gx), _into(gadd) if gadd.numel() else None, _array(gweight), _array(gbias))
@@ -236,20 +245,25 @@ def _norm_gradient(  # noqa: PLR0917
     return gx, gadd, gweight, gbias
 
 
+def _side_by_side(x: Tensor, rows: int, cols: int, high: int, wide: int) -> native.Pool | None:
+    return _windows(x.shape, [rows, cols], [high, wide, high, wide, 0, 0], mean=False) if high else None
+
+
 @_norm.register_fake
-def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(x, x.shape), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+def _fake_norm(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows, cols, high, _ = others[-4:]
+    return _empty(x, (*x.shape[:2], rows, cols) if high else x.shape), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
 
 
 @_norm_gradient.register_fake
 def _fake_norm_gradient(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, add, *_, relu, _soft, _given = args
+    x, add, relu = args[0], args[1], args[8]
     gadd = _empty(x, x.shape) if add is not None and relu else x.new_empty(0)
     return _empty(x, x.shape), gadd, x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
 
 
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, add, weight, bias, mean, _, ctx.eps, ctx.relu, ctx.soft = inputs
+    x, add, weight, bias, mean, _, ctx.eps, ctx.relu, ctx.soft, *ctx.pool = inputs
     ctx.given, ctx.adds = mean is not None, add is not None
     ctx.save_for_backward(x, add if ctx.relu else None, weight, bias, output[1], output[2])
     ctx.mark_non_differentiable(output[1], output[2])
@@ -257,9 +271,9 @@ def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, 
 
 def _backward_norm(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     x, add, weight, bias, mean, var = ctx.saved_tensors
-    gx, gadd, gw, gb = norm_gradient(x, add, g, weight, bias, mean, var, ctx.eps, ctx.relu, ctx.soft, ctx.given)
+    gx, gadd, gw, gb = norm_gradient(x, add, g, weight, bias, mean, var, ctx.eps, ctx.relu, ctx.soft, *ctx.pool, ctx.given)
     gadd = (gadd if add is not None else g) if ctx.adds else None
-    return gx, gadd, gw if ctx.needs_input_grad[2] else None, gb if ctx.needs_input_grad[3] else None, *[None] * 5
+    return gx, gadd, gw if ctx.needs_input_grad[2] else None, gb if ctx.needs_input_grad[3] else None, *[None] * 9
 
 
 norm = _differentiated(_norm, _save_norm, _backward_norm)
