@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import Any
 
 from anymask.report import grid, paired, table
@@ -62,10 +62,13 @@ def _cell(row: dict[str, Any]) -> tuple[Any, ...]:
     return s["model"], s["epochs"], s["mask"], s["sparsity"]
 
 
-def best_before() -> str:
-    """The same as `best_short` of what the presets were before `preconditioning` joined them: results/best-before."""
-    defaults = [row for row in ledger("best") if row["settings"]["recipe"] == "default"]
-    return _short(defaults + ledger("best-before"))
+def best_before(name: str) -> Callable[[], str]:
+    """A part: the same as `best_short` of what the presets were before, of results/`name`."""
+
+    def made() -> str:
+        return _short([row for row in ledger("best") if row["settings"]["recipe"] == "default"] + ledger(name))
+
+    return made
 
 
 def best_short() -> str:
@@ -108,13 +111,29 @@ def best_costs() -> str:
     )
 
 
-def costs_before() -> str:
-    """The same of what `best` was before `preconditioning`, in one sentence: results/costs-before."""
-    default = {row["settings"]["seed"]: row["time"]["seconds"] for row in ledger("costs") if row["settings"]["recipe"] == "default"}
-    ratios: dict[str, list[float]] = {}
-    for row in ledger("costs-before"):
-        ratios.setdefault(row["settings"]["recipe"], []).append(row["time"]["seconds"] / default[row["settings"]["seed"]])
-    return f"Without it they cost {', '.join(f'{median(found):.2f} times (`{recipe}`)' for recipe, found in ratios.items())}.\n"
+def costs_before(name: str) -> Callable[[], str]:
+    """A part: the same of what the presets were before, of results/`name`, in one sentence."""
+
+    def made() -> str:
+        rows = ledger(name)
+        seconds = [row for row in rows if row["settings"]["recipe"] == "default"] or ledger("costs")
+        default = {row["settings"]["seed"]: row["time"]["seconds"] for row in seconds if row["settings"]["recipe"] == "default"}
+        ratios: dict[str, list[float]] = {}
+        for row in rows:
+            if row["techniques"]:
+                ratios.setdefault(contents(row), []).append(row["time"]["seconds"] / default[row["settings"]["seed"]])
+        return f"Times of a default training: {', '.join(f'{median(found):.2f} (`{recipe}`)' for recipe, found in ratios.items())}.\n"
+
+    return made
+
+
+def beside_ghosts() -> str:
+    """One sentence: what `ghost_activation` adds to `density_lr` and `preconditioning`, on the tuning part."""
+    with_it = "density_lr() + ghost_activation(cosine to 60%) + preconditioning()"
+    found = paired(named(ledger("screen")), baseline="density_lr() + preconditioning()")
+    apart = [value for c in found if c.recipe == with_it for value in c.differences.values()]
+    error = stdev(apart) / len(apart) ** 0.5
+    return f"{fmean(apart):+.2f} points, standard error {error:.2f}, n = {len(apart)} pairs of masks, sparsities and seeds.\n"
 
 
 def ticket() -> str:
@@ -186,7 +205,7 @@ def which() -> str:
     screen, small = paired(named(ledger("screen"))), paired(ledger("evidence"))
     wins = [c.verdict for c in small if c.recipe == "tost"]
     return "\n".join([
-        f"- **Begin with `best`** (`density_lr`, `preconditioning` and `ghost_activation`). {_all('best', 'default')}",
+        f"- **Begin with `best`** (`density_lr` and `preconditioning`). {_all('best', 'default')}",
         f"- **The paper's recipe, `tost`**: {_all('tost', 'default')} `best` against it: {_all('best', 'tost')}",
         f"- **By mask**: {_by_mask('best', 0.98)}.",
         f"- **With a trained dense network at hand, let it teach** (`best-slow`, with `distillation`). {_all('best-slow', 'default')}",
@@ -247,9 +266,12 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "prototypes": prototypes,
     "best-table": best,
     "best-short": best_short,
-    "best-before": best_before,
+    "best-before": best_before("best-before"),
+    "best-ghosts": best_before("best-ghosts"),
     "best-costs": best_costs,
-    "costs-before": costs_before,
+    "costs-before": costs_before("costs-before"),
+    "costs-ghosts": costs_before("costs-ghosts"),
+    "beside-ghosts": beside_ghosts,
     "ticket": ticket,
     **{f"alone-{name.replace('_', '-')}": alone(name) for name in TECHNIQUES},
 }

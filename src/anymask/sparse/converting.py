@@ -93,10 +93,10 @@ def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimize
 
     Forward pass, input gradient and weight gradient of a Conv2d or Linear take time in proportion to what is kept, and its weight,
     gradient and optimiser slots are vectors (K,) of that size. Parameters keep their identity and names, state dicts hold the dense
-    weights, hooks and techniques stay where they are. What lies between (batch norm with its ReLU and max pool, pools) follows the memory
-    layout of the kernels (C, H, W, N). Layers of other kinds, those that the mask leaves out, and those that are measured slower stay dense.
-    A norm does the ReLU and the max pool after it too, while nobody hooks into them: a part of the model that is cut off between them, such
-    as `model[:2]`, gives what comes after them.
+    weights, hooks and techniques stay where they are. What lies between (batch norm with its ReLU and max pool, pools) follows the
+    memory layout of the kernels (C, H, W, N). Layers of other kinds, those that the mask leaves out, and those that are measured slower
+    stay dense. A norm does the ReLU and the max pool after it too, while nobody hooks into them: a part of the model that is cut off
+    between them, such as `model[:2]`, gives what comes after them.
 
     Args:
         model: on the CPU, float32; changed in place.
