@@ -7,6 +7,7 @@ from setuptools.command.build_ext import build_ext
 
 KERNELS = "src/anymask/kernels"
 NAMES = ("core", "portable", "avx2", "avx512")
+PARTS = ("blocks", "gather", "norm", "normpool", "pool", "soft")
 
 
 class Build(build_ext):
@@ -35,7 +36,9 @@ setup(
         Extension(
             "anymask.kernels._native",
             [f"{KERNELS}/{name}.c" for name in NAMES],
-            depends=[f"{KERNELS}/{name}" for name in ("core.h", "gather.inc", "norm.inc", "normpool.inc", "pool.inc", "soft.inc")],
+            depends=[
+                f"{KERNELS}/{name}" for name in ("core.h", "blocks.inc", "gather.inc", "norm.inc", "normpool.inc", "pool.inc", "soft.inc")
+            ],
             optional=True,
         )
     ],

@@ -22,28 +22,30 @@ from anymask.techniques import GradientCorrection, Preconditioning, SignIn
 from anymask.techniques.preconditioning import Blocks, inputs_of, inverse_root
 
 
-def place(kept: Tensor, *, groups: int = 1, block: int = 32) -> Blocks:
-    return Blocks(kept.shape, kept.flatten().nonzero()[:, 0], torch.empty(kept.shape), groups=groups, block=block, compact=False)
+def place(kept: Tensor, *, groups: int = 1, block: int = 32, dtype: torch.dtype = torch.float32) -> Blocks:
+    weight = torch.empty(kept.shape, dtype=dtype)
+    return Blocks(kept.shape, kept.flatten().nonzero()[:, 0], weight, groups=groups, block=block, compact=False)
 
 
 @settings(max_examples=40, deadline=None)
 @given(
     neurons=st.integers(1, 5),
-    fan=st.integers(1, 9),
+    fan=st.integers(1, 40),
     groups=st.sampled_from([1, 2]),
     power=st.sampled_from([0.5, 1.0]),
     strength=st.sampled_from([0.0, 0.4, 1.0]),
+    native=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_each_neuron_gets_the_inverse_root_of_its_own_inputs_covariance(neurons, fan, groups, power, strength, seed):  # noqa: PLR0917
+def test_each_neuron_gets_the_inverse_root_of_its_own_inputs_covariance(neurons, fan, groups, power, strength, native, seed):  # noqa: PLR0917
     rng = np.random.default_rng(seed)
     kept = rng.random((neurons * groups, fan)) < 0.6
     kept[0, 0] = True
     x, g = rng.normal(size=(50, fan * groups)) + 1, rng.normal(size=kept.shape) * kept
-    places = place(torch.from_numpy(kept), groups=groups)
+    places = place(torch.from_numpy(kept), groups=groups, dtype=torch.float32 if native else torch.float64, block=40)
     covariances = places.covariances(torch.from_numpy(x))
     gradient = torch.from_numpy(g.copy())
-    places.multiply(gradient, inverse_root(covariances, places.sizes, power=power, damping=0.1), strength=strength)
+    places.multiply(gradient, places.pack(inverse_root(covariances, places.sizes, power=power, damping=0.1)), strength=strength)
 
     right = np.zeros_like(g)
     for i, row in enumerate(kept):
@@ -53,7 +55,8 @@ def test_each_neuron_gets_the_inverse_root_of_its_own_inputs_covariance(neurons,
             values, vectors = np.linalg.eigh(c / np.diag(c).mean() + 0.1 * np.eye(len(c)))
             right[i, row] = (vectors * values**-power) @ vectors.T @ g[i, row]
     right *= np.linalg.norm(g) / np.linalg.norm(right)
-    np.testing.assert_allclose(gradient.numpy(), strength * right + (1 - strength) * g, rtol=1e-8, atol=1e-10)
+    near = {"rtol": 1e-4, "atol": 1e-5} if native else {"rtol": 1e-8, "atol": 1e-10}
+    np.testing.assert_allclose(gradient.numpy(), strength * right + (1 - strength) * g, **near)
     assert not gradient.numpy()[~kept].any()
 
 
@@ -74,7 +77,7 @@ def test_blocks_hold_each_kept_weight_once_and_no_more_than_they_may(counts, blo
     eye = torch.eye(places.width).expand(places.blocks, -1, -1)
     gradient = torch.randn(kept.shape) * kept
     same = gradient.clone()
-    places.multiply(same, eye, strength=1.0)
+    places.multiply(same, places.pack(eye), strength=1.0)
     torch.testing.assert_close(same, gradient)
 
 

@@ -11,13 +11,15 @@ static inline __attribute__((always_inline)) void reduce4(const vf8 *a, float *t
   const __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
   _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), q));
 }
+static inline __attribute__((always_inline)) vf8 reciprocal(vf8 x) { return 1 / x; } /* 12 bits and a step of Newton's are too few */
 #define STREAM(p, v) _mm256_stream_ps(p, (__m256)(v))
 #include "gather.inc"
 #include "soft.inc"
 #include "norm.inc"
 #include "pool.inc"
 #include "normpool.inc"
-const am_isa am_avx2 = {"avx2", V, NAME(gather), NAME(dot), NAME(norm), NAME(norm_back), NAME(pool), NAME(pool_back), NAME(soften), NAME(norm_pool), NAME(norm_pool_back)};
+#include "blocks.inc"
+const am_isa am_avx2 = {"avx2", V, NAME(gather), NAME(dot), NAME(norm), NAME(norm_back), NAME(pool), NAME(pool_back), NAME(soften), NAME(norm_pool), NAME(norm_pool_back), NAME(blocks)};
 #else
 typedef int am_empty;
 #endif

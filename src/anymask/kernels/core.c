@@ -50,7 +50,7 @@ const char *am_use(const char *name) {
   return NULL;
 }
 
-int am_version(void) { return 3; } /* of all these functions; native.py has the same, or does without them */
+int am_version(void) { return 4; } /* of all these functions; native.py has the same, or does without them */
 
 int am_width(void) { return chosen->width; }
 
@@ -88,4 +88,9 @@ int am_norm_pooling(const am_pool *p, const float *x, const float *weight, const
 int am_norm_pooling_back(const am_pool *p, const float *x, const float *g, const float *weight, const float *bias, const float *mean, const float *var,
                          float eps, float soft, int use_stats, float *gx, float *gweight, float *gbias, int threads) {
   return chosen->norm_pool_back(p, x, g, weight, bias, mean, var, eps, soft, use_stats, gx, gweight, gbias, threads);
+}
+
+int am_block_products(int64_t blocks, const int32_t *first, const int32_t *order, const int64_t *from, const float *matrices, float strength, float *g,
+                      int threads) {
+  return chosen->blocks(blocks, first, order, from, matrices, strength, g, threads);
 }

@@ -49,6 +49,8 @@ typedef int am_norm_pool_fn(const am_pool *, const float *x, const float *weight
                             float *var, float *y, int threads);
 typedef int am_norm_pool_back_fn(const am_pool *, const float *x, const float *g, const float *weight, const float *bias, const float *mean,
                                  const float *var, float eps, float soft, int use_stats, float *gx, float *gweight, float *gbias, int threads);
+typedef int am_blocks_fn(int64_t blocks, const int32_t *first, const int32_t *order, const int64_t *from, const float *matrices, float strength,
+                         float *g, int threads);
 typedef struct {
   const char *name;
   int width; /* floats of a vector */
@@ -61,6 +63,7 @@ typedef struct {
   am_soften_fn *soften;
   am_norm_pool_fn *norm_pool;
   am_norm_pool_back_fn *norm_pool_back;
+  am_blocks_fn *blocks;
 } am_isa;
 
 extern const am_isa am_portable, am_avx2, am_avx512;

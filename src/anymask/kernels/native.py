@@ -22,7 +22,7 @@ _SIZES = (
     "images", "lanes", "src_channels", "src_rows", "src_cols", "dst_channels", "dst_rows", "dst_cols", "rows", "row_start", "row_step",
     "src_row_start", "src_row_step", "ring", "cols", "packed_cols", "strips", "col_tiles", "kept",
 )  # fmt: skip
-_VERSION = 3  # of the interface in core.c
+_VERSION = 4  # of the interface in core.c
 _TABLES = ("run_ptr", "runs", "dst_map", "rowptr", "off")
 
 
@@ -51,6 +51,7 @@ def library() -> Any:
     loaded.am_norm_back.argtypes = [*[_INT] * 2, *[_POINTER] * 7, _C_FLOAT, _C_INT, _C_FLOAT, _C_INT, *[_POINTER] * 4, _C_INT]
     loaded.am_norm_pooling.argtypes = [*[_POINTER] * 4, *[_C_FLOAT] * 2, _C_INT, *[_POINTER] * 3, _C_INT]
     loaded.am_norm_pooling_back.argtypes = [*[_POINTER] * 7, *[_C_FLOAT] * 2, _C_INT, *[_POINTER] * 3, _C_INT]
+    loaded.am_block_products.argtypes = [_INT, *[_POINTER] * 4, _C_FLOAT, _POINTER, _C_INT]
     wanted = os.environ.get("ANYMASK_ISA")
     if loaded.am_use(wanted.encode() if wanted else None) is None:
         raise SettingError(f"ANYMASK_ISA is {wanted!r}", allowed="avx512, avx2 or portable, as far as this machine has it", fix="unset it")
@@ -239,6 +240,36 @@ def soften(x: Floats, out: Floats, *, strength: float, g: Floats | None = None, 
         _check(name, array, x.shape)
     _check("the input", x, x.shape)
     _call(library().am_softening, x.size, x, g, strength, out, threads)
+
+
+class Blocks:
+    """Values in blocks, each with a matrix of its size.
+
+    Args:
+        sizes: how many values each block has, (B,).
+        order: the places of the values, block after block, (K,).
+
+    Example:
+        >>> swap, values = Blocks(np.array([2]), np.array([0, 1])), np.array([1.0, 2.0], np.float32)
+        >>> swap.multiply(values, np.float32([0, 1, 1, 0] + 16 * [0])); values
+        array([2., 1.], dtype=float32)
+    """
+
+    def __init__(self, sizes: NDArray[np.int64], order: NDArray[np.int64]) -> None:
+        self._order = order.astype(np.int32)
+        self._first = np.concatenate([[0], sizes.cumsum()]).astype(np.int32)
+        self._from = np.concatenate([[0], (sizes**2).cumsum()]).astype(np.int64)
+
+    def multiply(self, values: Floats, matrices: Floats, *, strength: float = 1.0, threads: int = 1) -> None:
+        """`values` (K,) towards their product with symmetric `matrices`, scaled to the norm that they have; in place.
+
+        The matrices lie one after the other, each as large as its block, and then come 16 floats of anything: (sum of sizes squared + 16,).
+        """
+        _check("the values", values, (len(self._order),))
+        _check("the matrices", matrices, (int(self._from[-1]) + 16,))
+        threads = threads if matrices.size > _WORTH_A_THREAD // 10 else 1  # they come from memory
+        where = (len(self._first) - 1, self._first, self._order, self._from)
+        _call(library().am_block_products, *where, matrices, strength, values, threads)
 
 
 def _struct(job: Job) -> _AmJob:
