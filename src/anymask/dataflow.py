@@ -1,14 +1,15 @@
 """How data flows through a model: which layers meet which norms, whatever they are called and in whatever order they stand."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from anymask.surgery import evaluating, run
 
@@ -69,8 +70,6 @@ class _Call:
     output: Tensor | None = None
     order: int = 0
     used: int = 0  # how often what was given had been used before
-    began: int = 0  # in `_Flow.steps`
-    ended: int = 0
 
 
 @dataclass
@@ -82,7 +81,8 @@ class _Flow:
     source: dict[int, int] = field(default_factory=dict)  # a tensor that holds the values of another, moved or cut
     activated: dict[int, int] = field(default_factory=dict)  # the output of an activation -> its input
     uses: Counter = field(default_factory=Counter)
-    steps: int = 0  # functions of torch that were called, and modules without children
+    touched: Counter = field(default_factory=Counter)  # how often a tensor itself was in an argument or in the model's output
+    entered: Counter = field(default_factory=Counter)  # how often each module was called
     alive: list[Any] = field(default_factory=list)  # an id means something only while its tensor lives
 
     def root(self, tensor: Any) -> int:
@@ -103,7 +103,7 @@ class _Watching(TorchFunctionMode):
 
     def _note(self, func: Any, args: Any, kwargs: Any, *, out: Any) -> None:
         flow = self.flow
-        flow.steps += 1
+        flow.touched.update(id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
         flow.alive.append(out)  # an id must not be used again
         if not isinstance(out, Tensor):
             return  # a tuple of chunks, say: seen by nobody as a unit
@@ -126,8 +126,6 @@ def _kind(func: Any, module: nn.Module) -> str:
         return "linear" if isinstance(module, nn.Linear) else "conv"
     if str(func) == "anymask.norm.default":
         return "norm"
-    if type(module) is nn.MaxPool2d:
-        return "pool"
     return next((kind for functions, kind in kinds if func in functions), "")
 
 
@@ -180,30 +178,57 @@ def before_norms(model: nn.Module, example: Any) -> list[tuple[nn.Module, nn.Mod
 
 
 @torch.no_grad()
-def norms_with_relu(model: nn.Module, example: Any) -> list[tuple[nn.Module, nn.Module, nn.MaxPool2d | None]]:
-    """(norm, `nn.ReLU`, `nn.MaxPool2d`) for each norm whose output goes through that ReLU and nowhere else, all called once.
+def norms_with_relu(model: nn.Module, example: Any) -> list[tuple[nn.Module, nn.Module, tuple[nn.Module, ...]]]:
+    """(norm, `nn.ReLU`, what follows) for each norm whose output goes through that ReLU and nowhere else, all called once.
 
-    The pool is None where the ReLU's output goes elsewhere, too.
+    What follows is an `nn.MaxPool2d`, where an `nn.Sequential` has it next after the two, so that nothing can stand between or branch
+    off; then the containers that hold a part of the three. It is empty where no such pool is.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
-        >>> [[type(layer).__name__ for layer in found] for found in norms_with_relu(net, torch.ones(1, 1, 8, 8))]
-        [['BatchNorm2d', 'ReLU', 'MaxPool2d']]
+        >>> [(type(norm).__name__, type(more[0]).__name__) for norm, _, more in norms_with_relu(net, torch.ones(1, 1, 8, 8))]
+        [('BatchNorm2d', 'MaxPool2d')]
     """
     flow = _watch(model, example)
-    times = Counter(id(call.module) for call in flow.calls)
-    once = [call for call in flow.calls if times[id(call.module)] == 1]
+    once = [call for call in flow.calls if flow.entered[id(call.module)] == 1]
     norms = {id(call.output): call.module for call in once if call.kind == "norm"}
-    found: list[tuple[nn.Module, nn.Module, nn.MaxPool2d | None]] = []
+    pools = _pools(model, flow.entered)
+    found: list[tuple[nn.Module, nn.Module, tuple[nn.Module, ...]]] = []
     for call in once:
         norm = norms.get(id(call.given))
-        if norm is not None and type(call.module) is nn.ReLU and call.used == 0 and (call.module.inplace or flow.uses[id(call.given)] == 1):
-            before = int(call.given is call.output)  # in place: the ReLU has used what the pool is given
-            # The very next step: what only training does, such as a dropout, would show as one between them.
-            pools = [c.module for c in once if c.kind == "pool" and c.given is call.output and c.began == call.ended + 1]
-            alone = pools and flow.uses[id(call.output)] == before + 1
-            found.append((norm, call.module, cast("nn.MaxPool2d", pools[0]) if alone else None))
+        if (
+            norm is not None
+            and type(call.module) is nn.ReLU
+            and call.used == 0
+            and (call.module.inplace or flow.touched[id(call.given)] == 1)
+        ):
+            found.append((norm, call.module, pools.get((norm, call.module), ())))
     return found
+
+
+def _pools(model: nn.Module, entered: Counter) -> dict[tuple[nn.Module, nn.Module], tuple[nn.Module, ...]]:
+    """By the two modules before it in a row of Sequentials: a max pool, and the containers that hold a part of the three."""
+    found: dict[tuple[nn.Module, nn.Module], tuple[nn.Module, ...]] = {}
+    for row in (module for module in model.modules() if _is_row(module, entered)):
+        leaves = list(_leaves(row, entered, ()))
+        for (first, in_1), (second, in_2), (pool, in_3) in zip(leaves, leaves[1:], leaves[2:], strict=False):
+            if type(pool) is nn.MaxPool2d and entered[id(pool)] == 1:
+                found[first, second] = (pool, *({*in_1, *in_2, *in_3} - ({*in_1} & {*in_2} & {*in_3})))
+    return found
+
+
+def _leaves(row: nn.Module, entered: Counter, path: tuple[nn.Module, ...]) -> Iterator[tuple[nn.Module, tuple[nn.Module, ...]]]:
+    for child in row._modules.values():  # children() leaves out what comes a second time
+        assert child is not None
+        if _is_row(child, entered):
+            yield from _leaves(child, entered, (*path, child))
+        else:
+            yield child, path
+
+
+def _is_row(module: nn.Module, entered: Counter) -> bool:
+    """Whether a module hands data from child to child and does nothing else, and was called once as a whole."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and entered[id(module)] == 1
 
 
 def _layers(flow: _Flow) -> tuple[list[_Call], list[_Call]]:
@@ -217,13 +242,13 @@ def _watch(model: nn.Module, example: Any) -> _Flow:
 
     def enter(module: nn.Module, args: Any, kwargs: Any, name: str) -> None:
         given = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
-        flow.steps += not any(module.children())
-        flow.stack.append(_Call(module, name, given, used=flow.uses[flow.root(given)], began=flow.steps))
+        flow.entered[id(module)] += 1
+        flow.stack.append(_Call(module, name, given, used=flow.uses[flow.root(given)]))
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
         call = flow.stack.pop()
         if call.kind and isinstance(output, Tensor) and call.given is not None:
-            call.output, call.order, call.ended = output, len(flow.calls), flow.steps
+            call.output, call.order = output, len(flow.calls)
             flow.calls.append(call)
 
     try:
@@ -233,7 +258,7 @@ def _watch(model: nn.Module, example: Any) -> _Flow:
             )
             handles.append(module.register_forward_hook(leave))
         with evaluating(model), _Watching(flow):
-            run(model, example)
+            flow.touched.update(id(t) for t in tree_leaves(run(model, example)) if isinstance(t, Tensor))
     finally:
         for handle in handles:
             handle.remove()

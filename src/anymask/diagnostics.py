@@ -282,7 +282,7 @@ class _Relus(TorchFunctionMode):
 def _gives_relu(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call is a ReLU, be it the plain one below a ghost, or one that a norm of to_sparse takes along."""
     if str(func) == "anymask.norm.default":
-        return bool(args[7])  # `relu`, however soft; a max pool that is taken along too leaves a channel dead or alive
+        return bool(args[7])  # `relu`, however soft, and before a max pool that is taken along, but for places in no window
     below = {torch.ops.aten.relu.default, torch.ops.aten.hardtanh.default}  # what a ghost activation calls
     return relu_call(func, args, kwargs) is not None or func in below
 

@@ -164,16 +164,30 @@ def pooling(*between, pool=None, inplace=False):
     return nn.Sequential(*first, pool or nn.MaxPool2d(2), nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-class Twice(nn.Module):
-    """A map that goes into the pool and around it."""
+class Blocks(nn.Module):
+    """Two parts, and what is done with what lies between them."""
 
-    def __init__(self):
+    def __init__(self, between):
         super().__init__()
-        self.first, self.pool = pooling()[:3], nn.MaxPool2d(2)
+        self.first, self.rest, self.between = pooling()[:3], pooling()[3:], between
 
     def forward(self, x):
-        x = self.first(x)
-        return self.pool(x).mean((2, 3)) + x.amax((2, 3))
+        return self.between(self, self.first(x))
+
+
+def in_pieces():
+    class Pieces(nn.Sequential):
+        def forward(self, x):
+            for layer in self[0]:
+                x = layer(x)
+            return x
+
+    return Pieces(pooling())
+
+
+def again():
+    drop = nn.Dropout(1e-9)
+    return nn.Sequential(drop, *pooling(drop))
 
 
 @pytest.mark.parametrize(
@@ -182,11 +196,18 @@ class Twice(nn.Module):
         (pooling, True),
         (lambda: pooling(inplace=True), True),
         (lambda: pooling(pool=nn.MaxPool2d((3, 2))), True),
-        (lambda: pooling(pool=nn.MaxPool2d(2, 1)), False),
         (lambda: pooling(pool=nn.MaxPool2d(2, ceil_mode=True)), True),
+        (lambda: nn.Sequential(pooling()[:3], pooling()[3:]), True),
+        (lambda: nn.Sequential(nn.Sequential(pooling()[:2], nn.ReLU()), *pooling()[3:]), True),
+        (lambda: pooling(pool=nn.MaxPool2d(2, 1)), False),
         (lambda: pooling(nn.Dropout(1e-9)), False),
         (lambda: pooling(Between()), False),
-        (Twice, False),
+        (again, False),
+        (in_pieces, False),
+        (lambda: Blocks(lambda net, y: net.rest(y)), False),
+        (lambda: Blocks(lambda net, y: (net.rest(y), y.mean())[0] + y.amax((2, 3))[:, :4]), False),
+        (lambda: Blocks(lambda net, y: net.rest(y * 0.5 if net.training else y)), False),
+        (lambda: Blocks(lambda net, y: torch.cat([net.rest(y), y.mean((2, 3))], 1)), False),
     ],
 )
 @pytest.mark.parametrize("strength", [0.0, 0.7])
@@ -197,14 +218,16 @@ def test_a_norm_takes_the_max_pool_after_its_relu_along(net, fuses, strength):
     mask = anymask.prune(model, "random-uniform", sparsity=0.3, seed=0)
     mask.apply(dense)
     anymask.to_sparse(model, mask, x, measure=False)
-    model = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    if net is pooling:
+        model = pickle.loads(pickle.dumps(model))
     if strength:
         for one in (model, dense):
             GhostActivation().attach(Context(one, None, F.cross_entropy, example=x)).set_strength(strength)
     norm, pool = (next(m for m in model.modules() if isinstance(m, kind)) for kind in (layers.BatchLastNorm2d, nn.MaxPool2d))
-    assert norm.pools(norm_input := ops.batch_last(torch.ones(5, 8, 11, 9)).permute(3, 0, 1, 2)) == fuses
+    assert norm.fuses(ops.batch_last(torch.ones(5, 8, 11, 9)).permute(3, 0, 1, 2)) == pytest.approx(strength)
+    assert norm.pools() == fuses
 
-    def same():
+    def same(x=x):
         for part in (nn.Module.train, nn.Module.eval):
             found = []
             for one in (part(model), part(dense)):
@@ -217,11 +240,34 @@ def test_a_norm_takes_the_max_pool_after_its_relu_along(net, fuses, strength):
             torch.testing.assert_close(found[0], right, atol=1e-4, rtol=1e-3)
 
     same()
+    same(x[:1])
     seen = []
-    pool.register_forward_hook(lambda m, given, out: seen.append(given[0].shape[-2:]))
-    assert not norm.pools(norm_input)
-    same()
-    assert set(seen) == {(11, 9)}
+    for looked_at in (pool, *norm.pool[1:]):
+        handle = looked_at.register_forward_hook(lambda m, given, out: seen.append(given[0].shape[-2:]))
+        assert not norm.pools()
+        same()
+        handle.remove()
+    assert (11, 9) in seen
+    if fuses:
+        anymask.to_dense(norm if strength else pool)
+        same()
+
+
+def test_what_is_used_before_its_relu_is_not_taken_along():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.relu, self.last = pooling()[:2], nn.ReLU(), nn.Conv2d(16, 4, 1)
+
+        def forward(self, x):
+            y = self.first(x)
+            return self.last(torch.cat([y, self.relu(y)], 1))
+
+    model, x = Both(), torch.randn(2, 3, 6, 6)
+    mask = anymask.prune(model, "random-uniform", sparsity=0.3, seed=0)
+    mask.apply(model)
+    right = model(x)
+    torch.testing.assert_close(anymask.to_sparse(model, mask, x, measure=False)(x), right, atol=1e-5, rtol=1e-4)
 
 
 def test_a_map_that_is_smaller_than_its_pools_window_is_refused_as_before():

@@ -30,7 +30,7 @@ def read_zipped(path: Path, archive: zipfile.ZipFile) -> Contents:
     entries = archive.infolist()
     # torch.load hands out memory that nobody wrote where the two sizes of a stored entry differ
     if any(e.compress_type != zipfile.ZIP_STORED or e.compress_size != e.file_size for e in entries):
-        raise refusal(path, "a compressed archive, which torch.save never writes")
+        raise refusal(path, "an archive that is compressed, or damaged: torch.save stores its entries as they are")
     if sum(e.file_size for e in entries) > path.stat().st_size:
         raise refusal(path, "an archive that unpacks to more than its size; torch.save writes none")
     if (damaged := archive.testzip()) is not None:  # the mapped file is read past the checksums

@@ -19,6 +19,12 @@ static inline __attribute__((always_inline)) vf16 reciprocal(vf16 x) { /* of wha
   const vf16 r = (vf16)_mm512_rcp14_ps((__m512)x);
   return r * (2 - x * r);
 }
+static inline __attribute__((always_inline)) vf16 within(vf16 x, float far) { /* [-far, far]; NaN stays */
+  return (vf16)_mm512_max_ps(_mm512_set1_ps(-far), _mm512_min_ps(_mm512_set1_ps(far), (__m512)x));
+}
+static inline __attribute__((always_inline)) vf16 rounded(vf16 x) { return (vf16)_mm512_roundscale_ps((__m512)x, 0); }
+static inline __attribute__((always_inline)) vf16 times_power_of_2(vf16 x, vf16 n) { return (vf16)_mm512_scalef_ps((__m512)x, (__m512)n); }
+#define POWERS_OF_2
 #define STREAM(p, v) _mm512_stream_ps(p, (__m512)(v))
 #include "gather.inc"
 #include "soft.inc"

@@ -325,6 +325,7 @@ class Norm:
     def forward(self, x: Floats, out: Floats, *, add: Floats | None = None) -> None:
         """x, and what is added before the ReLU, into out."""
         if self.pool is not None:
+            self._alone(add)
             self._check(x, x)
             self.pool.check(x, out)
             stats = (self.eps, self.soft, int(self.given), self.mean, self.var)
@@ -340,6 +341,7 @@ class Norm:
         for vector in of_channels:
             _check("the gradient", vector, (len(x),))
         if self.pool is not None:
+            self._alone(add)
             self._check(x, gx)
             self.pool.check(x, g)
             stats = (self.mean, self.var, self.eps, self.soft, int(self.given))
@@ -348,6 +350,10 @@ class Norm:
         self._check(x, add, g, gx, gadd)
         last = (self.eps, int(self.relu), self.soft, int(self.given), *out, self.threads)
         _call(library().am_norm_back, len(x), x.size // len(x), x, add, g, self.weight, self.bias, self.mean, self.var, *last)
+
+    def _alone(self, add: Floats | None) -> None:
+        if add is not None or not self.relu:
+            raise SettingError("a norm with a pool, but no ReLU or with a sum", allowed="norm, ReLU and pool", fix="leave the pool out")
 
     def _check(self, x: Floats, *others: Floats | None) -> None:
         for array in others:

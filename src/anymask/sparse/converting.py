@@ -160,8 +160,8 @@ def to_dense(model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Modu
         if isinstance(layer, layers.SparseWeight):
             densify(layer, optimizer)
         elif kind := dense_class(layer):
-            for other in ("relu", "pool", "norm"):
-                layer.__dict__.pop(other, None)
+            if isinstance(layer, layers.BatchLast | layers.FusedReLU):
+                layers.unlink(layer)
             layer.__class__ = kind
     return model
 
@@ -236,20 +236,18 @@ def _tied(model: nn.Module, parameter: nn.Parameter) -> bool:
     return sum(other is parameter for _, other in model.named_parameters(remove_duplicate=False)) > 1
 
 
-def _follow(model: nn.Module, found: list[tuple[nn.Module, nn.Module, nn.MaxPool2d | None]]) -> None:
+def _follow(model: nn.Module, found: list[tuple[nn.Module, nn.Module, tuple[nn.Module, ...]]]) -> None:
     """Let the layers between sparse ones keep the memory layout."""
     for layer in model.modules():
         if type(layer) is nn.BatchNorm2d:
             layer.__class__ = layers.BatchLastNorm2d
-            layer.__dict__["relu"] = layer.__dict__["pool"] = ()
         elif type(layer) in _PLAIN:
             layer.__class__ = _SPARSE[type(layer)]
-            layer.__dict__["norm"] = ()
         elif getattr(layer, "anymask_sum", False):
             layer.__class__ = layers.fused_sum(type(layer))
-    for norm, relu, pool in found:
+    for norm, relu, more in found:
         if isinstance(norm, layers.BatchLastNorm2d):
             relu.__class__ = layers.FusedReLU
             norm.__dict__["relu"], relu.__dict__["norm"] = (relu,), (norm,)
-            if pool is not None:
-                norm.__dict__["pool"], pool.__dict__["norm"] = (pool,), (norm,)
+            if more and isinstance(pool := more[0], layers.BatchLastMaxPool2d) and pool.is_tiling():
+                norm.__dict__["pool"], pool.__dict__["norm"] = more, (norm,)

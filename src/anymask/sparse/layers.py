@@ -78,20 +78,22 @@ class BatchLast:
 class BatchLastNorm2d(BatchLast, nn.BatchNorm2d):
     """A BatchNorm2d, which takes the ReLU after it along (`relu`) while nobody hooks into either, and the max pool after that (`pool`)."""
 
-    relu: "tuple[FusedReLU, ...]"  # in a tuple, so that it is no child
-    pool: "tuple[BatchLastMaxPool2d, ...]"
+    relu: "tuple[FusedReLU, ...]" = ()  # in a tuple, so that it is no child
+    pool: tuple[nn.Module, ...] = ()  # the pool, and what contains a part of the three
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) to the same, or to what the pool gives."""
+        if input.ndim == 4 and len(input) == 1:
+            input = input.contiguous()  # a single image that has no gaps is batch-last, so that it and what becomes of it are alike
         if not ops.is_batch_last(input):
             return super().forward(input)
-        return self.normed(input, None, soft=self.fuses(input), pool=self.pool[0] if self.pools(input) else None)
+        return self.normed(input, None, soft=(soft := self.fuses(input)), pool=soft is not None and self.pools())
 
-    def normed(self, input: Tensor, add: Tensor | None, *, soft: float | None, pool: "BatchLastMaxPool2d | None" = None) -> Tensor:
+    def normed(self, input: Tensor, add: Tensor | None, *, soft: float | None, pool: bool = False) -> Tensor:
         """The norm of a batch-last tensor, plus `add`, then a ReLU as soft as asked (0: a plain one; None: none), then a max pool."""
         batch = self.training or self.running_mean is None
         given = (None, None) if batch else (self.running_mean, self.running_var)
-        tiles = (0, 0, 0, 0) if pool is None else (*pool.size(input), *_pair(pool.kernel_size))
+        tiles = self.pool[0].tiles(input) if pool and isinstance(self.pool[0], BatchLastMaxPool2d) else (0, 0, 0, 0)
         y, mean, var = ops.norm(input, add, self.weight, self.bias, *given, self.eps, soft is not None, soft or 0.0, *tiles)
         if self.training and self.track_running_stats:
             self._track(mean, var, input.numel() // input.shape[1])
@@ -101,9 +103,9 @@ class BatchLastNorm2d(BatchLast, nn.BatchNorm2d):
         """How soft the ReLU is that is done here for this input; None where it is not done here."""
         return _softness(self.relu[0], input) if self.relu and ops.is_batch_last(input) and not _hooked(self) else None
 
-    def pools(self, input: Tensor) -> bool:
-        """Whether the max pool is done here for this input, or was for what it became."""
-        return bool(self.pool) and self.pool[0].is_tiling() and not _hooked(self.pool[0]) and self.fuses(input) is not None
+    def pools(self) -> bool:
+        """Whether the max pool is done here, too, where the ReLU is."""
+        return bool(self.pool) and not any(map(_hooked, self.pool))
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
@@ -153,34 +155,34 @@ def _new_sum(kind: type) -> Any:
 class FusedReLU(nn.ReLU):
     """A ReLU after a batch norm, which has done it already unless somebody hooks into either."""
 
-    norm: tuple[BatchLastNorm2d, ...]
+    norm: tuple[BatchLastNorm2d, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
         """Any shape to the same."""
-        return super().forward(input) if self.norm[0].fuses(input) is None else input
+        return input if self.norm and self.norm[0].fuses(input) is not None else super().forward(input)
 
 
 class BatchLastMaxPool2d(BatchLast, nn.MaxPool2d):
     """A MaxPool2d, which a norm may have done already."""
 
-    norm: tuple[BatchLastNorm2d, ...]
+    norm: tuple[BatchLastNorm2d, ...] = ()
 
     def is_tiling(self) -> bool:
         """Whether windows lie side by side from the first place on, which is what a norm takes along."""
         plain = _pair(self.padding) == (0, 0) and _pair(self.dilation) == (1, 1) and not self.return_indices
         return plain and _pair(self.stride) == _pair(self.kernel_size)
 
-    def size(self, input: Tensor) -> list[int]:
-        """(OH, OW) for this input, where it `is_tiling`."""
+    def tiles(self, input: Tensor) -> tuple[int, ...]:
+        """(OH, OW, KH, KW) for this input, where it `is_tiling`."""
         kernel = _pair(self.kernel_size)
         size = [_pool_size(n, k, k, 0, ceil=self.ceil_mode) for n, k in zip(input.shape[2:], kernel, strict=True)]
         if not all(size):
             super().forward(input)  # which refuses that
-        return size
+        return *size, *kernel
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, OH, OW)."""
-        if self.norm and self.norm[0].pools(input):
+        if self.norm and self.norm[0].pools() and self.norm[0].fuses(input) is not None:
             return input
         if not ops.is_batch_last(input) or self.return_indices or _pair(self.dilation) != (1, 1):
             return super().forward(input)
@@ -205,6 +207,14 @@ class BatchLastZeroPad3d(BatchLast, nn.ZeroPad3d):
         if not ops.is_batch_last(input):
             return super().forward(input)
         return F.pad(input.permute(1, 2, 3, 0), (0, 0, *self.padding)).permute(3, 0, 1, 2)
+
+
+def unlink(layer: nn.Module) -> None:
+    """Let a norm, ReLU or pool, and those that it is done together with, be done each by itself."""
+    for norm in (layer, *getattr(layer, "norm", ())):
+        for other in (*getattr(norm, "relu", ()), *getattr(norm, "pool", ()), norm):
+            for link in ("relu", "pool", "norm"):
+                other.__dict__.pop(link, None)
 
 
 def _pooled(layer: Any, x: Tensor, *, mean: bool) -> Tensor:
