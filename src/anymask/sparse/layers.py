@@ -80,14 +80,16 @@ class BatchLastNorm2d(BatchLast, nn.BatchNorm2d):
 
     relu: "tuple[FusedReLU, ...]" = ()  # in a tuple, so that it is no child
     pool: tuple[nn.Module, ...] = ()  # the pool, and what contains a part of the three
+    done = (False, False)  # whether the last call did the ReLU, and the pool
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) to the same, or to what the pool gives."""
-        if input.ndim == 4 and len(input) == 1:
-            input = input.contiguous()  # a single image that has no gaps is batch-last, so that it and what becomes of it are alike
+        soft = self.fuses(input)
+        if self.relu:
+            self.__dict__["done"] = soft is not None, soft is not None and self.pools()
         if not ops.is_batch_last(input):
             return super().forward(input)
-        return self.normed(input, None, soft=(soft := self.fuses(input)), pool=soft is not None and self.pools())
+        return self.normed(input, None, soft=soft, pool=self.done[1])
 
     def normed(self, input: Tensor, add: Tensor | None, *, soft: float | None, pool: bool = False) -> Tensor:
         """The norm of a batch-last tensor, plus `add`, then a ReLU as soft as asked (0: a plain one; None: none), then a max pool."""
@@ -159,7 +161,7 @@ class FusedReLU(nn.ReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """Any shape to the same."""
-        return input if self.norm and self.norm[0].fuses(input) is not None else super().forward(input)
+        return input if self.norm and self.norm[0].done[0] else super().forward(input)
 
 
 class BatchLastMaxPool2d(BatchLast, nn.MaxPool2d):
@@ -182,7 +184,7 @@ class BatchLastMaxPool2d(BatchLast, nn.MaxPool2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, OH, OW)."""
-        if self.norm and self.norm[0].pools() and self.norm[0].fuses(input) is not None:
+        if self.norm and self.norm[0].done[1]:
             return input
         if not ops.is_batch_last(input) or self.return_indices or _pair(self.dilation) != (1, 1):
             return super().forward(input)
@@ -213,7 +215,7 @@ def unlink(layer: nn.Module) -> None:
     """Let a norm, ReLU or pool, and those that it is done together with, be done each by itself."""
     for norm in (layer, *getattr(layer, "norm", ())):
         for other in (*getattr(norm, "relu", ()), *getattr(norm, "pool", ()), norm):
-            for link in ("relu", "pool", "norm"):
+            for link in ("relu", "pool", "norm", "done"):
                 other.__dict__.pop(link, None)
 
 
