@@ -19,7 +19,7 @@ from anymask.errors import SettingError, TechniqueError
 from anymask.kernels import available
 from anymask.prunables import compact
 from anymask.techniques import GradientCorrection, Preconditioning, SignIn
-from anymask.techniques.preconditioning import Blocks, inputs_of, inverse_root
+from anymask.techniques.neuron_blocks import Blocks, inputs_of, inverse_root
 
 
 def place(kept: Tensor, *, groups: int = 1, block: int = 32, dtype: torch.dtype = torch.float32) -> Blocks:

@@ -2,26 +2,21 @@
 
 import hashlib
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from threading import Lock
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anymask.errors import SettingError, TechniqueError
 from anymask.holding import held
-from anymask.kernels import native
 from anymask.mask import Mask
 from anymask.prunables import bare, compact
 from anymask.ranks import from_rank, leads
 from anymask.schedules import Schedule
 from anymask.surgery import CONVS
 from anymask.techniques.base import Attached, Context, Technique
-
-_LEAST = 1e-12  # of a mean variance: inputs that are constant have none
+from anymask.techniques.neuron_blocks import Blocks, Each, inputs_of, inverse_root, threads_of_one
 
 
 @dataclass(frozen=True)
@@ -190,20 +185,21 @@ class _Preconditioning(Attached):
                     fix="put `with running.watched():` around the forward pass, or leave it out of the recipe",
                 )
             return
-        for name in self._places:
-            # Of rank 0, for all: ranks see other images, and have to make equal steps.
-            seen = from_rank(self._seen.get(name))
-            if seen is None or not seen.isfinite().all():
-                continue
-            seen = seen.to(self._layers[name].weight.device)
-            old = self._covariances.get(name)
-            self._know(name, seen if old is None else old.lerp(seen, 1 - self._settings.decay))
+        with threads_of_one() as each:
+            for name in self._places:
+                # Of rank 0, for all: ranks see other images, and have to make equal steps.
+                seen = from_rank(self._seen.get(name))
+                if seen is None or not seen.isfinite().all():
+                    continue
+                seen = seen.to(self._layers[name].weight.device)
+                old = self._covariances.get(name)
+                self._know(name, seen if old is None else old.lerp(seen, 1 - self._settings.decay), each=each)
         self._seen, self._due = {}, False
 
-    def _know(self, name: str, covariances: Tensor) -> None:
+    def _know(self, name: str, covariances: Tensor, *, each: Each = map) -> None:
         s, places = self._settings, self._places[name]
         self._covariances[name] = covariances
-        self._matrices[name] = places.pack(inverse_root(covariances, places.sizes, power=s.power, damping=s.damping))
+        self._matrices[name] = places.pack(inverse_root(covariances, places.sizes, power=s.power, damping=s.damping, each=each))
 
     # -- where weights are
     def _follow(self) -> bool:
@@ -232,7 +228,7 @@ class _Preconditioning(Attached):
         hold = held(self._context.needs_optimizer(Preconditioning.name))
         return self._mask if hold is None else hold.mask
 
-    def _place(self, name: str, mask: Mask) -> "Blocks":
+    def _place(self, name: str, mask: Mask) -> Blocks:
         layer = self._layers[name]
         sparse = compact(bare(self._context.model)).get(name)
         flat = mask[name].flatten().nonzero()[:, 0] if sparse is None else sparse.places().long()
@@ -261,142 +257,3 @@ class _Deaf:
 
 def _digest(kept: Tensor) -> str:
     return hashlib.sha256(kept.cpu().numpy().tobytes()).hexdigest()
-
-
-class Blocks:
-    """The kept weights of one layer as blocks (B, W) of one neuron each: of `width` W places, of which the last may be empty.
-
-    Args:
-        dense: shape of the dense weight (O, ...).
-        flat: the kept places in it, (K,), in the order of `weight` where that is compact.
-        weight: as it lies now.
-        groups: of a convolution.
-        block: the most that a block may hold.
-        compact: whether `weight` is the vector of what is kept.
-    """
-
-    def __init__(self, dense: torch.Size, flat: Tensor, weight: Tensor, *, groups: int, block: int, compact: bool) -> None:
-        self.lies = weight.shape, weight.device
-        fan = dense[1:].numel()
-        neuron, place = flat // fan, flat % fan
-        counts = torch.bincount(neuron, minlength=dense[0])
-        parts = (counts + block - 1) // block
-        size = -(-counts // parts.clamp(min=1))  # of each of a neuron's blocks but the last
-        order = torch.argsort(flat)
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(flat)) - (counts.cumsum(0) - counts)[neuron[order]]
-        self.blocks, self.width = int(parts.sum()), int(size.max())  # both 0 where nothing is kept
-        at = (parts.cumsum(0) - parts)[neuron] + rank // size[neuron]
-        slots = at * self.width + rank % size[neuron]
-        inputs = torch.full((self.blocks * self.width,), fan * groups)  # which input each slot has; the last, of zeros, where it is empty
-        inputs[slots] = place + (neuron // (dense[0] // groups)) * fan
-        device = weight.device
-        self.inputs = inputs.view(self.blocks, self.width).to(device)
-        self.sizes = torch.bincount(at, minlength=self.blocks).to(device)
-        self.slots, self.flat = slots.to(device), None if compact else flat.to(device)
-        self._native: native.Blocks | None = None
-        if native.available() and device.type == "cpu" and weight.dtype == torch.float32:
-            self._native = native.Blocks(self.sizes.numpy(), torch.argsort(slots).numpy())
-
-    def pack(self, matrices: Tensor) -> Tensor:
-        """`matrices` (B, W, W) as `multiply` takes them: for the native product without what is empty, which is often half of them."""
-        if self._native is None:
-            return matrices
-        there = torch.arange(self.width) < self.sizes[:, None]
-        return F.pad(matrices[there[:, :, None] & there[:, None, :]].float(), (0, 16))
-
-    def covariances(self, rows: Tensor) -> Tensor:
-        """(B, W, W) of the inputs of each block, for samples of all inputs (M, D)."""
-        columns = F.pad((rows - rows.mean(0)).T, (0, 0, 0, 1))
-        found = columns.new_empty(self.blocks, self.width, self.width)
-        step = max(1, 2**21 // (self.width * len(rows)))  # 8 MB at a time
-        for i in range(0, self.blocks, step):
-            part = columns[self.inputs[i : i + step]]
-            torch.bmm(part, part.mT, out=found[i : i + step])
-        return found.div_(len(rows))
-
-    def multiply(self, gradient: Tensor, matrices: Tensor, *, strength: float) -> None:
-        """`gradient` towards its product with `matrices`, as `pack` gave them, scaled to the norm that it has; in place."""
-        lies = gradient.reshape(-1)
-        values = lies if self.flat is None else lies[self.flat]
-        if self._native is not None:
-            made = values.detach().to(torch.float32).contiguous()
-            self._native.multiply(made.numpy(), matrices.numpy(), strength=strength, threads=torch.get_num_threads())
-        else:
-            made = self._product(values.to(matrices.dtype), matrices, strength)
-        if self.flat is None:
-            gradient.copy_(made.view(gradient.shape))
-        else:
-            gradient.copy_(lies.index_copy(0, self.flat, made.to(gradient.dtype)).view(gradient.shape))
-
-    def _product(self, values: Tensor, matrices: Tensor, strength: float) -> Tensor:
-        rows = values.new_zeros(self.blocks * self.width).index_copy_(0, self.slots, values)
-        # From the left, which is the same for what is symmetric and takes a sixth of the time on a CPU.
-        made = torch.bmm(rows.view(self.blocks, 1, self.width), matrices).view(-1).index_select(0, self.slots)
-        made *= strength * values.norm() / made.norm().clamp(min=torch.finfo(made.dtype).tiny)
-        if strength < 1:
-            made += (1 - strength) * values
-        return made
-
-
-def inputs_of(layer: Any, x: Tensor, *, samples: int, draws: torch.Generator) -> Tensor:
-    """What `samples` drawn outputs of `layer` see of `x`: (samples, D), D = all inputs of a linear layer; those of a convolution's kernel,
-    one group after the other.
-
-    Example:
-        >>> x = torch.arange(4.0).view(1, 1, 4)
-        >>> seen = inputs_of(nn.Conv1d(1, 1, 3, padding=1), x, samples=50, draws=torch.Generator().manual_seed(0))
-        >>> sorted({tuple(row) for row in seen.tolist()})
-        [(0.0, 0.0, 1.0), (0.0, 1.0, 2.0), (1.0, 2.0, 3.0), (2.0, 3.0, 0.0)]
-    """
-    if not isinstance(layer, CONVS):
-        rows = x.reshape(-1, x.shape[-1])
-        return rows[torch.randint(len(rows), (samples,), generator=draws).to(x.device)]
-    dims = len(layer.kernel_size)
-    x = x if x.ndim == dims + 2 else x[None]
-    margins = layer._reversed_padding_repeated_twice
-    if any(margins):
-        x = F.pad(x, margins, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
-    index = [torch.randint(len(x), (samples,), generator=draws).view(-1, *[1] * dims)]
-    for d in range(dims):
-        kernel, dilation, stride = layer.kernel_size[d], layer.dilation[d], layer.stride[d]
-        starts = torch.randint((x.shape[2 + d] - dilation * (kernel - 1) - 1) // stride + 1, (samples,), generator=draws) * stride
-        offsets = torch.arange(kernel).view(*[-1 if e == d else 1 for e in range(dims)]) * dilation
-        index.append(starts.view(-1, *[1] * dims) + offsets)
-    seen = x.movedim(1, -1)[tuple(i.to(x.device) for i in index)]  # (samples, *kernel, channels)
-    return seen.movedim(-1, 1).reshape(samples, -1)
-
-
-def inverse_root(covariances: Tensor, sizes: Tensor, *, power: float, damping: float) -> Tensor:
-    """(C / v + damping) ** -power of each matrix of `covariances` (B, W, W), v the mean of its diagonal's first `sizes` (B,) entries.
-
-    Example:
-        >>> inverse_root(torch.diag(torch.tensor([1.0, 3.0]))[None], torch.tensor([2]), power=1.0, damping=0.5)
-        tensor([[[1.0000, 0.0000],
-                 [0.0000, 0.5000]]])
-    """
-    level = (covariances.diagonal(dim1=1, dim2=2).sum(1) / sizes).clamp(min=_LEAST)
-    # In float32 and without damping LAPACK gives NaN or fails for one in a hundred matrices that are mostly 0, as those of dead inputs are.
-    scaled = (covariances / level[:, None, None]).double()
-    damped = scaled + damping * torch.eye(scaled.shape[-1], dtype=scaled.dtype, device=scaled.device)
-    values, vectors = _eigh(damped)
-    return ((vectors * values.clamp(min=damping)[:, None] ** -power) @ vectors.mT).to(covariances.dtype)
-
-
-_ONE_THREAD = Lock()
-
-
-def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """torch.linalg.eigh, on a CPU with a part for each thread: it takes up to 9 times as long for a small matrix on several as on one."""
-    threads = torch.get_num_threads()
-    if matrices.device.type != "cpu" or threads == 1:
-        values, vectors = torch.linalg.eigh(matrices)
-        return values, vectors
-    with _ONE_THREAD, ThreadPoolExecutor(threads) as pool:
-        torch.set_num_threads(1)  # which new threads take over
-        try:
-            found = list(pool.map(torch.linalg.eigh, matrices.chunk(threads)))
-        finally:
-            torch.set_num_threads(threads)
-    values, vectors = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return values, vectors
