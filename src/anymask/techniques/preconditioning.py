@@ -121,6 +121,7 @@ class _Preconditioning(Attached):
         self.found = f"{len(layers)} of {total} masked weights, {sum(p.blocks for p in places)} matrices of up to {width} x {width}"
         self._loaded: Mapping[str, Any] = {}  # of a training that goes on, until it is known which mask is held
         self._due = True  # whether some layer needs a look before its time
+        self._silent = -1  # the step of which it is known that nobody looks: each layer asks
         self._handles = [layer.register_forward_pre_hook(_Look(self, name), with_kwargs=True) for name, layer in layers.items()]
 
     def set_strength(self, strength: float) -> None:
@@ -138,16 +139,18 @@ class _Preconditioning(Attached):
         return {"step": self._step, "due": self._due, **kept, **{f"covariance.{name}": c for name, c in self._covariances.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._step, self._loaded = state["step"], state
+        self._step, self._loaded, self._silent = state["step"], state, -1
 
     # -- the look
     @property
     def looks(self) -> bool:
-        if self._strength == 0:
+        if self._strength == 0 or self._silent == self._step:
             return False
         if self._loaded or self._now() is not self._mask:
             self._follow()
-        return self._due or self._step % self._settings.every == 0
+        found = self._due or self._step % self._settings.every == 0
+        self._silent = -1 if found else self._step
+        return found
 
     @torch.no_grad()
     def look(self, name: str, x: Tensor) -> None:
@@ -214,7 +217,7 @@ class _Preconditioning(Attached):
                 if known[1] is not None and not other:
                     self._know(name, known[1].to(layer.weight.device))
             moved = moved or other
-        self._mask, self._due = mask, self._due or moved
+        self._mask, self._due, self._silent = mask, self._due or moved, -1
         if loaded:
             self._due = loaded["due"]
             for name in self._layers:
