@@ -56,8 +56,22 @@ class Blocks:
         """`matrices` (B, W, W) as `multiply` takes them: for the native product without what is empty, which is often half of them."""
         if self._native is None:
             return matrices
-        there = torch.arange(self.width) < self.sizes[:, None]
-        return F.pad(matrices[there[:, :, None] & there[:, None, :]].float(), (0, 16))
+        return F.pad(matrices[self._there()].float(), (0, 16))
+
+    def _there(self) -> Tensor:
+        """Which entries of (B, W, W) are not empty."""
+        there = torch.arange(self.width, device=self.sizes.device) < self.sizes[:, None]
+        return there[:, :, None] & there[:, None, :]
+
+    def lower(self, covariances: Tensor) -> Tensor:
+        """What is to be saved of symmetric (B, W, W): a quarter of it, often; `symmetric` undoes it."""
+        return covariances[self._there().tril()]
+
+    def symmetric(self, lower: Tensor) -> Tensor:
+        """(B, W, W) of what `lower` gave."""
+        whole = lower.new_zeros(self.blocks, self.width, self.width)
+        whole[self._there().tril()] = lower
+        return whole + whole.tril(-1).mT
 
     def covariances(self, rows: Tensor) -> Tensor:
         """(B, W, W) of the inputs of each block, for samples of all inputs (M, D)."""

@@ -136,7 +136,12 @@ class _Preconditioning(Attached):
         if self._loaded:  # saved again before the first step
             return dict(self._loaded)
         kept = {f"kept.{name}": _digest(self._mask[name]) for name in self._covariances}
-        return {"step": self._step, "due": self._due, **kept, **{f"covariance.{name}": c for name, c in self._covariances.items()}}
+        return {
+            "step": self._step,
+            "due": self._due,
+            **kept,
+            **{f"covariance.{name}": self._places[name].lower(c) for name, c in self._covariances.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._step, self._loaded, self._silent = state["step"], state, -1
@@ -222,7 +227,7 @@ class _Preconditioning(Attached):
             self._due = loaded["due"]
             for name in self._layers:
                 if loaded.get(f"kept.{name}") == _digest(mask[name]):
-                    self._know(name, loaded[f"covariance.{name}"].to(self._layers[name].weight.device))
+                    self._know(name, self._places[name].symmetric(loaded[f"covariance.{name}"].to(self._layers[name].weight.device)))
                 elif f"kept.{name}" in loaded:  # the mask moved after the step that was saved
                     self._due = True
         return moved
