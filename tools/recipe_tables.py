@@ -101,12 +101,12 @@ def best_costs() -> str:
     for (recipe, seed), took in seconds.items():
         if recipe != "default":
             ratios.setdefault(recipe, []).append(took / seconds["default", seed])
-    said = ", ".join(f"`{recipe}` {median(found):.2f} times" for recipe, found in ratios.items())
+    said = ", ".join(f"`{recipe}` {median(found):.2f} times (n = {len(found)})" for recipe, found in ratios.items())
     taught = [row for row in rows + ledger("costs-before") if row["time"].get("teacher_seconds", 0) > 1]  # less: it was there and was read
     teachers = [row["time"]["teacher_seconds"] / seconds["default", row["settings"]["seed"]] for row in taught]
-    where = f"random-erk at 98%, {len({seed for _, seed in seconds})} seeds, {rows[0]['machine']['threads']} threads"
+    where = f"random-erk at 98%, {rows[0]['machine']['threads']} threads"
     return (
-        f"A training takes, against the default one of the same seed ({where}): {said}; "
+        f"A training takes, against the default one of the same seed ({where}, medians): {said}; "
         f"the teacher of `best-slow`, one for all masks and recipes of a seed, {median(teachers):.2f} times.\n"
     )
 
@@ -205,7 +205,7 @@ def which() -> str:
     screen, small = paired(named(ledger("screen"))), paired(ledger("evidence"))
     wins = [c.verdict for c in small if c.recipe == "tost"]
     return "\n".join([
-        f"- **Begin with `best`** (`density_lr` and `preconditioning`). {_all('best', 'default')}",
+        f"- **Begin with `best`** (`density_lr`, `preconditioning` and `ghost_activation`). {_all('best', 'default')}",
         f"- **The paper's recipe, `tost`**: {_all('tost', 'default')} `best` against it: {_all('best', 'tost')}",
         f"- **By mask**: {_by_mask('best', 0.98)}.",
         f"- **With a trained dense network at hand, let it teach** (`best-slow`, with `distillation`). {_all('best-slow', 'default')}",
@@ -267,7 +267,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "best-table": best,
     "best-short": best_short,
     "best-before": best_before("best-before"),
-    "best-ghosts": best_before("best-ghosts"),
+    "best-without-ghosts": best_before("best-without-ghosts"),
     "best-costs": best_costs,
     "costs-before": costs_before("costs-before"),
     "costs-ghosts": costs_before("costs-ghosts"),
