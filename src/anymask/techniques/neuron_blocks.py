@@ -113,7 +113,7 @@ def inputs_of(layer: Any, x: Tensor, *, samples: int, draws: torch.Generator) ->
 
     Example:
         >>> x = torch.arange(4.0).view(1, 1, 4)
-        >>> seen = inputs_of(nn.Conv1d(1, 1, 3, padding=1), x, samples=50, draws=torch.Generator().manual_seed(0))
+        >>> seen = inputs_of(torch.nn.Conv1d(1, 1, 3, padding=1), x, samples=50, draws=torch.Generator().manual_seed(0))
         >>> sorted({tuple(row) for row in seen.tolist()})
         [(0.0, 0.0, 1.0), (0.0, 1.0, 2.0), (1.0, 2.0, 3.0), (2.0, 3.0, 0.0)]
     """
