@@ -57,8 +57,8 @@ def test_forward_and_both_gradients_are_those_of_the_dense_convolution(isa, case
     close(*both(case))
 
 
-def both(case: dict[str, Any]) -> tuple[list[Any], list[Any]]:
-    """What the kernels give and what PyTorch gives, in float64: output, input gradient, gradient of the kept weights."""
+def both(case: dict[str, Any]) -> tuple[list[Any], list[Any], list[float]]:
+    """What the kernels give and PyTorch, in float64: output, input gradient, that of the kept weights; then their usual sizes."""
     rng = np.random.default_rng(case["seed"])
     shape = (case["outputs"], case["channels"] // case["groups"], *case["kernel"])
     kept = np.flatnonzero(rng.random(int(np.prod(shape))) < case["density"])
@@ -80,15 +80,16 @@ def both(case: dict[str, Any]) -> tuple[list[Any], list[Any]]:
     ty = F.conv2d(tx, dense, **how)
     ty.backward(torch.tensor(g, dtype=torch.float64).permute(3, 0, 1, 2))
     last = [t.detach().permute(1, 2, 3, 0).numpy() for t in (ty, tx.grad)]
-    return [y, gx, gv], [*last, dense.grad.numpy().ravel()[kept]]
+    terms = g.size / len(g)  # of a weight's gradient: their sum may come out near 0, and float32 sees the terms
+    return [y, gx, gv], [*last, dense.grad.numpy().ravel()[kept]], [1.0, 1.0, terms**0.5]
 
 
-def close(ours: list[Any], theirs: list[Any]) -> None:
-    """To 1e-5 of the largest value."""
-    for mine, right in zip(ours, theirs, strict=True):
+def close(ours: list[Any], theirs: list[Any], usual: list[float]) -> None:
+    """To 1e-5 of the largest value, or of the usual one where that is larger."""
+    for mine, right, size in zip(ours, theirs, usual, strict=True):
         assert mine.shape == right.shape
         if right.size:
-            assert np.abs(mine - right).max() <= 1e-5 * max(1.0, np.abs(right).max())
+            assert np.abs(mine - right).max() <= 1e-5 * max(1.0, size, np.abs(right).max())
 
 
 REAL = {"padding": (0, 0), "stride": (1, 1), "groups": 1, "dilation": (1, 1), "density": 0.1, "threads": 2, "seed": 0}
@@ -256,7 +257,9 @@ def test_a_norm_with_its_max_pool_is_the_two_apart(isa, size, kernel, how, seed)
             norm.gradient(x, back, (gx, None, gw, gb))
         found.append((y, mean, var, gx, gw, gb))
     for mine, right in zip(*(part[:3] for part in found), strict=True):
-        np.testing.assert_array_equal(mine, right)
+        np.testing.assert_allclose(
+            mine, right, rtol=0, atol=1e-6 if soft else 0
+        )  # at a ghost's lowest point an end may be an ulp below what lies between
     for mine, right in zip(*(part[3:] for part in found), strict=True):
         assert np.abs(mine - right).max() <= 2e-5 * max(1.0, np.abs(right).max())
 
