@@ -247,8 +247,9 @@ def test_a_norm_with_its_max_pool_is_the_two_apart(isa, size, kernel, how, seed)
         norm = native.Norm(weight, bias, mean, var, eps=1e-5, relu=True, threads=2, **more)
         y, gx, gw, gb = np.empty_like(g), np.empty_like(x), np.empty(3, np.float32), np.empty(3, np.float32)
         if together:
-            norm.forward(x, y)
-            norm.gradient(x, g, (gx, None, gw, gb))
+            place = np.empty(y.shape, np.uint8)
+            norm.forward(x, y, place=place)
+            norm.gradient(x, g, (gx, None, gw, gb), place=place)
         else:
             between, back = np.empty_like(x), np.empty_like(x)
             norm.forward(x, between)

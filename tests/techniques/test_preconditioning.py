@@ -45,7 +45,7 @@ def test_each_neuron_gets_the_inverse_root_of_its_own_inputs_covariance(neurons,
     places = place(torch.from_numpy(kept), groups=groups, dtype=torch.float32 if native else torch.float64, block=40)
     covariances = places.covariances(torch.from_numpy(x))
     gradient = torch.from_numpy(g.copy())
-    places.multiply(gradient, places.pack(inverse_root(covariances, places.sizes, power=power, damping=0.1)), strength=strength)
+    places.multiply(gradient, places.roots(covariances, power=power, damping=0.1), strength=strength)
 
     right = np.zeros_like(g)
     for i, row in enumerate(kept):
@@ -70,15 +70,13 @@ def test_blocks_hold_each_kept_weight_once_and_no_more_than_they_may(counts, blo
     places = place(kept, block=block)
     assert places.width <= block
     assert places.blocks == sum(math.ceil(count / block) for count in counts)
-    assert len(set(places.slots.tolist())) == int(kept.sum())
+    assert sorted(places.order.tolist()) == list(range(int(kept.sum())))
     assert int(places.sizes.sum()) == int(kept.sum())
-    filled = places.inputs.flatten()[places.slots]
-    assert torch.equal(filled, kept.nonzero()[:, 1])
-    eye = torch.eye(places.width).expand(places.blocks, -1, -1)
-    gradient = torch.randn(kept.shape) * kept
-    same = gradient.clone()
-    places.multiply(same, places.pack(eye), strength=1.0)
-    torch.testing.assert_close(same, gradient)
+    neurons, inputs = kept.nonzero()[places.order].T
+    assert torch.equal(places.inputs, inputs)
+    assert all(len(set(block.tolist())) == 1 for block in neurons.split(places.sizes.tolist()))
+    covariances = places.covariances(torch.randn(20, 30))
+    torch.testing.assert_close(places.symmetric(places.lower(covariances)), covariances)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +234,7 @@ def test_inputs_most_of_which_are_dead_have_finite_matrices() -> None:
         live = torch.randperm(32, generator=draws)[: int(torch.randint(0, 9, (), generator=draws))]
         seen = torch.randn(len(live), len(live) + 1, generator=draws).relu()
         matrix[live[:, None], live] = seen @ seen.T
-    assert inverse_root(covariances, torch.full((2000,), 29), power=0.5, damping=0.1).isfinite().all()
+    assert inverse_root(covariances, power=0.5, damping=0.1).isfinite().all()
 
 
 def test_steps_without_a_forward_pass_or_images_are_steps() -> None:

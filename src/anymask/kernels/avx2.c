@@ -1,6 +1,7 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma")
 #include <immintrin.h>
+#include <stdint.h>
 #define V 8
 #define TMAX 10 /* of 16 registers: a tile, its weight, and four sums in dot */
 #define NAME(x) am_avx2_##x
@@ -12,6 +13,15 @@ static inline __attribute__((always_inline)) void reduce4(const vf8 *a, float *t
   _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), q));
 }
 static inline __attribute__((always_inline)) vf8 reciprocal(vf8 x) { return 1 / x; } /* 12 bits and a step of Newton's are too few */
+typedef int32_t vi8 __attribute__((vector_size(32)));
+static inline __attribute__((always_inline)) vi8 of_bytes(const uint8_t *from) {
+  return (vi8)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i_u *)from));
+}
+static inline __attribute__((always_inline)) void to_bytes(uint8_t *to, vi8 v) {
+  const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  _mm_storel_epi64((__m128i_u *)to, _mm_packus_epi16(half, half));
+}
+#define BYTES
 #define STREAM(p, v) _mm256_stream_ps(p, (__m256)(v))
 #include "gather.inc"
 #include "soft.inc"

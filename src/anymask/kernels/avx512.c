@@ -1,6 +1,7 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512vl,avx512dq,avx2,fma")
 #include <immintrin.h>
+#include <stdint.h>
 #define V 16
 #define TMAX 16
 #define NAME(x) am_avx512_##x
@@ -25,6 +26,12 @@ static inline __attribute__((always_inline)) vf16 within(vf16 x, float far) { /*
 static inline __attribute__((always_inline)) vf16 rounded(vf16 x) { return (vf16)_mm512_roundscale_ps((__m512)x, 0); }
 static inline __attribute__((always_inline)) vf16 times_power_of_2(vf16 x, vf16 n) { return (vf16)_mm512_scalef_ps((__m512)x, (__m512)n); }
 #define POWERS_OF_2
+typedef int32_t vi16 __attribute__((vector_size(64)));
+static inline __attribute__((always_inline)) vi16 of_bytes(const uint8_t *from) {
+  return (vi16)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i_u *)from));
+}
+static inline __attribute__((always_inline)) void to_bytes(uint8_t *to, vi16 v) { _mm_storeu_si128((__m128i_u *)to, _mm512_cvtepi32_epi8((__m512i)v)); }
+#define BYTES
 #define STREAM(p, v) _mm512_stream_ps(p, (__m512)(v))
 #include "gather.inc"
 #include "soft.inc"

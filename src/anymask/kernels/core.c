@@ -50,7 +50,7 @@ const char *am_use(const char *name) {
   return NULL;
 }
 
-int am_version(void) { return 4; } /* of all these functions; native.py has the same, or does without them */
+int am_version(void) { return 5; } /* of all these functions; native.py has the same, or does without them */
 
 int am_width(void) { return chosen->width; }
 
@@ -81,13 +81,13 @@ int am_softening(int64_t size, const float *x, const float *g, float strength, f
 }
 
 int am_norm_pooling(const am_pool *p, const float *x, const float *weight, const float *bias, float eps, float soft, int use_stats, float *mean,
-                    float *var, float *y, int threads) {
-  return chosen->norm_pool(p, x, weight, bias, eps, soft, use_stats, mean, var, y, threads);
+                    float *var, float *y, uint8_t *place, int threads) {
+  return chosen->norm_pool(p, x, weight, bias, eps, soft, use_stats, mean, var, y, place, threads);
 }
 
-int am_norm_pooling_back(const am_pool *p, const float *x, const float *g, const float *weight, const float *bias, const float *mean, const float *var,
+int am_norm_pooling_back(const am_pool *p, const float *x, const float *g, const uint8_t *place, const float *weight, const float *bias, const float *mean, const float *var,
                          float eps, float soft, int use_stats, float *gx, float *gweight, float *gbias, int threads) {
-  return chosen->norm_pool_back(p, x, g, weight, bias, mean, var, eps, soft, use_stats, gx, gweight, gbias, threads);
+  return chosen->norm_pool_back(p, x, g, place, weight, bias, mean, var, eps, soft, use_stats, gx, gweight, gbias, threads);
 }
 
 int am_block_products(int64_t blocks, const int32_t *first, const int32_t *order, const int64_t *from, const float *matrices, float strength, float *g,

@@ -46,8 +46,8 @@ typedef int am_pool_fn(const am_pool *, const float *x, float *y, int threads);
 typedef int am_pool_back_fn(const am_pool *, const float *x, const float *y, const float *g, float *gx, int threads);
 typedef int am_soften_fn(int64_t size, const float *x, const float *g, float strength, float *y, int threads);
 typedef int am_norm_pool_fn(const am_pool *, const float *x, const float *weight, const float *bias, float eps, float soft, int use_stats, float *mean,
-                            float *var, float *y, int threads);
-typedef int am_norm_pool_back_fn(const am_pool *, const float *x, const float *g, const float *weight, const float *bias, const float *mean,
+                            float *var, float *y, uint8_t *place, int threads);
+typedef int am_norm_pool_back_fn(const am_pool *, const float *x, const float *g, const uint8_t *place, const float *weight, const float *bias, const float *mean,
                                  const float *var, float eps, float soft, int use_stats, float *gx, float *gweight, float *gbias, int threads);
 typedef int am_blocks_fn(int64_t blocks, const int32_t *first, const int32_t *order, const int64_t *from, const float *matrices, float strength,
                          float *g, int threads);

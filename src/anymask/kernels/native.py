@@ -22,7 +22,7 @@ _SIZES = (
     "images", "lanes", "src_channels", "src_rows", "src_cols", "dst_channels", "dst_rows", "dst_cols", "rows", "row_start", "row_step",
     "src_row_start", "src_row_step", "ring", "cols", "packed_cols", "strips", "col_tiles", "kept",
 )  # fmt: skip
-_VERSION = 4  # of the interface in core.c
+_VERSION = 5  # of the interface in core.c
 _TABLES = ("run_ptr", "runs", "dst_map", "rowptr", "off")
 
 
@@ -49,8 +49,8 @@ def library() -> Any:
     loaded.am_dot.argtypes = [_POINTER] * 4 + [_C_INT]
     loaded.am_norm.argtypes = [*[_INT] * 2, *[_POINTER] * 4, _C_FLOAT, _C_INT, _C_FLOAT, _C_INT, *[_POINTER] * 3, _C_INT]
     loaded.am_norm_back.argtypes = [*[_INT] * 2, *[_POINTER] * 7, _C_FLOAT, _C_INT, _C_FLOAT, _C_INT, *[_POINTER] * 4, _C_INT]
-    loaded.am_norm_pooling.argtypes = [*[_POINTER] * 4, *[_C_FLOAT] * 2, _C_INT, *[_POINTER] * 3, _C_INT]
-    loaded.am_norm_pooling_back.argtypes = [*[_POINTER] * 7, *[_C_FLOAT] * 2, _C_INT, *[_POINTER] * 3, _C_INT]
+    loaded.am_norm_pooling.argtypes = [*[_POINTER] * 4, *[_C_FLOAT] * 2, _C_INT, *[_POINTER] * 4, _C_INT]
+    loaded.am_norm_pooling_back.argtypes = [*[_POINTER] * 8, *[_C_FLOAT] * 2, _C_INT, *[_POINTER] * 3, _C_INT]
     loaded.am_block_products.argtypes = [_INT, *[_POINTER] * 4, _C_FLOAT, _POINTER, _C_INT]
     wanted = os.environ.get("ANYMASK_ISA")
     if loaded.am_use(wanted.encode() if wanted else None) is None:
@@ -308,7 +308,8 @@ class Norm:
         weight: (C,), or None for 1; so is bias, for 0.
         mean: (C,), written by `forward` unless it is `given`; so is var, the biased variance.
         soft: above 0 the ReLU is its ghost of that strength, as `soften` has it.
-        pool: a max pool after the ReLU, whose windows do not overlap: `out` and `g` are of its output. Not together with `add`.
+        pool: a max pool after the ReLU, whose windows of at most 256 places do not overlap: `out` and `g` are of its output, and so is
+            `place`, uint8, where `forward` notes what `gradient` has to know. Not together with `add`.
     """
 
     weight: Floats | None
@@ -322,38 +323,44 @@ class Norm:
     soft: float = 0.0
     pool: Pool | None = None
 
-    def forward(self, x: Floats, out: Floats, *, add: Floats | None = None) -> None:
+    def forward(self, x: Floats, out: Floats, *, add: Floats | None = None, place: NDArray[np.uint8] | None = None) -> None:
         """x, and what is added before the ReLU, into out."""
         if self.pool is not None:
-            self._alone(add)
             self._check(x, x)
             self.pool.check(x, out)
+            self._check_pool(add, out, place)
             stats = (self.eps, self.soft, int(self.given), self.mean, self.var)
-            _call(library().am_norm_pooling, self.pool, x, self.weight, self.bias, *stats, out, self.threads)
+            _call(library().am_norm_pooling, self.pool, x, self.weight, self.bias, *stats, out, place, self.threads)
             return
         self._check(x, x, add, out)
         last = (self.eps, int(self.relu), self.soft, int(self.given), self.mean, self.var, out, self.threads)
         _call(library().am_norm, len(x), x.size // len(x), x, add, self.weight, self.bias, *last)
 
-    def gradient(self, x: Floats, g: Floats, out: tuple[Floats | None, ...], *, add: Floats | None = None) -> None:
+    def gradient(
+        self, x: Floats, g: Floats, out: tuple[Floats | None, ...], *, add: Floats | None = None, place: NDArray[np.uint8] | None = None
+    ) -> None:
         """Into out = (of x, of add or None, of weight, of bias); g is that of what `forward` gave, whose ReLU is done again here."""
         gx, gadd, *of_channels = out
         for vector in of_channels:
             _check("the gradient", vector, (len(x),))
         if self.pool is not None:
-            self._alone(add)
             self._check(x, gx)
             self.pool.check(x, g)
+            self._check_pool(add, g, place)
             stats = (self.mean, self.var, self.eps, self.soft, int(self.given))
-            _call(library().am_norm_pooling_back, self.pool, x, g, self.weight, self.bias, *stats, gx, *of_channels, self.threads)
+            _call(library().am_norm_pooling_back, self.pool, x, g, place, self.weight, self.bias, *stats, gx, *of_channels, self.threads)
             return
         self._check(x, add, g, gx, gadd)
         last = (self.eps, int(self.relu), self.soft, int(self.given), *out, self.threads)
         _call(library().am_norm_back, len(x), x.size // len(x), x, add, g, self.weight, self.bias, self.mean, self.var, *last)
 
-    def _alone(self, add: Floats | None) -> None:
-        if add is not None or not self.relu:
-            raise SettingError("a norm with a pool, but no ReLU or with a sum", allowed="norm, ReLU and pool", fix="leave the pool out")
+    def _check_pool(self, add: Floats | None, y: Floats, place: NDArray[np.uint8] | None) -> None:
+        assert self.pool is not None
+        if add is not None or not self.relu or self.pool.kh * self.pool.kw > 256:
+            allowed = "norm, ReLU and a pool of at most 256 places"
+            raise SettingError("a norm with a pool too large, no ReLU, or a sum", allowed=allowed, fix="leave the pool out")
+        if place is None or place.dtype != np.uint8 or place.shape != y.shape or not place.flags.c_contiguous:
+            raise SettingError("a norm with a pool, but no places", allowed="uint8, of the pool's shape", fix="give what `forward` got")
 
     def _check(self, x: Floats, *others: Floats | None) -> None:
         for array in others:

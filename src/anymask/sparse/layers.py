@@ -1,5 +1,6 @@
 """Layers that store and compute kept weights alone. A layer becomes one by a change of its class: names, hooks and identity stay."""
 
+import math
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ class BatchLastNorm2d(BatchLast, nn.BatchNorm2d):
         batch = self.training or self.running_mean is None
         given = (None, None) if batch else (self.running_mean, self.running_var)
         tiles = self.pool[0].tiles(input) if pool and isinstance(self.pool[0], BatchLastMaxPool2d) else (0, 0, 0, 0)
-        y, mean, var = ops.norm(input, add, self.weight, self.bias, *given, self.eps, soft is not None, soft or 0.0, *tiles)
+        y, mean, var, _ = ops.norm(input, add, self.weight, self.bias, *given, self.eps, soft is not None, soft or 0.0, *tiles)
         if self.training and self.track_running_stats:
             self._track(mean, var, input.numel() // input.shape[1])
         return y
@@ -170,8 +171,9 @@ class BatchLastMaxPool2d(BatchLast, nn.MaxPool2d):
     norm: tuple[BatchLastNorm2d, ...] = ()
 
     def is_tiling(self) -> bool:
-        """Whether windows lie side by side from the first place on, which is what a norm takes along."""
+        """Whether windows lie side by side from the first place on, of places that a byte counts: what a norm takes along."""
         plain = _pair(self.padding) == (0, 0) and _pair(self.dilation) == (1, 1) and not self.return_indices
+        plain = plain and math.prod(_pair(self.kernel_size)) <= 256
         return plain and _pair(self.stride) == _pair(self.kernel_size)
 
     def tiles(self, input: Tensor) -> tuple[int, ...]:

@@ -36,11 +36,11 @@ def _array(x: Tensor | None) -> Any:
     return None if x is None else x.detach().numpy()
 
 
-def _empty(like: Tensor, shape: Any) -> Tensor:
+def _empty(like: Tensor, shape: Any, *, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor (N, C, H, W) that lies batch-last; of its own and no view, so that it may be written in place."""
     n, c, h, w = shape
     memory.follow()
-    return like.new_empty_strided((n, c, h, w), (1, h * w * n, w * n, n))
+    return like.new_empty_strided((n, c, h, w), (1, h * w * n, w * n, n), dtype=dtype)
 
 
 def _into(out: Tensor) -> Any:
@@ -202,19 +202,20 @@ def _norm(  # noqa: PLR0917  an operator's arguments are a list
     cols: int,
     high: int,
     wide: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch norm of x (N, C, H, W), plus `add` of its shape, then if asked ReLU, as soft as `soft` says. Gives (y, mean, var).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Batch norm of x (N, C, H, W), plus `add` of its shape, then if asked ReLU, as soft as `soft` says. Gives (y, mean, var, place).
 
     The statistics are those of the batch where mean and var are None. After a ReLU without `add`, a max pool of windows side by side may
-    follow: to (rows, cols), of windows (high, wide), all 0 where none does; torch.jit.trace knows no lists.
+    follow: to (rows, cols), of windows (high, wide), all 0 where none does; torch.jit.trace knows no lists. `place`, of y's shape and empty
+    without a pool, says which place of its window each output is, for the gradient.
     """
     given = mean is not None
-    y = _fake_norm(x, add, weight, bias, mean, var, eps, relu, soft, rows, cols, high, wide)[0]
+    y, _, _, place = _fake_norm(x, add, weight, bias, mean, var, eps, relu, soft, rows, cols, high, wide)
     mean, var = (t.clone() if t is not None else x.new_empty(x.shape[1]) for t in (mean, var))
     kind: dict[str, Any] = {"eps": eps, "relu": relu, "soft": soft, "given": given, "pool": _side_by_side(x, rows, cols, high, wide)}
     how = native.Norm(_array(weight), _array(bias), _array(mean), _array(var), threads=_threads(), **kind)
-    how.forward(_array(batch_last(x)), _into(y), add=None if add is None else _array(batch_last(add)))
-    return y, mean, var
+    how.forward(_array(batch_last(x)), _into(y), add=None if add is None else _array(batch_last(add)), place=_into(place) if high else None)
+    return y, mean, var, place
 
 
 @_kernel("norm_gradient")
@@ -226,6 +227,7 @@ def _norm_gradient(  # noqa: PLR0917
     bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    place: Tensor,
     eps: float,
     relu: bool,
     soft: float,
@@ -236,12 +238,12 @@ def _norm_gradient(  # noqa: PLR0917
     given: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, add, weight and bias; g is that of what `norm` gave. That of add is empty where it is none, or g itself."""
-    gx, gadd, gweight, gbias = _fake_norm_gradient(x, add, g, weight, bias, mean, var, eps, relu, soft, rows, cols, high, wide, given)
+    gx, gadd, gweight, gbias = _gradients_of_norm(x, add, relu=relu)
     kind: dict[str, Any] = {"eps": eps, "relu": relu, "soft": soft, "given": given, "pool": _side_by_side(x, rows, cols, high, wide)}
     how = native.Norm(_array(weight), _array(bias), _array(mean), _array(var), threads=_threads(), **kind)
     more = None if add is None else _array(batch_last(add))
     out = (_into(gx), _into(gadd) if gadd.numel() else None, _array(gweight), _array(gbias))
-    how.gradient(_array(batch_last(x)), _array(batch_last(g)), out, add=more)
+    how.gradient(_array(batch_last(x)), _array(batch_last(g)), out, add=more, place=_into(place) if high else None)
     return gx, gadd, gweight, gbias
 
 
@@ -250,28 +252,33 @@ def _side_by_side(x: Tensor, rows: int, cols: int, high: int, wide: int) -> nati
 
 
 @_norm.register_fake
-def _fake_norm(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_norm(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, cols, high, _ = others[-4:]
-    return _empty(x, (*x.shape[:2], rows, cols) if high else x.shape), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+    size = (*x.shape[:2], rows, cols) if high else x.shape
+    place = _empty(x, size if high else (0, 0, 0, 0), dtype=torch.uint8)
+    return _empty(x, size), x.new_empty(x.shape[1]), x.new_empty(x.shape[1]), place
 
 
 @_norm_gradient.register_fake
-def _fake_norm_gradient(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, add, relu = args[0], args[1], args[8]
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _gradients_of_norm(args[0], args[1], relu=args[9])
+
+
+def _gradients_of_norm(x: Tensor, add: Tensor | None, *, relu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gadd = _empty(x, x.shape) if add is not None and relu else x.new_empty(0)
     return _empty(x, x.shape), gadd, x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
 
 
-def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     x, add, weight, bias, mean, _, ctx.eps, ctx.relu, ctx.soft, *ctx.pool = inputs
     ctx.given, ctx.adds = mean is not None, add is not None
-    ctx.save_for_backward(x, add if ctx.relu else None, weight, bias, output[1], output[2])
-    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.save_for_backward(x, add if ctx.relu else None, weight, bias, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward_norm(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    x, add, weight, bias, mean, var = ctx.saved_tensors
-    gx, gadd, gw, gb = norm_gradient(x, add, g, weight, bias, mean, var, ctx.eps, ctx.relu, ctx.soft, *ctx.pool, ctx.given)
+    x, add, weight, bias, mean, var, place = ctx.saved_tensors
+    gx, gadd, gw, gb = norm_gradient(x, add, g, weight, bias, mean, var, place, ctx.eps, ctx.relu, ctx.soft, *ctx.pool, ctx.given)
     gadd = (gadd if add is not None else g) if ctx.adds else None
     return gx, gadd, gw if ctx.needs_input_grad[2] else None, gb if ctx.needs_input_grad[3] else None, *[None] * 9
 

@@ -13,94 +13,120 @@ from torch import Tensor
 from anymask.kernels import native
 from anymask.surgery import CONVS
 
-Each = Callable[[Callable[[Tensor], None], list[Tensor]], Iterable[None]]
+Each = Callable[[Callable[[Any], None], list[Any]], Iterable[None]]
 _LEAST = 1e-12  # of a mean variance: inputs that are constant have none
 
 
 class Blocks:
-    """The kept weights of one layer as blocks (B, W) of one neuron each: of `width` W places, of which the last may be empty.
+    """The kept weights of one layer as blocks of one neuron each, those of a size next to each other.
+
+    What each of them has a matrix in lies without gaps, block after block: (sum of n^2,), which is `flat` below.
 
     Args:
         dense: shape of the dense weight (O, ...).
-        flat: the kept places in it, (K,), in the order of `weight` where that is compact.
+        places: the kept places in it, (K,), in the order of `weight` where that is compact.
         weight: as it lies now.
         groups: of a convolution.
         block: the most that a block may hold.
         compact: whether `weight` is the vector of what is kept.
     """
 
-    def __init__(self, dense: torch.Size, flat: Tensor, weight: Tensor, *, groups: int, block: int, compact: bool) -> None:
+    def __init__(self, dense: torch.Size, places: Tensor, weight: Tensor, *, groups: int, block: int, compact: bool) -> None:
         self.lies = weight.shape, weight.device
         fan = dense[1:].numel()
-        neuron, place = flat // fan, flat % fan
+        neuron, place = places // fan, places % fan
         counts = torch.bincount(neuron, minlength=dense[0])
         parts = (counts + block - 1) // block
         size = -(-counts // parts.clamp(min=1))  # of each of a neuron's blocks but the last
-        order = torch.argsort(flat)
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(flat)) - (counts.cumsum(0) - counts)[neuron[order]]
-        self.blocks, self.width = int(parts.sum()), int(size.max())  # both 0 where nothing is kept
+        by_place = torch.argsort(places)
+        rank = torch.empty_like(by_place)
+        rank[by_place] = torch.arange(len(places)) - (counts.cumsum(0) - counts)[neuron[by_place]]
         at = (parts.cumsum(0) - parts)[neuron] + rank // size[neuron]
-        slots = at * self.width + rank % size[neuron]
-        inputs = torch.full((self.blocks * self.width,), fan * groups)  # which input each slot has; the last, of zeros, where it is empty
-        inputs[slots] = place + (neuron // (dense[0] // groups)) * fan
+        sizes = torch.bincount(at, minlength=int(parts.sum()))
+        order = torch.argsort((sizes[at] * len(sizes) + at) * block + rank % size[neuron])  # of sizes, blocks and places
         device = weight.device
-        self.inputs = inputs.view(self.blocks, self.width).to(device)
-        self.sizes = torch.bincount(at, minlength=self.blocks).to(device)
-        self.slots, self.flat = slots.to(device), None if compact else flat.to(device)
+        self.sizes, self.order = sizes.sort().values, order.to(device)
+        self.inputs = (place + (neuron // (dense[0] // groups)) * fan)[order].to(device)  # of the values in this order
+        self.blocks, self.width = len(sizes), int(sizes.max()) if len(sizes) else 0
+        self._flat = None if compact else places.to(device)
         self._native: native.Blocks | None = None
         if native.available() and device.type == "cpu" and weight.dtype == torch.float32:
-            self._native = native.Blocks(self.sizes.numpy(), torch.argsort(slots).numpy())
-
-    def pack(self, matrices: Tensor) -> Tensor:
-        """`matrices` (B, W, W) as `multiply` takes them: for the native product without what is empty, which is often half of them."""
-        if self._native is None:
-            return matrices
-        return F.pad(matrices[self._there()].float(), (0, 16))
-
-    def _there(self) -> Tensor:
-        """Which entries of (B, W, W) are not empty."""
-        there = torch.arange(self.width, device=self.sizes.device) < self.sizes[:, None]
-        return there[:, :, None] & there[:, None, :]
-
-    def lower(self, covariances: Tensor) -> Tensor:
-        """What is to be saved of symmetric (B, W, W): a quarter of it, often; `symmetric` undoes it."""
-        return covariances[self._there().tril()]
-
-    def symmetric(self, lower: Tensor) -> Tensor:
-        """(B, W, W) of what `lower` gave."""
-        whole = lower.new_zeros(self.blocks, self.width, self.width)
-        whole[self._there().tril()] = lower
-        return whole + whole.tril(-1).mT
+            self._native = native.Blocks(self.sizes.numpy(), order.numpy())
 
     def covariances(self, rows: Tensor) -> Tensor:
-        """(B, W, W) of the inputs of each block, for samples of all inputs (M, D)."""
-        columns = F.pad((rows - rows.mean(0)).T, (0, 0, 0, 1))
-        found = columns.new_empty(self.blocks, self.width, self.width)
-        step = max(1, 2**21 // (self.width * len(rows)))  # 8 MB at a time
-        for i in range(0, self.blocks, step):
-            part = columns[self.inputs[i : i + step]]
-            torch.bmm(part, part.mT, out=found[i : i + step])
-        return found.div_(len(rows))
+        """Flat, of the inputs of each block, for samples of all inputs (M, D)."""
+        columns = (rows - rows.mean(0)).T.contiguous()
+        flat, first = columns.new_empty(int((self.sizes**2).sum())), 0
+        for made in self._by_size(flat, most=2**21 // len(rows)):  # 8 MB at a time
+            count, n, _ = made.shape
+            part = columns.index_select(0, self.inputs[first : first + count * n]).view(count, n, -1)
+            torch.bmm(part, part.mT, out=made)
+            first += count * n
+        return flat.div_(len(rows))
+
+    def roots(self, flat: Tensor, *, power: float, damping: float, each: Each = map) -> Tensor:
+        """The `inverse_root` of each matrix, as `multiply` takes them; `each` calls a function for parts of them."""
+        made = F.pad(torch.empty_like(flat), (0, 16))
+
+        def root(part: tuple[Tensor, Tensor]) -> None:
+            part[1].copy_(inverse_root(part[0], power=power, damping=damping))
+
+        list(each(root, list(zip(self._by_size(flat, most=2048), self._by_size(made, most=2048), strict=True))))
+        return made.float() if self._native is not None else self._padded(made)
+
+    def lower(self, flat: Tensor) -> Tensor:
+        """What is to be saved of symmetric matrices: half of them; `symmetric` undoes it."""
+        return torch.cat([m.flatten(1)[:, torch.ones_like(m[0], dtype=torch.bool).tril().view(-1)].view(-1) for m in self._by_size(flat)])
+
+    def symmetric(self, lower: Tensor) -> Tensor:
+        """Flat, of what `lower` gave."""
+        flat, first = lower.new_empty(int((self.sizes**2).sum())), 0
+        for made in self._by_size(flat):
+            count, n, _ = made.shape
+            i, j = torch.tril_indices(n, n)
+            made[:, i, j] = made[:, j, i] = lower[first : first + count * len(i)].view(count, -1)
+            first += count * len(i)
+        return flat
 
     def multiply(self, gradient: Tensor, matrices: Tensor, *, strength: float) -> None:
-        """`gradient` towards its product with `matrices`, as `pack` gave them, scaled to the norm that it has; in place."""
+        """`gradient` towards its product with `matrices`, as `roots` gave them, scaled to the norm that it has; in place."""
         lies = gradient.reshape(-1)
-        values = lies if self.flat is None else lies[self.flat]
+        values = lies if self._flat is None else lies[self._flat]
         if self._native is not None:
             made = values.detach().to(torch.float32).contiguous()
             self._native.multiply(made.numpy(), matrices.numpy(), strength=strength, threads=torch.get_num_threads())
         else:
             made = self._product(values.to(matrices.dtype), matrices, strength)
-        if self.flat is None:
-            gradient.copy_(made.view(gradient.shape))
+        if self._flat is None:
+            if made.data_ptr() != gradient.data_ptr():
+                gradient.copy_(made.view(gradient.shape))
         else:
-            gradient.copy_(lies.index_copy(0, self.flat, made.to(gradient.dtype)).view(gradient.shape))
+            gradient.copy_(lies.index_copy(0, self._flat, made.to(gradient.dtype)).view(gradient.shape))
+
+    def _by_size(self, flat: Tensor, *, most: int | None = None) -> Iterator[Tensor]:
+        """Matrices (B, n, n) in `flat`, of which each has about `most` rows at most."""
+        first = 0
+        for n, count in zip(*(t.tolist() for t in self.sizes.unique_consecutive(return_counts=True)), strict=True):
+            step = count if most is None else max(1, most // n)
+            for b in range(0, count, step):
+                some = min(step, count - b)
+                yield flat[first : first + some * n * n].view(some, n, n)
+                first += some * n * n
+
+    def _padded(self, flat: Tensor) -> Tensor:
+        """(B, W, W) with W the largest size: one product for all is faster than one for each size, where kernels are launched."""
+        made, first = flat.new_zeros(self.blocks, self.width, self.width), 0
+        for part in self._by_size(flat):
+            made[first : first + len(part), : part.shape[1], : part.shape[1]] = part
+            first += len(part)
+        return made
 
     def _product(self, values: Tensor, matrices: Tensor, strength: float) -> Tensor:
-        rows = values.new_zeros(self.blocks * self.width).index_copy_(0, self.slots, values)
+        there = torch.arange(self.width, device=values.device) < self.sizes[:, None].to(values.device)
+        rows = values.new_zeros(self.blocks, self.width)
+        rows[there] = values[self.order]
         # From the left, which is the same for what is symmetric and takes a sixth of the time on a CPU.
-        made = torch.bmm(rows.view(self.blocks, 1, self.width), matrices).view(-1).index_select(0, self.slots)
+        made = torch.empty_like(values).index_copy_(0, self.order, torch.bmm(rows[:, None], matrices)[:, 0][there])
         made *= strength * values.norm() / made.norm().clamp(min=torch.finfo(made.dtype).tiny)
         if strength < 1:
             made += (1 - strength) * values
@@ -135,29 +161,19 @@ def inputs_of(layer: Any, x: Tensor, *, samples: int, draws: torch.Generator) ->
     return seen.movedim(-1, 1).reshape(samples, -1)
 
 
-def inverse_root(covariances: Tensor, sizes: Tensor, *, power: float, damping: float, each: Each = map) -> Tensor:
-    """(C / v + damping) ** -power of each matrix of `covariances` (B, W, W), v the mean of its diagonal's first `sizes` (B,) entries.
-
-    What lies outside of the first `sizes` rows and columns is not to be used. `each` calls a function for parts of the matrices.
+def inverse_root(covariances: Tensor, *, power: float, damping: float) -> Tensor:
+    """(C / v + damping) ** -power of each matrix of `covariances` (B, n, n), v the mean of its diagonal.
 
     Example:
-        >>> inverse_root(torch.diag(torch.tensor([1.0, 3.0]))[None], torch.tensor([2]), power=1.0, damping=0.5)
+        >>> inverse_root(torch.diag(torch.tensor([1.0, 3.0]))[None], power=1.0, damping=0.5)
         tensor([[[1.0000, 0.0000],
                  [0.0000, 0.5000]]])
     """
-    level = (covariances.diagonal(dim1=1, dim2=2).sum(1) / sizes).clamp(min=_LEAST)
-    scaled, made = covariances / level[:, None, None], torch.zeros_like(covariances)
-    wide = ((sizes + 3) // 4 * 4).clamp(max=covariances.shape[-1])  # eigh takes 20 microseconds for a matrix of 20, and 52 for one of 32
-
-    def root(these: Tensor) -> None:
-        width = int(wide[these[0]])
-        # In float32 and without damping LAPACK gives NaN or fails for one in a hundred matrices that are mostly 0, as of dead inputs.
-        part = scaled[these, :width, :width].double()
-        values, vectors = torch.linalg.eigh(part + damping * torch.eye(width, dtype=part.dtype, device=part.device))
-        made[these, :width, :width] = ((vectors * values.clamp(min=damping)[:, None] ** -power) @ vectors.mT).to(made.dtype)
-
-    list(each(root, [part for width in wide.unique() for part in (wide == width).nonzero()[:, 0].split(64)]))
-    return made
+    level = covariances.diagonal(dim1=1, dim2=2).mean(1).clamp(min=_LEAST)[:, None, None]
+    # In float32 and without damping LAPACK gives NaN or fails for one in a hundred matrices that are mostly 0, as of dead inputs.
+    scaled = (covariances / level).double()
+    values, vectors = torch.linalg.eigh(scaled + damping * torch.eye(scaled.shape[1], dtype=scaled.dtype, device=scaled.device))
+    return ((vectors * values.clamp(min=damping)[:, None] ** -power) @ vectors.mT).to(covariances.dtype)
 
 
 _ONE_THREAD = Lock()

@@ -16,7 +16,7 @@ from anymask.ranks import from_rank, leads
 from anymask.schedules import Schedule
 from anymask.surgery import CONVS
 from anymask.techniques.base import Attached, Context, Technique
-from anymask.techniques.neuron_blocks import Blocks, Each, inputs_of, inverse_root, threads_of_one
+from anymask.techniques.neuron_blocks import Blocks, Each, inputs_of, threads_of_one
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Preconditioning(Technique):
     `samples` places of the batch every `every` steps, as a moving average.
 
     It costs that look and, at each step, a product with each matrix. A neuron of more than `block` kept inputs has a matrix (and a mean
-    variance) for each `block` of them, which lie together. Memory is for two matrices of each block, all of them as large as the largest of
-    the layer, at most `block`^2 floats.
+    variance) for each `block` of them, which lie together. Memory is for two matrices of each block, at most `block`^2 floats; where the
+    native kernels do not run, one of the two is as large as the layer's largest.
 
     Preconditioned are convolutions and linear layers of the mask that own their weight and are called as modules: transposed convolutions,
     recurrent layers, the projections of nn.MultiheadAttention and a head that is tied to an embedding are left as they are, and of a layer
@@ -207,7 +207,7 @@ class _Preconditioning(Attached):
     def _know(self, name: str, covariances: Tensor, *, each: Each = map) -> None:
         s, places = self._settings, self._places[name]
         self._covariances[name] = covariances
-        self._matrices[name] = places.pack(inverse_root(covariances, places.sizes, power=s.power, damping=s.damping, each=each))
+        self._matrices[name] = places.roots(covariances, power=s.power, damping=s.damping, each=each)
 
     # -- where weights are
     def _follow(self) -> bool:
