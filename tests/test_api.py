@@ -23,6 +23,7 @@ NAMES = [
     "rewire",
     "ship",
     "to_dense",
+    "to_semi_structured",
     "to_sparse",
 ]
 # torch alone takes a second to import: nothing that a command line's --help does not need may come with the package

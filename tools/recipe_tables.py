@@ -102,7 +102,7 @@ def best_costs() -> str:
         if recipe != "default":
             ratios.setdefault(recipe, []).append(took / seconds["default", seed])
     said = ", ".join(f"`{recipe}` {median(found):.2f} times (n = {len(found)})" for recipe, found in ratios.items())
-    taught = [row for row in rows + ledger("costs-before") if row["time"].get("teacher_seconds", 0) > 1]  # less: it was there and was read
+    taught = [row for row in rows if row["time"].get("teacher_seconds", 0) > 1]  # less: it was there and was read
     teachers = [row["time"]["teacher_seconds"] / seconds["default", row["settings"]["seed"]] for row in taught]
     where = f"random-erk at 98%, {rows[0]['machine']['threads']} threads"
     return (
@@ -116,8 +116,7 @@ def costs_before(name: str) -> Callable[[], str]:
 
     def made() -> str:
         rows = ledger(name)
-        seconds = [row for row in rows if row["settings"]["recipe"] == "default"] or ledger("costs")
-        default = {row["settings"]["seed"]: row["time"]["seconds"] for row in seconds if row["settings"]["recipe"] == "default"}
+        default = {row["settings"]["seed"]: row["time"]["seconds"] for row in rows if row["settings"]["recipe"] == "default"}
         ratios: dict[str, list[float]] = {}
         for row in rows:
             if row["techniques"]:

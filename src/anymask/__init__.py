@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from anymask.recipe import Recipe
     from anymask.shipping.making import ship
     from anymask.shipping.runtime import load
-    from anymask.sparse import to_dense, to_sparse
+    from anymask.sparse import to_dense, to_semi_structured, to_sparse
     from anymask.train import fit
 
 __version__ = "0.1.0"
@@ -37,11 +37,12 @@ _HOME = {
     "rewire": "pruning.rewiring",
     "ship": "shipping.making",
     "to_dense": "sparse",
+    "to_semi_structured": "sparse",
     "to_sparse": "sparse",
 }
 __all__ = [
     "Diagnostics", "Hold", "Mask", "Recipe", "Rewiring", "__version__", "fit", "hold", "load", "load_mask", "prunable", "prune",
-    "rewire", "ship", "to_dense", "to_sparse",
+    "rewire", "ship", "to_dense", "to_semi_structured", "to_sparse",
 ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from anymask.errors import SettingError
 from anymask.kernels import Gather, available, why_not
 from anymask.mask import Mask
 from anymask.prunables import compact
-from anymask.sparse import layers, memory
+from anymask.sparse import layers, memory, semi_structured
 from anymask.sparse.tuning import times, worth_it
 from anymask.surgery import trace
 
@@ -143,7 +143,7 @@ def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimize
 
 
 def to_dense(model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Module:
-    """Undo `to_sparse`, in place: the same layers, parameters and values as if it had never been.
+    """Undo `to_sparse` or `to_semi_structured`, in place: the same layers and values as if it had never been.
 
     Args:
         model: any module; one without sparse layers stays as it is.
@@ -157,6 +157,7 @@ def to_dense(model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Modu
         torch.Size([8, 8])
     """
     for layer in model.modules():
+        semi_structured.densify(layer)
         if isinstance(layer, layers.SparseWeight):
             densify(layer, optimizer)
         elif kind := dense_class(layer):
