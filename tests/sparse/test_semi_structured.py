@@ -46,6 +46,15 @@ def test_a_mask_without_such_a_layer_is_refused() -> None:
         anymask.to_semi_structured(model, Mask({"2.weight": torch.ones(3, 3)}))
 
 
+def test_tied_weights_and_fused_encoder_layers_are_no_such_layers() -> None:
+    tied = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    tied[1].weight = tied[0].weight
+    for model in (tied, nn.TransformerEncoderLayer(64, 4, 128)):
+        mask = anymask.prune(model, "magnitude+2:4")
+        with pytest.raises(MaskError, match="none of the"):
+            anymask.to_semi_structured(model, mask)
+
+
 def test_to_dense_leaves_dense_models() -> None:
     model = net()
     weight = model[0].weight

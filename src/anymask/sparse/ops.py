@@ -243,7 +243,7 @@ def _norm_gradient(  # noqa: PLR0917
     how = native.Norm(_array(weight), _array(bias), _array(mean), _array(var), threads=_threads(), **kind)
     more = None if add is None else _array(batch_last(add))
     out = (_into(gx), _into(gadd) if gadd.numel() else None, _array(gweight), _array(gbias))
-    how.gradient(_array(batch_last(x)), _array(batch_last(g)), out, add=more, place=_into(place) if high else None)
+    how.gradient(_array(batch_last(x)), _array(batch_last(g)), out, add=more, place=_array(batch_last(place)) if high else None)
     return gx, gadd, gweight, gbias
 
 

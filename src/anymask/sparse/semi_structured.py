@@ -1,6 +1,7 @@
 """2:4 masks on NVIDIA GPUs: linear layers whose weight is one of PyTorch's semi-structured tensors, for inference."""
 
 import warnings
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from anymask.errors import MaskError, SettingError
 from anymask.mask import Mask
 
+_TRAINED = "anymask_trained"  # of a converted layer: whether its weight took gradients
 _ROWS, _COLUMNS = 32, 64  # what PyTorch's CUTLASS kernels want to divide a float16 weight; cuSPARSELt wants less
 
 
@@ -15,8 +17,9 @@ def to_semi_structured(model: nn.Module, mask: Mask) -> nn.Module:
     """Let the linear layers of `model` that `mask` keeps 2:4 use the sparse tensor cores of an NVIDIA GPU, in place, for inference.
 
     Converted are nn.Linear layers of the mask that keep at most two of every four consecutive inputs, with outputs a multiple of 32 and
-    inputs of 64; all others stay as they are. A converted weight is a `torch.sparse.SparseSemiStructuredTensor` of half the size and takes
-    no gradient. Not run on a GPU by us yet: time it, because small batches and layers can be slower than dense.
+    inputs of 64; all others stay as they are, and so do tied weights and the layers of nn.TransformerEncoderLayer, whose fused inference
+    does not know such tensors. A converted weight is a `torch.sparse.SparseSemiStructuredTensor` of half the size and takes no gradient;
+    its layer wants contiguous inputs. Not run on a GPU by us yet: time it, because small batches and layers can be slower than dense.
 
     Args:
         model: float16 or bfloat16, on a GPU of compute capability 8.0 or newer; changed in place. `anymask.to_dense` undoes it, which is to
@@ -39,9 +42,12 @@ def to_semi_structured(model: nn.Module, mask: Mask) -> nn.Module:
 
     Reference: Mishra et al. 2021, arXiv 2104.08378; torch.sparse.to_sparse_semi_structured.
     """
-    mask.check(model)
+    parameters = mask.check(model)
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    fused = {id(m) for layer in model.modules() if isinstance(layer, nn.TransformerEncoderLayer) for m in layer.modules()}
     linears = {f"{name}.weight" if name else "weight": module for name, module in model.named_modules() if type(module) is nn.Linear}
-    chosen = {name: layer for name, layer in linears.items() if name in mask and is_2_of_4(mask[name])}
+    chosen = {name: linears[name] for name in parameters if name in linears and is_2_of_4(mask[name])}
+    chosen = {name: layer for name, layer in chosen.items() if uses[id(layer.weight)] == 1 and id(layer) not in fused}
     if not chosen:
         raise MaskError(
             f"none of the {len(mask)} masked weights is a linear layer that keeps 2:4",
@@ -49,6 +55,8 @@ def to_semi_structured(model: nn.Module, mask: Mask) -> nn.Module:
             fix='make the mask with anymask.prune(model, "magnitude+2:4")',
         )
     for name, weight in ((name, layer.weight) for name, layer in chosen.items()):
+        if isinstance(weight, torch.sparse.SparseSemiStructuredTensor):
+            raise SettingError(f"{name} is semi-structured already", allowed="a dense model", fix="call anymask.to_dense first")
         half = weight.dtype in {torch.float16, torch.bfloat16}
         if not half or not weight.is_cuda or torch.cuda.get_device_capability(weight.device) < (8, 0):
             raise SettingError(
@@ -61,6 +69,7 @@ def to_semi_structured(model: nn.Module, mask: Mask) -> nn.Module:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*SparseSemiStructuredTensor is in prototype")
             compressed = torch.sparse.to_sparse_semi_structured(layer.weight.detach().contiguous())
+        layer.__dict__[_TRAINED] = layer.weight.requires_grad
         layer.weight = nn.Parameter(compressed, requires_grad=False)
     return model
 
@@ -79,4 +88,5 @@ def is_2_of_4(kept: Tensor) -> bool:
 def densify(layer: nn.Module) -> None:
     """Undo it for one layer; nothing where it is dense."""
     if type(layer) is nn.Linear and isinstance(layer.weight, torch.sparse.SparseSemiStructuredTensor):
-        layer.weight = nn.Parameter(layer.weight.to_dense())  # a product with the unit matrix, which is exact
+        trained = layer.__dict__.pop(_TRAINED, True)
+        layer.weight = nn.Parameter(layer.weight.to_dense(), requires_grad=trained)  # times the unit matrix: exact for finite weights

@@ -43,11 +43,11 @@ class Blocks:
         rank[by_place] = torch.arange(len(places)) - (counts.cumsum(0) - counts)[neuron[by_place]]
         at = (parts.cumsum(0) - parts)[neuron] + rank // size[neuron]
         sizes = torch.bincount(at, minlength=int(parts.sum()))
-        order = torch.argsort((sizes[at] * len(sizes) + at) * block + rank % size[neuron])  # of sizes, blocks and places
+        order = torch.argsort((sizes[at] * len(sizes) + at) * size.max() + rank % size[neuron])  # of sizes, blocks and places
         device = weight.device
         self.sizes, self.order = sizes.sort().values, order.to(device)
         self.inputs = (place + (neuron // (dense[0] // groups)) * fan)[order].to(device)  # of the values in this order
-        self.blocks, self.width = len(sizes), int(sizes.max()) if len(sizes) else 0
+        self.blocks, self.width, self._length = len(sizes), int(size.max()), int((sizes**2).sum())
         self._flat = None if compact else places.to(device)
         self._native: native.Blocks | None = None
         if native.available() and device.type == "cpu" and weight.dtype == torch.float32:
@@ -56,7 +56,7 @@ class Blocks:
     def covariances(self, rows: Tensor) -> Tensor:
         """Flat, of the inputs of each block, for samples of all inputs (M, D)."""
         columns = (rows - rows.mean(0)).T.contiguous()
-        flat, first = columns.new_empty(int((self.sizes**2).sum())), 0
+        flat, first = columns.new_empty(self._length), 0
         for made in self._by_size(flat, most=2**21 // len(rows)):  # 8 MB at a time
             count, n, _ = made.shape
             part = columns.index_select(0, self.inputs[first : first + count * n]).view(count, n, -1)
@@ -76,11 +76,11 @@ class Blocks:
 
     def lower(self, flat: Tensor) -> Tensor:
         """What is to be saved of symmetric matrices: half of them; `symmetric` undoes it."""
-        return torch.cat([m.flatten(1)[:, torch.ones_like(m[0], dtype=torch.bool).tril().view(-1)].view(-1) for m in self._by_size(flat)])
+        return torch.cat([m[:, i, j].view(-1) for m in self._by_size(flat) for i, j in [torch.tril_indices(*m.shape[1:])]])
 
     def symmetric(self, lower: Tensor) -> Tensor:
         """Flat, of what `lower` gave."""
-        flat, first = lower.new_empty(int((self.sizes**2).sum())), 0
+        flat, first = lower.new_empty(self._length), 0
         for made in self._by_size(flat):
             count, n, _ = made.shape
             i, j = torch.tril_indices(n, n)

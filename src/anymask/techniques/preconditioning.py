@@ -135,7 +135,7 @@ class _Preconditioning(Attached):
     def state_dict(self) -> dict[str, Any]:
         if self._loaded:  # saved again before the first step
             return dict(self._loaded)
-        kept = {f"kept.{name}": _digest(self._mask[name]) for name in self._covariances}
+        kept = {f"blocks.{name}": _digest(self._mask[name]) for name in self._covariances}
         return {
             "step": self._step,
             "due": self._due,
@@ -226,9 +226,9 @@ class _Preconditioning(Attached):
         if loaded:
             self._due = loaded["due"]
             for name in self._layers:
-                if loaded.get(f"kept.{name}") == _digest(mask[name]):
+                if loaded.get(f"blocks.{name}") == _digest(mask[name]):
                     self._know(name, self._places[name].symmetric(loaded[f"covariance.{name}"].to(self._layers[name].weight.device)))
-                elif f"kept.{name}" in loaded:  # the mask moved after the step that was saved
+                elif f"covariance.{name}" in loaded:  # the mask moved after the step that was saved, or blocks were in another order then
                     self._due = True
         return moved
 
