@@ -265,6 +265,25 @@ def test_a_norm_with_its_max_pool_is_the_two_apart(isa, size, kernel, how, seed)
         assert np.abs(mine - right).max() <= 2e-5 * max(1.0, np.abs(right).max())
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_places_of_a_window_are_counted_to_255(isa):
+    native.library().am_use(isa.encode())
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 16, 16, 17)).astype(np.float32)
+    pools = [native.Pool(17, 2, *size, 1, 1, *size, *size, 0, 0, 0) for size in ((16, 16), (16, 17))]
+    how = {"eps": 0.0, "relu": True, "given": True, "threads": 1}
+    together, larger = (native.Norm(None, None, np.zeros(2, np.float32), np.ones(2, np.float32), **how, pool=pool) for pool in pools)
+    y, place, gx = np.empty((2, 1, 1, 17), np.float32), np.empty((2, 1, 1, 17), np.uint8), np.empty_like(x)
+    together.forward(x, y, place=place)
+    flat = x.reshape(2, 256, 17)
+    assert np.array_equal(place[:, 0, 0], flat.argmax(1))
+    assert place.max() > 127
+    together.gradient(x, np.ones_like(y), (gx, None, np.empty(2, np.float32), np.empty(2, np.float32)), place=place)
+    assert np.array_equal(gx.reshape(2, 256, 17).argmax(1), flat.argmax(1))
+    with pytest.raises(SettingError, match="at most 256 places"):
+        larger.forward(np.zeros((2, 16, 17, 17), np.float32), y, place=place)
+
+
 def test_a_constant_channel_is_0_after_the_norm_bit_for_bit():
     for constant in (0.1, -3.7, 1e5):
         x = np.full((1, 5000), constant, np.float32)
