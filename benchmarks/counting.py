@@ -33,9 +33,7 @@ GROUPS = {  # group -> what the operators' names begin with; first match
         "aten::batch_norm",
     ),
     "norm gradient": (),
-    "input gradient": (),
-    "weight gradient": (),
-    "dense conv gradients": (),
+    "conv gradients": (),
     "relu and add": ("aten::relu", "aten::clamp_min", "aten::threshold", "aten::add"),
     "pools": (
         "anymask::pool",
@@ -51,19 +49,17 @@ GROUPS = {  # group -> what the operators' names begin with; first match
     "other": (),
 }
 _GRADIENTS = {  # whole names that begin as forward ones do
-    "anymask::conv_input_gradient": "input gradient",
-    "anymask::conv_weight_gradient": "weight gradient",
-    "aten::convolution_backward": "dense conv gradients",  # both at once
-    "aten::mkldnn_convolution_backward": "dense conv gradients",
-    "aten::_slow_conv2d_backward": "dense conv gradients",
+    "anymask::conv_gradient": "conv gradients",
+    "aten::convolution_backward": "conv gradients",
+    "aten::mkldnn_convolution_backward": "conv gradients",
+    "aten::_slow_conv2d_backward": "conv gradients",
     "anymask::norm_gradient": "norm gradient",
     "aten::native_batch_norm_backward": "norm gradient",
     "aten::batch_norm_backward": "norm gradient",
 }
 _CONVOLVES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {  # operator -> its weights (or what is as long) and its output
     "anymask::conv": lambda args, out: (args[1], out),
-    "anymask::conv_input_gradient": lambda args, out: (args[1], args[0]),
-    "anymask::conv_weight_gradient": lambda args, out: (out, args[1]),
+    "anymask::conv_gradient": lambda args, out: (args[2], args[1]),
     "aten::convolution": lambda args, out: (args[1], out),
     "aten::convolution_backward": lambda args, out: (args[2], args[0]),
 }
@@ -152,7 +148,7 @@ class Count(TorchDispatchMode):
         if name not in _CONVOLVES:
             return 0.0
         weight, output = _CONVOLVES[name](args, out)
-        gradients = sum(args[-1][:2]) if name == "aten::convolution_backward" else 1
+        gradients = sum(args[-1][:2]) if name == "aten::convolution_backward" else sum(args[-2:]) if name == "anymask::conv_gradient" else 1
         return 2.0 * self.kept.get(weight.data_ptr(), weight.numel()) * output.shape[0] * output.shape[2:].numel() * gradients
 
     def limit(self, peak: Mapping[str, float]) -> dict[str, float]:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "sparse"
 NOTHING = "Not measured yet.\n"
 GROUPS = (
-    "conv forward", "input gradient", "weight gradient", "dense conv gradients", "norm forward", "norm gradient", "relu and add", "pools",
+    "conv forward", "conv gradients", "norm forward", "norm gradient", "relu and add", "pools",
     "layout", "optimiser", "other",
 )  # fmt: skip
 OTHERS = ("SparseProp", "sparselab", "PyTorch CSR", "SciPy CSR")

@@ -58,7 +58,7 @@ def test_forward_and_both_gradients_are_those_of_the_dense_convolution(isa, case
 
 
 def both(case: dict[str, Any]) -> tuple[list[Any], list[Any], list[float]]:
-    """What the kernels give and PyTorch, in float64: output, input gradient, that of the kept weights; then their usual sizes."""
+    """What the kernels give and PyTorch, in float64: output, gradients of input and kept weights, both at once; then their usual sizes."""
     rng = np.random.default_rng(case["seed"])
     shape = (case["outputs"], case["channels"] // case["groups"], *case["kernel"])
     kept = np.flatnonzero(rng.random(int(np.prod(shape))) < case["density"])
@@ -73,6 +73,8 @@ def both(case: dict[str, Any]) -> tuple[list[Any], list[Any], list[float]]:
     g = rng.standard_normal(y.shape).astype(np.float32)
     gx = gather.input_gradient(g, values, np.full_like(x, np.nan), threads=threads)
     gv = gather.weight_gradient(x, g, threads=threads)
+    at_once = np.full_like(x, np.nan), np.full_like(values, np.nan)
+    gather.gradients(x, g, values, at_once, threads=threads)
     weight = np.zeros(int(np.prod(shape)))
     weight[kept] = values
     dense = torch.tensor(weight.reshape(shape), requires_grad=True)
@@ -81,7 +83,8 @@ def both(case: dict[str, Any]) -> tuple[list[Any], list[Any], list[float]]:
     ty.backward(torch.tensor(g, dtype=torch.float64).permute(3, 0, 1, 2))
     last = [t.detach().permute(1, 2, 3, 0).numpy() for t in (ty, tx.grad)]
     terms = g.size / len(g)  # of a weight's gradient: their sum may come out near 0, and float32 sees the terms
-    return [y, gx, gv], [*last, dense.grad.numpy().ravel()[kept]], [1.0, 1.0, terms**0.5]
+    last.append(dense.grad.numpy().ravel()[kept])
+    return [y, gx, gv, *at_once], [*last, *last[1:]], [1.0, *2 * (1.0, terms**0.5)]
 
 
 def close(ours: list[Any], theirs: list[Any], usual: list[float]) -> None:
@@ -333,6 +336,26 @@ def test_kept_places_are_checked():
             Gather((4, 3, 3, 3), np.array(kept))
 
 
+def at_once(gather: Gather, x: Any, g: Any, values: Any, *, threads: int) -> list[bytes]:
+    out = np.empty_like(x), np.empty_like(values)
+    gather.gradients(x, g, values, out, threads=threads)
+    return [array.tobytes() for array in out]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("images", [1, 3, 5, 17])
+def test_a_nan_of_an_earlier_call_is_in_no_gradient(isa, images):
+    native.library().am_use(isa.encode())
+    Gather((1, 8, 1, 1), np.arange(8)).forward(np.full((8, 16, 16, 64), np.nan, np.float32), np.ones(8, np.float32))
+    gather = Gather((1, 1, 1, 1), np.array([0]))
+    x, values = np.ones((1, 3, 3, images), np.float32), np.ones(1, np.float32)
+    assert gather.weight_gradient(x, x).item() == 9 * images
+    out = np.empty_like(x), np.empty_like(values)
+    gather.gradients(x, x, values, out)
+    assert (out[0] == 1).all()
+    assert out[1].item() == 9 * images
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_equal_calls_give_equal_bits_however_busy_the_machine_is(threads):
     rng = np.random.default_rng(0)
@@ -351,6 +374,7 @@ def test_equal_calls_give_equal_bits_however_busy_the_machine_is(threads):
                 gather.weight_gradient(x, g, threads=threads).tobytes(),
                 gather.forward(x, values, threads=threads).tobytes(),
                 gather.input_gradient(g, values, np.empty_like(x), threads=threads).tobytes(),
+                *at_once(gather, x, g, values, threads=threads),
             )
             for _ in range(40)
         ]
@@ -365,7 +389,9 @@ def test_without_threads_to_spare_nothing_is_lost():
     code = (
         "import numpy as np; from anymask.kernels import Gather; g = Gather((4, 4, 3, 3), np.arange(0, 144, 5), padding=(1, 1));"
         "x = np.ones((4, 9, 9, 64), np.float32); y = np.ones((4, 9, 9, 64), np.float32);"
-        "a, b = (g.weight_gradient(x, y, threads=n) for n in (1, 4)); assert np.allclose(a, b), (a, b)"
+        "a, b = (g.weight_gradient(x, y, threads=n) for n in (1, 4)); assert np.allclose(a, b), (a, b);"
+        "v = np.ones(29, np.float32); [g.gradients(x, y, v, (x.copy(), c), threads=n) for n, c in ((1, a), (4, b))];"
+        "assert np.allclose(a, b), (a, b)"
     )
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_THREAD_LIMIT": "2"}, check=True)
 
@@ -377,6 +403,8 @@ def test_no_image_gives_nothing():
     assert y.shape == (4, 4, 4, 0)
     assert gather.input_gradient(y, values, np.empty_like(x)).shape == x.shape
     assert not gather.weight_gradient(x, y).any()
+    gather.gradients(x, y, values, (np.empty_like(x), values))
+    assert not values.any()
 
 
 def test_a_copy_makes_its_own_tables():

@@ -320,11 +320,11 @@ def test_only_what_is_faster_is_converted_and_it_is_measured_once(tmp_path, monk
     mask = anymask.Mask({"0.weight": torch.rand(32, 32, 3, 3) < 0.02, "2.weight": torch.ones(32, 1, 3, 3)})
     anymask.to_sparse(net, mask, x)
     assert isinstance(net[0], layers.SparseConv2d)
-    found = (tmp_path / "layers-2.json").read_text()
+    found = (tmp_path / "layers-3.json").read_text()
     anymask.to_dense(net)
     anymask.to_sparse(net, mask, x)
-    assert (tmp_path / "layers-2.json").read_text() == found
-    (tmp_path / "layers-2.json").write_text("{damaged")
+    assert (tmp_path / "layers-3.json").read_text() == found
+    (tmp_path / "layers-3.json").write_text("{damaged")
     anymask.to_sparse(anymask.to_dense(net), mask, x)
 
 

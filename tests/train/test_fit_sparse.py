@@ -59,10 +59,10 @@ def test_auto_converts_what_is_measured_faster_prints_nothing_and_gives_the_mode
     assert result.sparse_layers == len(seen[0])
     assert (fingerprint(model), [p.stride() for p in model.parameters()]) == (before, strides)
     assert accuracy(model, test) == result.test
-    measured = (tmp_path / "layers-2.json").read_text()
+    measured = (tmp_path / "layers-3.json").read_text()
     again = fit(made_wide()[0], train, **how)
     assert again.curves == result.curves
-    assert (tmp_path / "layers-2.json").read_text() == measured
+    assert (tmp_path / "layers-3.json").read_text() == measured
     assert capfd.readouterr() == ("", "")
 
 

@@ -4,6 +4,7 @@
 #include <stdint.h>
 #define V 8
 #define TMAX 10 /* of 16 registers: a tile, its weight, and four sums in dot */
+#define TBOTH 5
 #define NAME(x) am_avx2_##x
 typedef float vf8 __attribute__((vector_size(32)));
 static inline __attribute__((always_inline)) void reduce4(const vf8 *a, float *to) {
@@ -29,7 +30,7 @@ static inline __attribute__((always_inline)) void to_bytes(uint8_t *to, vi8 v) {
 #include "pool.inc"
 #include "normpool.inc"
 #include "blocks.inc"
-const am_isa am_avx2 = {"avx2", V, NAME(gather), NAME(dot), NAME(norm), NAME(norm_back), NAME(pool), NAME(pool_back), NAME(soften), NAME(norm_pool), NAME(norm_pool_back), NAME(blocks)};
+const am_isa am_avx2 = {"avx2", V, NAME(gather), NAME(dot), NAME(both), NAME(norm), NAME(norm_back), NAME(pool), NAME(pool_back), NAME(soften), NAME(norm_pool), NAME(norm_pool_back), NAME(blocks)};
 #else
 typedef int am_empty;
 #endif

@@ -4,6 +4,7 @@
 #include <stdint.h>
 #define V 16
 #define TMAX 16
+#define TBOTH 12
 #define NAME(x) am_avx512_##x
 typedef float vf16 __attribute__((vector_size(64)));
 static inline __attribute__((always_inline)) void reduce4(const vf16 *a, float *to) {
@@ -39,7 +40,7 @@ static inline __attribute__((always_inline)) void to_bytes(uint8_t *to, vi16 v) 
 #include "pool.inc"
 #include "normpool.inc"
 #include "blocks.inc"
-const am_isa am_avx512 = {"avx512", V, NAME(gather), NAME(dot), NAME(norm), NAME(norm_back), NAME(pool), NAME(pool_back), NAME(soften), NAME(norm_pool), NAME(norm_pool_back), NAME(blocks)};
+const am_isa am_avx512 = {"avx512", V, NAME(gather), NAME(dot), NAME(both), NAME(norm), NAME(norm_back), NAME(pool), NAME(pool_back), NAME(soften), NAME(norm_pool), NAME(norm_pool_back), NAME(blocks)};
 #else
 typedef int am_empty;
 #endif

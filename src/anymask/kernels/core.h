@@ -6,7 +6,8 @@
  *     gather   dst[o][run] = sum over kept k of row o:  val[k] * packed[off[k] + run]
  *     dot      grad[k]    += sum over runs:             g[o][run] * packed[off[k] + run]
  *
- * The forward pass and the input gradient are gathers with different tables, the weight gradient is a dot. Strides, padding, dilation and
+ * The forward pass and the input gradient are gathers with different tables, the weight gradient is a dot with those of the forward pass. Both
+ * gradients at once are a gather and a dot with those of the input gradient: the gradient of the output is packed and read once. Strides, padding, dilation and
  * groups are in the tables alone (src/anymask/kernels/plans.py makes them).
  */
 #ifndef ANYMASK_CORE_H
@@ -34,6 +35,7 @@ typedef struct {
 /* All return 0, or -1 where memory ran out. `threads` >= 1. */
 typedef int am_gather_fn(const am_job *, const float *src, const float *val, const float *bias, const float *add, int relu, float *dst, int threads);
 typedef int am_dot_fn(const am_job *, const float *src, const float *g, float *grad, int threads);
+typedef int am_both_fn(const am_job *, const float *g, const float *val, const float *x, float *gx, float *grad, int threads);
 typedef int am_norm_fn(int64_t channels, int64_t size, const float *x, const float *add, const float *weight, const float *bias, float eps,
                        int relu, float soft, int use_stats, float *mean, float *var, float *y, int threads);
 typedef int am_norm_back_fn(int64_t channels, int64_t size, const float *x, const float *add, const float *g, const float *weight, const float *bias,
@@ -56,6 +58,7 @@ typedef struct {
   int width; /* floats of a vector */
   am_gather_fn *gather;
   am_dot_fn *dot;
+  am_both_fn *both;
   am_norm_fn *norm;
   am_norm_back_fn *norm_back;
   am_pool_fn *pool;

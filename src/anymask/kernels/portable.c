@@ -1,5 +1,6 @@
 #define V 4
 #define TMAX 8
+#define TBOTH 4
 #define NAME(x) am_portable_##x
 typedef float vf4 __attribute__((vector_size(16)));
 static inline __attribute__((always_inline)) void reduce4(const vf4 *a, float *to) {
@@ -13,4 +14,4 @@ static inline __attribute__((always_inline)) vf4 reciprocal(vf4 x) { return 1 / 
 #include "pool.inc"
 #include "normpool.inc"
 #include "blocks.inc"
-const am_isa am_portable = {"portable", V, NAME(gather), NAME(dot), NAME(norm), NAME(norm_back), NAME(pool), NAME(pool_back), NAME(soften), NAME(norm_pool), NAME(norm_pool_back), NAME(blocks)};
+const am_isa am_portable = {"portable", V, NAME(gather), NAME(dot), NAME(both), NAME(norm), NAME(norm_back), NAME(pool), NAME(pool_back), NAME(soften), NAME(norm_pool), NAME(norm_pool_back), NAME(blocks)};

@@ -134,19 +134,21 @@ def _conv(x: Tensor, values: Tensor, bias: Tensor | None, handle: int) -> Tensor
     return out
 
 
-@_kernel("conv_input_gradient")
-def _conv_input_gradient(g: Tensor, values: Tensor, handle: int, rows: int, cols: int) -> Tensor:
-    """The gradient of the input, (N, C, rows, cols)."""
-    gather = native.gather_of(handle)
-    out = _empty(g, (g.shape[0], gather.conv.channels, rows, cols))
-    gather.input_gradient(_array(batch_last(g)), _array(values.contiguous()), _into(out), threads=_threads())
-    return out
-
-
-@_kernel("conv_weight_gradient")
-def _conv_weight_gradient(x: Tensor, g: Tensor, handle: int) -> Tensor:
-    """The gradient of the kept weights, (K,)."""
-    return torch.from_numpy(native.gather_of(handle).weight_gradient(_array(batch_last(x)), _array(batch_last(g)), threads=_threads()))
+@_kernel("conv_gradient")
+def _conv_gradient(  # noqa: PLR0917
+    x: Tensor, g: Tensor, values: Tensor, handle: int, of_input: bool, of_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the input and of the kept weights; one that is not asked for is empty. Both at once share their reading."""
+    gx, gvalues = _fake_conv_gradient(x, g, values, handle, of_input, of_weight)
+    gather, more = native.gather_of(handle), {"threads": _threads()}
+    last, glast, kept = _array(batch_last(x)), _array(batch_last(g)), _array(values.contiguous())
+    if of_input and of_weight:
+        gather.gradients(last, glast, kept, (_into(gx), _array(gvalues)), **more)
+    elif of_input:
+        gather.input_gradient(glast, kept, _into(gx), **more)
+    elif of_weight:
+        gather.weight_gradient(last, glast, out=_array(gvalues), **more)
+    return gx, gvalues
 
 
 @_conv.register_fake
@@ -155,14 +157,11 @@ def _fake_conv(x: Tensor, values: Tensor, bias: Tensor | None, handle: int) -> T
     return _empty(x, (n, o, rows, cols))
 
 
-@_conv_input_gradient.register_fake
-def _(g: Tensor, values: Tensor, handle: int, rows: int, cols: int) -> Tensor:
-    return _empty(g, (g.shape[0], native.gather_of(handle).conv.channels, rows, cols))
-
-
-@_conv_weight_gradient.register_fake
-def _(x: Tensor, g: Tensor, handle: int) -> Tensor:
-    return x.new_empty(len(native.gather_of(handle).conv.kept))
+@_conv_gradient.register_fake
+def _fake_conv_gradient(x: Tensor, g: Tensor, _: Tensor, handle: int, *wanted: bool) -> tuple[Tensor, Tensor]:
+    of_input, of_weight = wanted
+    gx = _empty(g, x.shape) if of_input else x.new_empty(0)
+    return gx, x.new_empty(len(native.gather_of(handle).conv.kept) if of_weight else 0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -174,16 +173,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, values = ctx.saved_tensors
     wants_x, wants_values, wants_bias, _ = ctx.needs_input_grad
-    return (
-        conv_input_gradient(g, values, ctx.handle, x.shape[2], x.shape[3]) if wants_x else None,
-        conv_weight_gradient(x, g, ctx.handle) if wants_values else None,
-        g.sum((0, 2, 3)) if wants_bias else None,
-        None,
-    )
+    gx, gvalues = conv_gradient(x, g, values, ctx.handle, wants_x, wants_values)
+    return gx if wants_x else None, gvalues if wants_values else None, g.sum((0, 2, 3)) if wants_bias else None, None
 
 
 conv = _differentiated(_conv, _save, _backward)
-conv_input_gradient, conv_weight_gradient = _gradient(_conv_input_gradient), _gradient(_conv_weight_gradient)
+conv_gradient = _gradient(_conv_gradient)
 
 
 # -- batch norm -----------------------------------------------------------------------------------------------------
