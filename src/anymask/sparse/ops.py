@@ -99,21 +99,23 @@ def _gradient(operator: Any) -> Callable[..., Any]:
 
 def _unseen(args: Iterable[Any]) -> bool:
     """Whether nobody but autograd has to know what is done with the tensors of `args`: they are plain, no mode and no profiler is there."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
-    if not all(_plain(x) and x.device.type == "cpu" for x in args if isinstance(x, Tensor)):
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or torch._C._autograd._profiler_enabled():
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
-    return not torch._C._autograd._profiler_enabled()
+    return all(_plain(x) and x.is_cpu for x in args if isinstance(x, Tensor))
+
+
+_PLAIN = frozenset((Tensor, nn.Parameter))
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_batched = torch._C._functorch.is_legacy_batchedtensor  # is_grads_batched's
 
 
 def _plain(x: Tensor) -> bool:
     """Whether `x` is nobody's stand-in: no torch.compile, no torch.func, no forward mode."""
-    if torch.compiler.is_compiling() or type(x) not in {Tensor, nn.Parameter}:
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN:
         return False
-    functorch = torch._C._functorch  # the legacy ones are is_grads_batched's
-    return not functorch.is_functorch_wrapped_tensor(x) and not functorch.is_legacy_batchedtensor(x) and forward_ad._current_level < 0
+    return not _wrapped(x) and not _batched(x) and forward_ad._current_level < 0
 
 
 def _no_second(ctx: Any, *_: Any) -> Any:
