@@ -46,7 +46,7 @@ def _contents(technique: dict[str, Any]) -> str:
 
 # -- best ------------------------------------------------------------------------------------------------------------
 def best() -> str:
-    """All recipes on the report part of CIFAR-100, against default, then against tost, then against default at the rate it likes best."""
+    """All recipes against default, then against tost, then against default at the rate it likes best."""
     rows = ledger("best")
     return "\n".join([table(rows), *(table(_beside(rows, baseline), baseline=baseline) for baseline in ("tost", TUNED))])
 
@@ -59,7 +59,7 @@ def _beside(rows: Rows, baseline: str) -> Rows:
 
 def _cell(row: dict[str, Any]) -> tuple[Any, ...]:
     s = row["settings"]
-    return s["model"], s["epochs"], s["mask"], s["sparsity"]
+    return s["data"], s["model"], s["epochs"], s["mask"], s["sparsity"]
 
 
 def best_before(name: str) -> Callable[[], str]:
@@ -77,11 +77,11 @@ def best_short() -> str:
 
 
 def _short(rows: Rows) -> str:
-    head = ["network, epochs", "recipe", "sparsity", "default", "recipe's", "difference, points [95% CI]", "masks won, tied, lost", "seeds"]
+    head = ["images, network, epochs", "recipe", "sparsity", "default", "recipe's", "difference [95% CI]", "masks won, tied, lost", "seeds"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for o in (o for o in overall(paired(rows)) if o.interval):
         cells = [
-            f"{o.settings['model']}, {o.settings['epochs']}",
+            ", ".join(str(o.settings[name]) for name in ("data", "model", "epochs")),
             f"`{o.recipe}`",
             f"{100 * o.settings['sparsity']:g}%",
             f"{o.baseline_mean:.2f}",
@@ -210,7 +210,7 @@ def which() -> str:
         f"- **With a trained dense network at hand, let it teach** (`best-slow`, with `distillation`). {_all('best-slow', 'default')}",
         f"- **Tune the rate first**: on the tuning part `default` likes twice the protocol's (0.2), and `best` does not. "
         f"That alone: {_all(TUNED, 'default')} Against it, `best`: {_all('best', TUNED)} `best-slow`: {_all('best-slow', TUNED)}",
-        f"- **Other networks and lengths**: {_others('best')}",
+        f"- **Other networks, images and lengths**: {_others('best')}",
         f"- **A small network that fits its images gains nothing from `tost`**: on Fashion-MNIST-5k `tost` won {wins.count('won')}, "
         f"tied {wins.count('tied')} and lost {wins.count('lost')} of {len(wins)} masks and sparsities.",
         f"- **`fan_in_init` wants `density_lr` beside it** where batch norm follows: both {_one(screen, 'density_lr() + fan_in_init()')}.",
@@ -228,14 +228,14 @@ def _all(recipe: str, baseline: str) -> str:
 
 
 def _others(recipe: str) -> str:
-    """The same on all other networks and lengths."""
+    """The same on all other images, networks and lengths."""
     found = [o for o in overall(paired(ledger("best"))) if o.recipe == recipe and o.mean is not None and not _wide(o.settings)]
-    said = [f"{o.settings['model']}, {o.settings['epochs']} epochs: {_over(o)}" for o in found]
+    said = [f"{o.settings['data']}, {o.settings['model']}, {o.settings['epochs']} epochs: {_over(o)}" for o in found]
     return "; ".join(said) + "." if said else "not measured yet."
 
 
 def _wide(settings: Mapping[str, Any]) -> bool:
-    return bool(settings["model"] == "vgg11-0.5x" and settings["epochs"] == 15)
+    return bool((settings["data"], settings["model"], settings["epochs"]) == ("cifar100", "vgg11-0.5x", 15))
 
 
 def _over(o: Overall) -> str:
