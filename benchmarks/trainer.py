@@ -8,6 +8,7 @@ every forward pass (torch.nn.utils.prune), SGD, `loss.item()` at each step. Each
 turns; the first epoch, in which things are compiled, measured and warmed up, is told apart.
 """
 
+import math
 import multiprocessing
 import os
 import time
@@ -173,16 +174,22 @@ def _one_of(name: str, plan: Plan, barrier: Barrier, queue: Any) -> None:
 
 
 def peak(plan: Plan, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of the device in a large matrix product."""
-    size = plan.peak_size
+    """Floating-point operations a second of the device in a large matrix product or a large convolution, whichever it is faster in."""
+    size, images, pixels = plan.peak_size, 32, 16
     a, b = torch.randn(2, size, size, device=plan.device, dtype=dtype)
+    channels = size // 8
+    x = torch.randn(images, channels, pixels, pixels, device=plan.device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(channels, channels, 3, 3, device=plan.device, dtype=dtype).contiguous(memory_format=torch.channels_last)
 
-    def seconds() -> float:
-        began = time.perf_counter()
-        float((a @ b)[0, 0])
-        return time.perf_counter() - began
+    def rate(call: Callable[[], Tensor], work: float) -> float:
+        best = math.inf
+        for _ in range(20):
+            began = time.perf_counter()
+            float(call().flatten()[0])
+            best = min(best, time.perf_counter() - began)
+        return work / best
 
-    return 2 * size**3 / min(seconds() for _ in range(20))
+    return max(rate(lambda: a @ b, 2 * size**3), rate(lambda: F.conv2d(x, w, padding=1), 18 * images * (channels * pixels) ** 2))
 
 
 def operations(name: str, plan: Plan) -> float:
