@@ -4,6 +4,7 @@ import copy
 import io
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import anymask
 from anymask import prune
 from anymask.errors import TechniqueError
-from anymask.kernels import available
+from anymask.kernels import Gather, available
 from anymask.sparse import ops
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native kernels were not built here")
@@ -65,6 +66,22 @@ def test_saved_tensors_may_come_back_with_other_strides() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: torch.empty(t.size(), dtype=t.dtype).copy_(t), lambda t: t):
         other = called(model, x)
     assert all(torch.equal(a, b) for a, b in zip(called(model, x), other, strict=True))
+
+
+@pytest.mark.parametrize("wanted", [(True, False, True), (False, True, False), (False, False, True)])
+def test_only_wanted_gradients_are_made_and_of_what_they_need(wanted: tuple[bool, bool, bool]) -> None:
+    gather = Gather((3, 2, 3, 3), np.arange(0, 54, 2), padding=(1, 1))
+    x, values, bias = torch.randn(17, 2, 5, 5), torch.randn(27), torch.zeros(3)
+    every = [t.clone().requires_grad_() for t in (x, values, bias)]
+    ops.conv(*every, gather.handle).square().sum().backward()
+    some = [t.clone().requires_grad_(want) for t, want in zip((x, values, bias), wanted, strict=True)]
+    other = torch.bfloat16 if not wanted[1] else torch.float32  # the weight's gradient alone needs more of the input than its shape
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.to(other) if t.ndim == 4 and t.shape[1] == 2 else t):
+        ops.conv(*some, gather.handle).square().sum().backward()
+    for mine, right, want in zip(some, every, wanted, strict=True):
+        assert (mine.grad is not None) == want
+        if want:
+            torch.testing.assert_close(mine.grad, right.grad)
 
 
 def test_autograds_nodes_have_names() -> None:

@@ -177,26 +177,27 @@ class Gather:
             _call(library().am_gather, job, g, values[plan.order], None, None, 0, out, threads)
         return out
 
-    def weight_gradient(self, x: Floats, g: Floats, *, out: Floats | None = None, threads: int = 1) -> Floats:
+    def weight_gradient(self, x: Floats, g: Floats, *, threads: int = 1) -> Floats:
         """Of the kept weights alone. Shape (K,)."""
-        out = np.empty(len(self.conv.kept), np.float32) if out is None else out
-        self._checked(x, g, out)
-        if not g.size:
-            out[:] = 0
+        self._checked(x, g, None)
+        out = np.zeros(len(self.conv.kept), np.float32)
         for _, job in self._plan("forward", *x.shape[1:3], images=x.shape[3], threads=threads) if g.size else ():
             _call(library().am_dot, job, x, g, out, threads)
         return out
 
-    def gradients(self, x: Floats, g: Floats, values: Floats, out: tuple[Floats, Floats], *, threads: int = 1) -> None:
-        """Both, into out = (of x, of values), in two thirds to four fifths of the time of one after the other: g is read once."""
-        gx, gvalues = out
-        self._checked(gx, g, values)
-        self._checked(x, g, gvalues)
-        gvalues[:] = 0
+    def gradients(self, x: Floats, g: Floats, values: Floats, out: Floats, *, threads: int = 1) -> Floats:
+        """Both: that of the input into `out`, that of the kept weights (K,) returned."""
+        self._checked(x, g, values)
+        _check("the gradient of the input", out, x.shape)
+        if x.shape[1] * x.shape[2] == 1 or x.shape[3] < library().am_width():  # the two jobs are cut otherwise, and faster alone
+            self.input_gradient(g, values, out, threads=threads)
+            return self.weight_gradient(x, g, threads=threads)
+        of_values = np.zeros_like(values)
         for plan, job in self._plan("backward", *x.shape[1:3], images=x.shape[3], threads=threads) if x.size else ():
             summed = np.empty(plan.off.shape[1], np.float32)
-            _call(library().am_both, job, g, values[plan.order], x, gx, summed, threads)
-            gvalues[plan.order] = summed
+            _call(library().am_both, job, g, values[plan.order], x, out, summed, threads)
+            of_values[plan.order] = summed
+        return of_values
 
     def _checked(self, x: Floats, y: Floats, values: Floats | None) -> tuple[int, ...]:
         """The shape of the output y; the native code would follow a wrong pointer anywhere."""

@@ -106,16 +106,12 @@ def _unseen(args: Iterable[Any]) -> bool:
     return all(_plain(x) and x.is_cpu for x in args if isinstance(x, Tensor))
 
 
-_PLAIN = frozenset((Tensor, nn.Parameter))
-_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-_batched = torch._C._functorch.is_legacy_batchedtensor  # is_grads_batched's
-
-
 def _plain(x: Tensor) -> bool:
     """Whether `x` is nobody's stand-in: no torch.compile, no torch.func, no forward mode."""
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN:
+    if torch.compiler.is_compiling() or type(x) not in {Tensor, nn.Parameter}:
         return False
-    return not _wrapped(x) and not _batched(x) and forward_ad._current_level < 0
+    functorch = torch._C._functorch  # the legacy ones are is_grads_batched's
+    return not functorch.is_functorch_wrapped_tensor(x) and not functorch.is_legacy_batchedtensor(x) and forward_ad._current_level < 0
 
 
 def _no_second(ctx: Any, *_: Any) -> Any:
@@ -140,17 +136,19 @@ def _conv(x: Tensor, values: Tensor, bias: Tensor | None, handle: int) -> Tensor
 def _conv_gradient(  # noqa: PLR0917
     x: Tensor, g: Tensor, values: Tensor, handle: int, of_input: bool, of_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of the input and of the kept weights; one that is not asked for is empty. Both at once share their reading."""
-    gx, gvalues = _fake_conv_gradient(x, g, values, handle, of_input, of_weight)
-    gather, more = native.gather_of(handle), {"threads": _threads()}
-    last, glast, kept = _array(batch_last(x)), _array(batch_last(g)), _array(values.contiguous())
-    if of_input and of_weight:
-        gather.gradients(last, glast, kept, (_into(gx), _array(gvalues)), **more)
-    elif of_input:
-        gather.input_gradient(glast, kept, _into(gx), **more)
-    elif of_weight:
-        gather.weight_gradient(last, glast, out=_array(gvalues), **more)
-    return gx, gvalues
+    """The gradients of the input and of the kept weights; one that is not asked for is empty. Both at once share what they read."""
+    gather, threads, g = native.gather_of(handle), _threads(), batch_last(g)
+    gx = _empty(g.permute(3, 0, 1, 2), x.shape) if of_input else x.new_empty(0)
+    if not of_weight:
+        gather.input_gradient(_array(g), _array(values.contiguous()), _into(gx), threads=threads)
+        return gx, x.new_empty(0)
+    last = _array(batch_last(x)), _array(g)
+    made = (
+        gather.gradients(*last, _array(values.contiguous()), _into(gx), threads=threads)
+        if of_input
+        else gather.weight_gradient(*last, threads=threads)
+    )
+    return gx, torch.from_numpy(made)
 
 
 @_conv.register_fake
@@ -160,8 +158,9 @@ def _fake_conv(x: Tensor, values: Tensor, bias: Tensor | None, handle: int) -> T
 
 
 @_conv_gradient.register_fake
-def _fake_conv_gradient(x: Tensor, g: Tensor, _: Tensor, handle: int, *wanted: bool) -> tuple[Tensor, Tensor]:
-    of_input, of_weight = wanted
+def _(  # noqa: PLR0917
+    x: Tensor, g: Tensor, values: Tensor, handle: int, of_input: bool, of_weight: bool
+) -> tuple[Tensor, Tensor]:
     gx = _empty(g, x.shape) if of_input else x.new_empty(0)
     return gx, x.new_empty(len(native.gather_of(handle).conv.kept) if of_weight else 0)
 
@@ -175,7 +174,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, values = ctx.saved_tensors
     wants_x, wants_values, wants_bias, _ = ctx.needs_input_grad
-    gx, gvalues = conv_gradient(x, g, values, ctx.handle, wants_x, wants_values)
+    gx = gvalues = None
+    if wants_x or wants_values:
+        gx, gvalues = conv_gradient(x, g, values, ctx.handle, wants_x, wants_values)
     return gx if wants_x else None, gvalues if wants_values else None, g.sum((0, 2, 3)) if wants_bias else None, None
 
 
