@@ -75,8 +75,8 @@ class Record:
     """
 
     def __init__(self, path: Path, *, only: str | None, cases: Iterable[str]) -> None:
-        self.path, self.only = path, only
-        self.cases = [case for case in cases if only in (None, case)]
+        self.path, self.only, self.every = path, only, list(cases)
+        self.cases = [case for case in self.every if only in (None, case)]
         if not self.cases:
             sys.exit(f"--only {only} is none of the cases")
         old = json.loads(path.read_text()) if path.exists() else None
@@ -86,7 +86,6 @@ class Record:
             sys.exit(f"{path} was made on another machine or with other versions: give --out, or measure everything here")
         kept = old["results"] if old and same and (only or not old["finished"]) else []
         self.began = time.perf_counter()
-        self.after = bool(old and old["finished"]) if only else True  # whether it is finished after this run
         self.data = {"machine": here, "finished": False, "results": kept}
 
     def missing(self) -> list[str]:
@@ -109,7 +108,7 @@ class Record:
 
     def finish(self) -> None:
         """Write it a last time."""
-        self.data["finished"] = self.after
+        self.data["finished"] = set(self.every) <= {row["name"] for row in self.data["results"]}
         self._write()
         say(f"wrote {self.path}")
 

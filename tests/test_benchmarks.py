@@ -128,6 +128,16 @@ def test_who_is_stopped_goes_on_and_who_is_finished_begins_anew(tmp_path: Path) 
         turns.Record(path, only="b", cases=["a", "b"])
 
 
+def test_cases_that_are_measured_one_by_one_finish_with_the_last(tmp_path: Path) -> None:
+    turns, path, finished = script("turns"), tmp_path / "some.json", []
+    for case in ("b", "a"):
+        record = turns.Record(path, only=case, cases=iter(["a", "b"]))
+        record.put({"name": case})
+        record.finish()
+        finished.append(json.loads(path.read_text())["finished"])
+    assert finished == [False, True]
+
+
 def test_whoever_is_much_slower_leaves_after_two_rounds() -> None:
     turns = script("turns")
     seconds = {"quick": 0.051, "slow": 0.12, "ours": 0.12}
