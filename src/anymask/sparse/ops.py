@@ -24,6 +24,8 @@ def batch_last(x: Tensor) -> Tensor:
         >>> batch_last(torch.ones(2, 3, 4, 5)).shape
         torch.Size([3, 4, 5, 2])
     """
+    if x.is_contiguous():  # a transposed matrix is copied in blocks, in less than half the time for images
+        return x.flatten(1).t().contiguous().view(*x.shape[1:], len(x))
     return x.permute(1, 2, 3, 0).contiguous()
 
 
