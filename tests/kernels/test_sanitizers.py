@@ -11,7 +11,7 @@ import pytest
 import anymask.kernels
 
 SOURCE = Path(anymask.kernels.__file__).parent
-CASES = Path(__file__).parent / "test_gather.py"
+CASES = [str(Path(__file__).parent / f"test_{name}.py") for name in ("gather", "norms")]
 
 
 def _runtime(name: str) -> str | None:
@@ -36,7 +36,7 @@ def test_the_native_core_is_clean_under_both_sanitizers(tmp_path):
         "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",  # the leaks of Python and PyTorch are their own
         "OMP_NUM_THREADS": "2",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", str(CASES), "-k", "not unknown"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *CASES, "-k", "not unknown"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "skipped" not in done.stdout

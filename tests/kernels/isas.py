@@ -1,0 +1,8 @@
+"""What the tests of the native kernels go through."""
+
+import os
+
+from anymask.kernels import available, native
+
+ISAS = [name for name in ("portable", "avx2", "avx512") if available() and native.library().am_use(name.encode()) is not None]
+CASES = int(os.environ.get("ANYMASK_KERNEL_CASES", "60"))  # the sanitizer run asks for as many
