@@ -7,7 +7,7 @@
  *     dot      grad[k]    += sum over runs:             g[o][run] * packed[off[k] + run]
  *
  * The forward pass and the input gradient are gathers with different tables, the weight gradient is a dot with those of the forward pass. Both
- * gradients at once are a gather and a dot with those of the input gradient: the gradient of the output is packed and read once. Strides, padding, dilation and
+ * gradients at once are a gather and a dot with those of the input gradient: the input is not packed. Strides, padding, dilation and
  * groups are in the tables alone (src/anymask/kernels/plans.py makes them).
  */
 #ifndef ANYMASK_CORE_H
