@@ -58,7 +58,7 @@ class RunningRecipe:
                 for technique, part in state.get("parts", {}).items():
                     self._live[technique][1].load_state_dict(part)
         except BaseException:
-            self._leave_all()
+            self.leave()
             for parameter, value in weights:
                 parameter.detach().copy_(value)
             raise
@@ -178,9 +178,20 @@ class RunningRecipe:
                 allowed="finish() after the ghosts have faded",
                 fix="call step() after each optimiser step, give the true total_steps, or finish(early=True) to cut them off",
             )
-        self._leave_all()
+        self.leave()
         self._check_plain()
         return self.model
+
+    def leave(self) -> None:
+        """Take away what is left of the recipe, whatever there is: for a training that ends by an error. `finish` also checks."""
+        for _, attached in self._live.values():  # perturbations leave before averages, which are left in the model
+            attached.detach()
+        if any(technique.seam == "model" for technique, _ in self._live.values()):
+            _forget_graphs()
+        for handle in self._handles:
+            handle.remove()
+        self._live, self._handles = {}, []
+        vars(self._context.model).pop(MARK, None)
 
     def state_dict(self) -> dict[str, Any]:
         """Where this recipe stands, as plain values; see `state` of `Recipe.attach`."""
@@ -276,16 +287,6 @@ class RunningRecipe:
                 del self._live[technique.name]
                 if technique.seam == "model":
                     _forget_graphs()
-
-    def _leave_all(self) -> None:
-        for _, attached in self._live.values():  # perturbations leave before averages, which are left in the model
-            attached.detach()
-        if any(technique.seam == "model" for technique, _ in self._live.values()):
-            _forget_graphs()
-        for handle in self._handles:
-            handle.remove()
-        self._live, self._handles = {}, []
-        vars(self._context.model).pop(MARK, None)
 
     def _check_plain(self) -> None:
         before, after = self._before, fingerprint(self._context.model)

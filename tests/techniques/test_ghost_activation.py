@@ -171,6 +171,8 @@ def test_ctrl_c_in_forward_softens_nothing_else_and_training_may_go_on() -> None
             model(x)
         assert torch.equal(F.relu(-x.abs()), torch.zeros(6, 4))
         assert torch.equal(nn.ReLU()(-x.abs()), torch.zeros(6, 4))
+        exported = torch.export.export(nn.Sequential(nn.ReLU()), (x,))
+        assert [node.target for node in exported.graph.nodes if node.op == "call_function"] == [torch.ops.aten.relu.default]
     model.fail = None
     assert torch.equal(model(x), soft)
     assert torch._C._len_torch_function_stack() == depth

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from anymask.errors import FileFormatError, SettingError
+from anymask.surgery import fingerprint
 from anymask.train import checkpoint
 from tests.train.trainings import MOVING, RECIPE, Net, train_and_save, train_once
 
@@ -85,6 +88,36 @@ def test_stopped_after_any_step_is_bit_equal_in_every_phase(
     assert result.mask == expected.mask
     for key, value in whole.state_dict().items():
         assert torch.equal(model.state_dict()[key], value), key
+
+
+class Stopping(nn.Module):
+    """A ReLU in whose call number `left` Ctrl-C comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.left -= 1
+        y = F.relu(x)
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return y
+
+
+@pytest.mark.parametrize("moving", ["static", "rigl"])
+def test_ctrl_c_in_any_forward_pass_leaves_the_model_as_it_came(moving: str) -> None:
+    model, depth = Net(), torch._C._len_torch_function_stack()
+    relu = model.body[2] = Stopping()
+    before, fresh = fingerprint(model), {name: value.clone() for name, value in model.state_dict().items()}
+    for relu.left in (1, 2, 5, 10, 20, 40):  # while the recipe looks at the model, in LRsI, in a step, in an evaluation ...
+        with pytest.raises(KeyboardInterrupt):
+            train_once(model, moving=moving, sparse="off")
+        assert torch._C._len_torch_function_stack() == depth
+        assert fingerprint(model) == before
+        assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+    model.load_state_dict(fresh)
+    assert train_once(model, moving=moving, sparse="off").curves == train_once(Net(), moving=moving, sparse="off").curves
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut off"])

@@ -275,7 +275,7 @@ class _Softened(TorchFunctionMode):
         x = _argument(args, kwargs, 0, name="input")
         if not x.is_floating_point():
             return func(*args, **kwargs)
-        running, checkpointed = (True, False) if torch.compiler.is_compiling() else _around(self.owner)
+        running, checkpointed = (True, False) if torch.compiler.is_dynamo_compiling() else _around(self.owner)  # torch.export has frames
         if not running:  # Ctrl-C went through it, for which modules call no hooks (Module._call_impl catches Exception)
             return func(*args, **kwargs)
         if checkpointed and self.owner.training:

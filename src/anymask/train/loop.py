@@ -107,13 +107,11 @@ def fit(
         "sparsity": sparsity,
         "computing": Computing(sparse, compile, diagnose),
     }
-    try:
+    with run.leaving:
         run.begin(train, **how, seed=seed, first_step=first_step)
         stop = run.total if last_step is None else min(last_step, run.total)
         _train(run, train, stop=stop, validation=validation, every=checkpoint_every, writer=_writer(log_dir), on_epoch=on_epoch)
         return run.finish(stop=stop, validation=validation, test=test)
-    finally:
-        run.layers.leave()
 
 
 def _train(

@@ -2,7 +2,7 @@
 
 import math
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,11 @@ class Run:
         self.hold = None if mask is None else hold(mask, model, self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device, enabled=protocol.precision == "float16")
         self.layers = SparseLayers(model, self.optimizer)
+        # Whatever stops a training (Ctrl-C in a forward pass, too), the model is plain and dense after it, without a hook.
+        self.leaving = ExitStack()
+        if self.hold is not None:
+            self.leaving.callback(self.hold.release)
+        self.leaving.callback(self.layers.leave)
 
     def begin(
         self,
@@ -97,7 +102,7 @@ class Run:
         first_step: int,
         computing: Computing,
     ) -> None:
-        """Convert the layers, attach the recipe, and go on from the checkpoint, if there is one. Then `layers.leave` is due."""
+        """Convert the layers, attach the recipe, and go on from the checkpoint, if there is one. Within `leaving`."""
         moves, diagnose = moving is not None, computing.diagnose
         computing.check(device=self.device, precision=self.protocol.precision, masked=self.hold is not None, moves=moves)
         saved = None if self.file is None else checkpoint.load(self.file, device=self.device)
@@ -117,6 +122,7 @@ class Run:
             seed=seed,
             state=saved["recipe"] if saved else None,
         )
+        self.leaving.callback(self.recipe.leave)
         self.rewiring = self._rewire(moving, sparsity=sparsity, seed=seed, start=first_step, saved=saved)
         if saved is not None:
             self._restore(saved)
