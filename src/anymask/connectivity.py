@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from anymask.errors import MaskError, SettingError
+from anymask.interrupts import Mode
 from anymask.mask import Mask
 from anymask.prunables import TRANSPOSED
 
@@ -193,7 +193,7 @@ class _Indicator(torch.autograd.Function):
         return (grad > 0).to(grad.dtype)
 
 
-class _Paths(TorchFunctionMode):
+class _Paths(Mode):
     """Inside, every function of torch follows its rule, whether a module or the model's own code calls it.
 
     What depends neither on the input nor on a parameter, such as a causal mask or a table of positions, is computed as it is.

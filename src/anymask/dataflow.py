@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from anymask.interrupts import Mode
 from anymask.surgery import evaluating, run
 
 _CONVS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
@@ -90,7 +90,7 @@ class _Flow:
         return self.source.get(id(tensor), id(tensor))
 
 
-class _Watching(TorchFunctionMode):
+class _Watching(Mode):
     def __init__(self, flow: _Flow) -> None:
         super().__init__()
         self.flow = flow

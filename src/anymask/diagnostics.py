@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
 from anymask.errors import SettingError
 from anymask.holding import held
+from anymask.interrupts import Mode
 from anymask.mask import Mask
 from anymask.prunables import bare, compact, prunable
 from anymask.sparse.converting import as_dense
@@ -257,7 +257,7 @@ def _power(product: Callable[[Tensor], Tensor], vector: Tensor, *, iterations: i
 
 
 # -- the pass of the probe batch ---------------------------------------------------------------------------------------
-class _Relus(TorchFunctionMode):
+class _Relus(Mode):
     """Notes for each ReLU that is called, in whatever spelling, which of its channels are 0 everywhere."""
 
     def __init__(self) -> None:

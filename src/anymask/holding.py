@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anymask.errors import MaskError
+from anymask.interrupts import uninterrupted
 from anymask.mask import Mask, local, shard
 from anymask.prunables import trained
 
@@ -18,9 +19,15 @@ class Hold:
         self.mask, self.model, self.optimizer = mask, model, optimizer
         self.parameters = mask.check(model)
         self._kept = self._bits(mask)
-        self._handles = [self._hold_gradient(name, parameter) for name, parameter in self.parameters.items()]
-        self._handles += [optimizer.register_step_post_hook(self), optimizer.register_load_state_dict_post_hook(self)]
-        self(optimizer)
+        self._handles: list[Any] = []
+        try:
+            with uninterrupted():
+                self._handles += [self._hold_gradient(name, parameter) for name, parameter in self.parameters.items()]
+                self._handles += [optimizer.register_step_post_hook(self), optimizer.register_load_state_dict_post_hook(self)]
+            self(optimizer)
+        except BaseException:
+            self.release()
+            raise
 
     @torch.no_grad()
     def __call__(self, optimizer: Optimizer, *_: Any) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from anymask.errors import SettingError, TechniqueError
 from anymask.holding import held
+from anymask.interrupts import uninterrupted
 from anymask.mask import Mask, local, shard
 from anymask.prunables import bare
 from anymask.surgery import Cost, fingerprint, logits_of
@@ -47,9 +48,11 @@ class RunningRecipe:
         self._handles: list[Any] = []  # of the optimiser's hooks
         self._settled = False  # while the model is as `plain` gives it
         self._strengths = {t.name: self.strength(t, self.position) for t in techniques if t.seam != "init"}
-        vars(context.model)[MARK] = name
-        weights = self._weights() if state is None and any(t.seam == "init" for t in techniques) else []
+        weights: list[tuple[nn.Parameter, Tensor]] = []
         try:
+            vars(context.model)[MARK] = name
+            if state is None and any(t.seam == "init" for t in techniques):
+                weights = self._weights()
             self._join_all(remedy, fresh=state is None)
             self._live = dict(sorted(self._live.items(), key=lambda item: item[1][0].depth))
             self._listen()
@@ -57,12 +60,12 @@ class RunningRecipe:
                 self.added = Cost(**state["added"])
                 for technique, part in state.get("parts", {}).items():
                     self._live[technique][1].load_state_dict(part)
+            _forget_graphs()
         except BaseException:
             self.leave()
             for parameter, value in weights:
                 parameter.detach().copy_(value)
             raise
-        _forget_graphs()
 
     @property
     def model(self) -> nn.Module:
@@ -184,14 +187,15 @@ class RunningRecipe:
 
     def leave(self) -> None:
         """Take away what is left of the recipe, whatever there is: for a training that ends by an error. `finish` also checks."""
-        for _, attached in self._live.values():  # perturbations leave before averages, which are left in the model
-            attached.detach()
-        if any(technique.seam == "model" for technique, _ in self._live.values()):
-            _forget_graphs()
-        for handle in self._handles:
-            handle.remove()
-        self._live, self._handles = {}, []
-        vars(self._context.model).pop(MARK, None)
+        with uninterrupted():
+            for _, attached in self._live.values():  # perturbations leave before averages, which are left in the model
+                attached.detach()
+            if any(technique.seam == "model" for technique, _ in self._live.values()):
+                _forget_graphs()
+            for handle in self._handles:
+                handle.remove()
+            self._live, self._handles = {}, []
+            vars(self._context.model).pop(MARK, None)
 
     def state_dict(self) -> dict[str, Any]:
         """Where this recipe stands, as plain values; see `state` of `Recipe.attach`."""
@@ -231,12 +235,13 @@ class RunningRecipe:
         strength = self._strengths.get(technique.name)
         if strength == 0:
             return
-        attached = technique.attach(self._context)
-        self.found[technique.name] = attached.found
-        self.added = self.added + attached.added
-        if strength is not None:
-            self._live[technique.name] = (technique, attached)
-            attached.set_strength(strength)
+        with nullcontext() if technique.seam == "init" else uninterrupted():  # rescaling takes its time, and leaves nothing but weights
+            attached = technique.attach(self._context)
+            self.found[technique.name] = attached.found
+            self.added = self.added + attached.added
+            if strength is not None:
+                self._live[technique.name] = (technique, attached)
+                attached.set_strength(strength)
         if attached.added.parameters and (how := how_spread(self._given)):
             raise TechniqueError(
                 f"{technique.name} adds parameters to a model {how}, which does not know of them",
@@ -283,8 +288,9 @@ class RunningRecipe:
             _, attached = self._live[technique.name]
             attached.set_strength(strength)
             if strength == 0:
-                attached.detach()
-                del self._live[technique.name]
+                with uninterrupted():
+                    attached.detach()
+                    del self._live[technique.name]
                 if technique.seam == "model":
                     _forget_graphs()
 

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from anymask.dataflow import norms_with_relu
 from anymask.errors import SettingError
+from anymask.interrupts import uninterrupted
 from anymask.kernels import Gather, available, why_not
 from anymask.mask import Mask
 from anymask.prunables import compact
@@ -135,10 +136,11 @@ def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimize
     chosen = set(tables)
     if measure:
         chosen = worth_it({name: times(layer, gather, shapes[id(layer)]) for name, (layer, gather) in tables.items()})
-    for name in chosen:
-        sparsify(*tables[name], optimizer)
-    if chosen:
-        _follow(model, found)
+    with uninterrupted():
+        for name in chosen:
+            sparsify(*tables[name], optimizer)
+        if chosen:
+            _follow(model, found)
     return model
 
 
@@ -156,14 +158,15 @@ def to_dense(model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Modu
         >>> to_dense(anymask.to_sparse(net, mask, torch.ones(2, 8), measure=False)).weight.shape
         torch.Size([8, 8])
     """
-    for layer in model.modules():
-        semi_structured.densify(layer)
-        if isinstance(layer, layers.SparseWeight):
-            densify(layer, optimizer)
-        elif kind := dense_class(layer):
-            if isinstance(layer, layers.BatchLast | layers.FusedReLU):
-                layers.unlink(layer)
-            layer.__class__ = kind
+    with uninterrupted():
+        for layer in model.modules():
+            semi_structured.densify(layer)
+            if isinstance(layer, layers.SparseWeight):
+                densify(layer, optimizer)
+            elif kind := dense_class(layer):
+                if isinstance(layer, layers.BatchLast | layers.FusedReLU):
+                    layers.unlink(layer)
+                layer.__class__ = kind
     return model
 
 
@@ -184,8 +187,9 @@ class Pause:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         self._layers, self._optimizer = compact(model), optimizer
-        for layer in self._layers.values():
-            densify(layer, optimizer)
+        with uninterrupted():
+            for layer in self._layers.values():
+                densify(layer, optimizer)
 
     def resume(self, mask: Mask) -> None:
         """Sparse again, with what `mask` keeps."""
@@ -205,19 +209,21 @@ def as_dense(model: nn.Module) -> Iterator[None]:
     """
     kinds = [(layer, type(layer)) for layer in model.modules() if dense_class(layer)]
     tables = {layer: layer.gather for layer, _ in kinds if isinstance(layer, layers.SparseWeight)}
-    for layer, _ in kinds:
-        if layer in tables:
-            densify(layer)
-        else:
-            layer.__class__ = cast("type[nn.Module]", dense_class(layer))
     try:
+        with uninterrupted():
+            for layer, _ in kinds:
+                if layer in tables:
+                    densify(layer)
+                else:
+                    layer.__class__ = cast("type[nn.Module]", dense_class(layer))
         yield
     finally:
-        for layer, kind in kinds:
-            if layer in tables:
-                sparsify(layer, tables[layer])
-            else:
-                layer.__class__ = kind
+        with uninterrupted():
+            for layer, kind in kinds:
+                if layer in tables:
+                    sparsify(layer, tables[layer])
+                else:
+                    layer.__class__ = kind
 
 
 def _check(model: nn.Module, mask: Mask) -> dict[str, nn.Parameter]:

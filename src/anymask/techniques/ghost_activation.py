@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode
 
 from anymask.errors import SettingError, TechniqueError
+from anymask.interrupts import Mode, withdraw
 from anymask.prunables import bare
 from anymask.registry import lookup
 from anymask.sparse import layers, ops
@@ -174,7 +175,7 @@ def _found(model: nn.Module, example: Any) -> tuple[list[nn.Module], int, dict[s
     return [m for m in modules if id(m) in owners or type(m) in kinds], traced.relus, dict(traced.left)
 
 
-class _Tracing(TorchFunctionMode):
+class _Tracing(Mode):
     """Sees which module runs while an activation is called."""
 
     def __init__(self) -> None:
@@ -195,10 +196,10 @@ class _Tracing(TorchFunctionMode):
 
     def run(self, model: nn.Module, example: Any) -> None:
         handles: list[Any] = []
-        for module in model.modules():
-            handles.append(module.register_forward_pre_hook(lambda m, _args: self.running.append(m)))
-            handles.append(module.register_forward_hook(lambda _m, _args, _out: (self.running.pop(), None)[1], always_call=True))
         try:
+            for module in model.modules():
+                handles.append(module.register_forward_pre_hook(lambda m, _args: self.running.append(m)))
+                handles.append(module.register_forward_hook(lambda _m, _args, _out: (self.running.pop(), None)[1], always_call=True))
             with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"), self:
                 run(model, example)
         finally:
@@ -238,7 +239,7 @@ class _SoftReLU(Ghost, layers.Softens):
             owner = self.modes[-1].owner
             if sum(mode.owner is owner for mode in self.modes) <= _calls(owner) - (owner is begun):
                 return
-            _withdraw(self.modes[-1])
+            withdraw(self.modes[-1])
             self.modes.pop()
 
     def softness(self) -> float | None:
@@ -260,7 +261,7 @@ class _SoftReLU(Ghost, layers.Softens):
         return torch.lerp(out, soft.clamp(max=6.0) if capped else soft, strength.to(out.dtype))
 
 
-class _Softened(TorchFunctionMode):
+class _Softened(TorchFunctionMode):  # torch.compile knows how this leaves, and not how Mode does
     """Softens the ReLUs that are called while it is entered."""
 
     def __init__(self, ghost: _SoftReLU, owner: nn.Module) -> None:
@@ -287,18 +288,6 @@ class _Softened(TorchFunctionMode):
         capped, inplace = call
         # In place stays in place: what reads the tensor afterwards (a shortcut) must see what the ReLU wrote.
         return x.copy_(self.ghost.soften(x.clone(), capped=capped)) if inplace else self.ghost.soften(x, capped=capped)
-
-
-def _withdraw(mode: TorchFunctionMode) -> None:
-    """Exit a mode wherever it is among those that are entered; nothing if it is not."""
-    entered = _get_current_function_mode_stack()
-    places = [place for place, other in enumerate(entered) if other is mode]
-    if places:
-        above = entered[places[0] + 1 :]
-        for _ in range(len(above) + 1):
-            _pop_mode()
-        for other in above:
-            _push_mode(other)
 
 
 def _around(owner: nn.Module) -> tuple[bool, bool]:

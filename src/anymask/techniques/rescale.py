@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from anymask.errors import SettingError, TechniqueError
+from anymask.interrupts import Mode
 from anymask.mask import Mask
 from anymask.prunables import bare
 from anymask.ranks import from_rank
@@ -273,7 +273,7 @@ def _pruned(model: nn.Module, mask: Mask | None) -> dict[int, Tensor]:
     return found
 
 
-class _TwiceDifferentiable(TorchFunctionMode):
+class _TwiceDifferentiable(Mode):
     """Hard sigmoid out of parts: torch's own (2.13) has no second derivative, and MobileNet v3 is full of them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
