@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from anymask.kernels import native
+from anymask.kernels import library
 from anymask.runlog import atomic
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "sparse"
@@ -52,7 +52,7 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "isa": native.isa(),
+        "isa": library.isa(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "load before": round(os.getloadavg()[0], 2),

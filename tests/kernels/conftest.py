@@ -1,10 +1,10 @@
 import pytest
 
-from anymask.kernels import available, native
+from anymask.kernels import available, library
 
 
 @pytest.fixture(autouse=True)
 def _the_best_again():
     yield
     if available():
-        native.library().am_use(None)
+        library.library().am_use(None)

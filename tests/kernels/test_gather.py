@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from anymask.errors import SettingError
-from anymask.kernels import Gather, available, native
+from anymask.kernels import Gather, available, library
 from tests.kernels.isas import CASES, ISAS
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native kernels were not built here (no C compiler)")
@@ -44,7 +44,7 @@ def cases(draw: Any) -> dict[str, Any]:
 @settings(max_examples=CASES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases())
 def test_forward_and_both_gradients_are_those_of_the_dense_convolution(isa, case):
-    native.library().am_use(isa.encode())
+    library.library().am_use(isa.encode())
     spans = [d * (k - 1) + 1 for d, k in zip(case["dilation"], case["kernel"], strict=True)]
     assume(all(n + 2 * p >= span for n, p, span in zip(case["size"], case["padding"], spans, strict=True)))
     close(*both(case))
@@ -177,7 +177,7 @@ def at_once(gather: Gather, x: Any, g: Any, values: Any, *, threads: int) -> lis
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("images", [1, 3, 5, 17])
 def test_a_nan_of_an_earlier_call_is_in_no_gradient(isa, images):
-    native.library().am_use(isa.encode())
+    library.library().am_use(isa.encode())
     Gather((1, 8, 1, 1), np.arange(8)).forward(np.full((8, 16, 16, 64), np.nan, np.float32), np.ones(8, np.float32))
     gather = Gather((1, 1, 1, 1), np.array([0]))
     x, values = np.ones((1, 3, 3, images), np.float32), np.ones(1, np.float32)

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anymask.errors import SettingError
-from anymask.kernels import Gather, available, native
+from anymask.kernels import Gather, available, library, native, norms
 from tests.kernels.isas import CASES, ISAS
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native kernels were not built here (no C compiler)")
@@ -25,13 +25,13 @@ pytestmark = pytest.mark.skipif(not available(), reason="the native kernels were
 def test_batch_norm_and_its_gradient(isa, size, offset, how, seed):
     relu, given_stats, adds, soft = how
     size += 100 if offset else 8  # so that the variance is well above what float32 knows of the mean
-    native.library().am_use(isa.encode())
+    library.library().am_use(isa.encode())
     rng = np.random.default_rng(seed)
     x = (rng.standard_normal((3, size)) + offset).astype(np.float32)
     weight, bias, mean, var = (rng.random(3).astype(np.float32) + 0.5 for _ in range(4))
     mean += np.float32(offset)
     y, g = np.empty_like(x), rng.standard_normal(x.shape).astype(np.float32)
-    ours = native.Norm(weight, bias, mean.copy(), var.copy(), eps=1e-5, relu=relu, soft=soft if relu else 0.0, given=given_stats, threads=2)
+    ours = norms.Norm(weight, bias, mean.copy(), var.copy(), eps=1e-5, relu=relu, soft=soft if relu else 0.0, given=given_stats, threads=2)
     add = rng.standard_normal(x.shape).astype(np.float32) if adds else None
     ours.forward(x, y, add=add)
     out = np.empty_like(x), np.empty_like(x) if adds else None, np.empty(3, np.float32), np.empty(3, np.float32)
@@ -63,7 +63,7 @@ def test_batch_norm_and_its_gradient(isa, size, offset, how, seed):
 @settings(max_examples=CASES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(size=st.integers(1, 300), strength=st.floats(0.0, 1.0, width=32), spread=st.sampled_from([1.0, 30.0, 1e4]), seed=st.integers(0, 99))
 def test_the_ghost_of_a_relu_and_its_gradient(isa, size, strength, spread, seed):
-    native.library().am_use(isa.encode())
+    library.library().am_use(isa.encode())
     rng = np.random.default_rng(seed)
     x, g = (rng.standard_normal(size).astype(np.float32) * np.float32(spread), rng.standard_normal(size).astype(np.float32))
     y, gx = np.empty_like(x), np.empty_like(x)
@@ -92,7 +92,7 @@ def test_the_ghost_after_a_norm_of_a_map_that_is_stored_past_the_cache():
     y, gx, apart, gapart = (np.empty_like(x) for _ in range(4))
     of = [(np.empty(2, np.float32), np.empty(2, np.float32)) for _ in range(2)]
     soft, plain = (
-        native.Norm(None, None, mean, var, eps=1e-5, relu=bool(s), soft=s, given=False, threads=2)
+        norms.Norm(None, None, mean, var, eps=1e-5, relu=bool(s), soft=s, given=False, threads=2)
         for (mean, var), s in zip(of, (0.4, 0.0), strict=True)
     )
     soft.forward(x, y)
@@ -115,19 +115,19 @@ def test_the_ghost_after_a_norm_of_a_map_that_is_stored_past_the_cache():
 )
 def test_a_norm_with_its_max_pool_is_the_two_apart(isa, size, kernel, how, seed):
     affine, given_stats, ceil, soft = how
-    native.library().am_use(isa.encode())
+    library.library().am_use(isa.encode())
     rng = np.random.default_rng(seed)
     rows, cols, images = (max(s, k) for s, k in zip(size, (*kernel, 1), strict=True))
     x = rng.standard_normal((3, rows, cols, images)).astype(np.float32)
     out = [-(-n // k) if ceil else n // k for n, k in zip((rows, cols), kernel, strict=True)]
     g = rng.standard_normal((3, *out, images)).astype(np.float32)
-    pool = native.Pool(images, 3, rows, cols, *out, *kernel, *kernel, 0, 0, 0)
+    pool = norms.Pool(images, 3, rows, cols, *out, *kernel, *kernel, 0, 0, 0)
     weight, bias = (rng.standard_normal(3).astype(np.float32) for _ in range(2)) if affine else (None, None)
     found = []
     for together in (True, False):
         mean, var = np.full(3, 0.2, np.float32), np.full(3, 1.5, np.float32)
         more = {"soft": soft, "given": given_stats, "pool": pool if together else None}
-        norm = native.Norm(weight, bias, mean, var, eps=1e-5, relu=True, threads=2, **more)
+        norm = norms.Norm(weight, bias, mean, var, eps=1e-5, relu=True, threads=2, **more)
         y, gx, gw, gb = np.empty_like(g), np.empty_like(x), np.empty(3, np.float32), np.empty(3, np.float32)
         if together:
             place = np.empty(y.shape, np.uint8)
@@ -150,12 +150,12 @@ def test_a_norm_with_its_max_pool_is_the_two_apart(isa, size, kernel, how, seed)
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_places_of_a_window_are_counted_to_255(isa):
-    native.library().am_use(isa.encode())
+    library.library().am_use(isa.encode())
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 16, 16, 17)).astype(np.float32)
-    pools = [native.Pool(17, 2, *size, 1, 1, *size, *size, 0, 0, 0) for size in ((16, 16), (16, 17))]
+    pools = [norms.Pool(17, 2, *size, 1, 1, *size, *size, 0, 0, 0) for size in ((16, 16), (16, 17))]
     how = {"eps": 0.0, "relu": True, "given": True, "threads": 1}
-    together, larger = (native.Norm(None, None, np.zeros(2, np.float32), np.ones(2, np.float32), **how, pool=pool) for pool in pools)
+    together, larger = (norms.Norm(None, None, np.zeros(2, np.float32), np.ones(2, np.float32), **how, pool=pool) for pool in pools)
     y, place, gx = np.empty((2, 1, 1, 17), np.float32), np.empty((2, 1, 1, 17), np.uint8), np.empty_like(x)
     together.forward(x, y, place=place)
     flat = x.reshape(2, 256, 17)
@@ -171,7 +171,7 @@ def test_a_constant_channel_is_0_after_the_norm_bit_for_bit():
     for constant in (0.1, -3.7, 1e5):
         x = np.full((1, 5000), constant, np.float32)
         y = np.empty_like(x)
-        native.Norm(None, None, np.empty(1, np.float32), np.empty(1, np.float32), eps=1e-5, relu=True, given=False, threads=1).forward(x, y)
+        norms.Norm(None, None, np.empty(1, np.float32), np.empty(1, np.float32), eps=1e-5, relu=True, given=False, threads=1).forward(x, y)
         assert not y.any()
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anymask.kernels import available, native, why_not
+from anymask.kernels import available, library, why_not
 from anymask.techniques import Context, GhostActivation, ghost_activation
 
 
@@ -71,7 +71,7 @@ def test_the_native_kernel_gives_the_same_in_every_layout_and_may_be_differentia
         results = []
         for there in (available, lambda: False):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(native, "available", there)
+                patch.setattr(library, "available", there)
                 y = model(x)
             weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).expand(2, *y.shape)[0]
             (first,) = torch.autograd.grad((y * weight).sum(), x, retain_graph=True)

@@ -1,5 +1,6 @@
 """Native kernels over kept weights, NumPy in and out; nothing here knows PyTorch."""
 
-from anymask.kernels.native import Gather, available, why_not
+from anymask.kernels.library import available, why_not
+from anymask.kernels.native import Gather
 
 __all__ = ["Gather", "available", "why_not"]

@@ -50,7 +50,7 @@ const char *am_use(const char *name) {
   return NULL;
 }
 
-int am_version(void) { return 6; } /* of all these functions; native.py has the same, or does without them */
+int am_version(void) { return 7; } /* of all these functions; native.py has the same, or does without them */
 
 int am_width(void) { return chosen->width; }
 
@@ -60,8 +60,8 @@ int am_gather(const am_job *j, const float *src, const float *val, const float *
 
 int am_dot(const am_job *j, const float *src, const float *g, float *grad, int threads) { return chosen->dot(j, src, g, grad, threads); }
 
-int am_both(const am_job *j, const float *g, const float *val, const float *x, float *gx, float *grad, int threads) {
-  return chosen->both(j, g, val, x, gx, grad, threads);
+int am_both(const am_job *j, const float *g, const float *val, const float *x, const float *add, float *gx, float *grad, int threads) {
+  return chosen->both(j, g, val, x, add, gx, grad, threads);
 }
 
 int am_norm(int64_t channels, int64_t size, const float *x, const float *add, const float *weight, const float *bias, float eps, int relu,

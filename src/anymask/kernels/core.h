@@ -30,12 +30,14 @@ typedef struct {
   const int32_t *dst_map;          /* [col_tiles][cols] destination column, -1 for what is not stored */
   const int32_t *rowptr;           /* [dst_channels + 1] */
   const int32_t *off;              /* [ring][kept] in floats */
+  const int32_t *order;            /* [kept] the place of each among the values; NULL: its own */
 } am_job;
 
 /* All return 0, or -1 where memory ran out. `threads` >= 1. */
 typedef int am_gather_fn(const am_job *, const float *src, const float *val, const float *bias, const float *add, int relu, float *dst, int threads);
 typedef int am_dot_fn(const am_job *, const float *src, const float *g, float *grad, int threads);
-typedef int am_both_fn(const am_job *, const float *g, const float *val, const float *x, float *gx, float *grad, int threads);
+/* `add`, of the shape of gx, is added to it; it may be NULL. Places of `grad` that no job has are left alone. */
+typedef int am_both_fn(const am_job *, const float *g, const float *val, const float *x, const float *add, float *gx, float *grad, int threads);
 typedef int am_norm_fn(int64_t channels, int64_t size, const float *x, const float *add, const float *weight, const float *bias, float eps,
                        int relu, float soft, int use_stats, float *mean, float *var, float *y, int threads);
 typedef int am_norm_back_fn(int64_t channels, int64_t size, const float *x, const float *add, const float *g, const float *weight, const float *bias,

@@ -13,7 +13,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 
 from anymask.errors import TechniqueError
-from anymask.kernels import native
+from anymask.kernels import library, native, norms
 from anymask.sparse import memory
 
 
@@ -48,6 +48,29 @@ def _empty(like: Tensor, shape: Any, *, dtype: torch.dtype | None = None) -> Ten
 def _into(out: Tensor) -> Any:
     """The memory of what `_empty` gave, (C, H, W, N)."""
     return out.permute(1, 2, 3, 0).numpy()
+
+
+# An array around a tensor takes longer than a small kernel: what a step calls often gives addresses.
+def _map(what: str, x: Any, shape: tuple[int, ...]) -> tuple[Any, native.Address]:
+    """`x` (N, C, H, W) batch-last in memory, copied where it is not, and where it lies. `shape` is (C, H, W, N)."""
+    if x is None:
+        return None, None
+    c, h, w, n = shape
+    if x.shape != (n, c, h, w) or x.dtype is not torch.float32:
+        raise native.wrong(what, f"{x.dtype} {tuple(x.permute(1, 2, 3, 0).shape)}".removeprefix("torch."), shape)
+    if x.stride() != (1, h * w * n, w * n, n):
+        x = batch_last(x)
+    return x, x.data_ptr()
+
+
+def _vector(what: str, x: Any, length: int) -> tuple[Any, native.Address]:
+    """`x` (length,), copied where it has gaps, and where it lies."""
+    if x is None:
+        return None, None
+    if x.shape != (length,) or x.dtype is not torch.float32:
+        raise native.wrong(what, f"{x.dtype} {tuple(x.shape)}".removeprefix("torch."), (length,))
+    x = x.contiguous()
+    return x, x.data_ptr()
 
 
 def _threads() -> int:
@@ -105,7 +128,10 @@ def _unseen(args: Iterable[Any]) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
-    return all(_plain(x) and x.is_cpu for x in args if isinstance(x, Tensor))
+    return all(type(x) in _OTHERS or (_plain(x) and x.is_cpu) for x in args)
+
+
+_OTHERS = {type(None), int, float, bool, list}  # arguments of operators that are no tensors
 
 
 def _plain(x: Tensor) -> bool:
@@ -128,10 +154,18 @@ def _no_second(ctx: Any, *_: Any) -> Any:
 @_kernel("conv")
 def _conv(x: Tensor, values: Tensor, bias: Tensor | None, handle: int) -> Tensor:
     """The convolution that `handle` stands for, of x (N, C, H, W) with the kept weights `values` (K,)."""
-    out = _fake_conv(x, values, bias, handle)
-    how = {"bias": _array(bias), "out": _into(out), "threads": _threads()}
-    native.gather_of(handle).forward(_array(batch_last(x)), _array(values.contiguous()), **how)
+    sized = _sized(x.shape, handle)
+    o, rows, cols, n = sized.output
+    out = _empty(x, (n, o, rows, cols))
+    x, x_at = _map("the input", x, sized.input)
+    values, values_at = _vector("the weight", values, sized.kept)
+    bias, bias_at = _vector("the bias", bias, o)
+    sized.forward(x_at, values_at, bias_at, None, False, out.data_ptr())
     return out
+
+
+def _sized(shape: torch.Size, handle: int) -> native.Sized:
+    return native.gather_of(handle).at(shape[2], shape[3], images=shape[0], threads=torch.get_num_threads())
 
 
 @_kernel("conv_gradient")
@@ -139,18 +173,20 @@ def _conv_gradient(  # noqa: PLR0917
     x: Tensor, g: Tensor, values: Tensor, handle: int, of_input: bool, of_weight: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the input and of the kept weights; one that is not asked for is empty. Both at once share what they read."""
-    gather, threads, g = native.gather_of(handle), _threads(), batch_last(g)
-    gx = _empty(g.permute(3, 0, 1, 2), x.shape) if of_input else x.new_empty(0)
+    sized = _sized(x.shape, handle)
+    g, g_at = _map("the output", g, sized.output)
+    values, values_at = _vector("the weight", values, sized.kept)
+    gx = _empty(g, x.shape) if of_input else g.new_empty(0)
     if not of_weight:
-        gather.input_gradient(_array(g), _array(values.contiguous()), _into(gx), threads=threads)
-        return gx, x.new_empty(0)
-    last = _array(batch_last(x)), _array(g)
-    made = (
-        gather.gradients(*last, _array(values.contiguous()), _into(gx), threads=threads)
-        if of_input
-        else gather.weight_gradient(*last, threads=threads)
-    )
-    return gx, torch.from_numpy(made)
+        sized.input_gradient(g_at, values_at, None, gx.data_ptr())
+        return gx, g.new_empty(0)
+    x, x_at = _map("the input", x, sized.input)
+    gvalues = g.new_zeros(sized.kept)
+    if of_input:
+        sized.gradients(x_at, g_at, values_at, None, gx.data_ptr(), gvalues.data_ptr())
+    else:
+        sized.weight_gradient(x_at, g_at, gvalues.data_ptr())
+    return gx, gvalues
 
 
 @_conv.register_fake
@@ -212,9 +248,18 @@ def _norm(  # noqa: PLR0917  an operator's arguments are a list
     given = mean is not None
     y, _, _, place = _fake_norm(x, add, weight, bias, mean, var, eps, relu, soft, rows, cols, high, wide)
     mean, var = (t.clone() if t is not None else x.new_empty(x.shape[1]) for t in (mean, var))
-    kind: dict[str, Any] = {"eps": eps, "relu": relu, "soft": soft, "given": given, "pool": _side_by_side(x, rows, cols, high, wide)}
-    how = native.Norm(_array(weight), _array(bias), _array(mean), _array(var), threads=_threads(), **kind)
-    how.forward(_array(batch_last(x)), _into(y), add=None if add is None else _array(batch_last(add)), place=_into(place) if high else None)
+    if high:
+        pool = _windows(x.shape, [rows, cols], [high, wide, high, wide, 0, 0], mean=False)
+        kind: dict[str, Any] = {"eps": eps, "relu": relu, "soft": soft, "given": given, "pool": pool, "threads": _threads()}
+        how = norms.Norm(_array(weight), _array(bias), _array(mean), _array(var), **kind)
+        how.forward(_array(batch_last(x)), _into(y), add=None if add is None else _array(batch_last(add)), place=_into(place))
+        return y, mean, var, place
+    n, c, h, w = x.shape
+    vectors = [_vector(f"the {name}", t, c) for name, t in (("weight", weight), ("bias", bias), ("mean", mean), ("variance", var))]
+    maps = [_map("a map", t, (c, h, w, n)) for t in (x, add)]
+    (_, weight_at), (_, bias_at), (_, mean_at), (_, var_at) = vectors
+    first = (maps[0][1], maps[1][1], weight_at, bias_at)
+    norms.norm(c, h * w * n, *first, eps, relu, soft, given, mean_at, var_at, y.data_ptr(), torch.get_num_threads())
     return y, mean, var, place
 
 
@@ -239,16 +284,20 @@ def _norm_gradient(  # noqa: PLR0917
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, add, weight and bias; g is that of what `norm` gave. That of add is empty where it is none, or g itself."""
     gx, gadd, gweight, gbias = _gradients_of_norm(x, add, relu=relu)
-    kind: dict[str, Any] = {"eps": eps, "relu": relu, "soft": soft, "given": given, "pool": _side_by_side(x, rows, cols, high, wide)}
-    how = native.Norm(_array(weight), _array(bias), _array(mean), _array(var), threads=_threads(), **kind)
-    more = None if add is None else _array(batch_last(add))
-    out = (_into(gx), _into(gadd) if gadd.numel() else None, _array(gweight), _array(gbias))
-    how.gradient(_array(batch_last(x)), _array(batch_last(g)), out, add=more, place=_array(batch_last(place)) if high else None)
+    if high:
+        pool = _windows(x.shape, [rows, cols], [high, wide, high, wide, 0, 0], mean=False)
+        kind: dict[str, Any] = {"eps": eps, "relu": relu, "soft": soft, "given": given, "pool": pool, "threads": _threads()}
+        how = norms.Norm(_array(weight), _array(bias), _array(mean), _array(var), **kind)
+        out = (_into(gx), None, _array(gweight), _array(gbias))
+        how.gradient(_array(batch_last(x)), _array(batch_last(g)), out, place=_array(batch_last(place)))
+        return gx, gadd, gweight, gbias
+    n, c, h, w = x.shape
+    vectors = [_vector(f"the {name}", t, c) for name, t in (("weight", weight), ("bias", bias), ("mean", mean), ("variance", var))]
+    maps = [_map("a map", t, (c, h, w, n)) for t in (x, add, g)]
+    out_at = (gx.data_ptr(), gadd.data_ptr() or None, gweight.data_ptr(), gbias.data_ptr())
+    first = [at for _, at in (*maps, *vectors)]
+    norms.norm_gradient(c, h * w * n, *first, eps, relu, soft, given, *out_at, torch.get_num_threads())
     return gx, gadd, gweight, gbias
-
-
-def _side_by_side(x: Tensor, rows: int, cols: int, high: int, wide: int) -> native.Pool | None:
-    return _windows(x.shape, [rows, cols], [high, wide, high, wide, 0, 0], mean=False) if high else None
 
 
 @_norm.register_fake
@@ -290,7 +339,7 @@ norm_gradient = _gradient(_norm_gradient)
 # -- the ghost of a ReLU --------------------------------------------------------------------------------------------
 def softens(x: Tensor) -> bool:
     """Whether `soft_relu` takes `x`: float32 on the CPU, without gaps in memory, outside of torch.compile, torch.func and forward mode."""
-    if not _plain(x) or x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel() or not native.available():
+    if not _plain(x) or x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel() or not library.available():
         return False
     return x.is_contiguous() or is_batch_last(x) or x.is_contiguous(memory_format=torch.channels_last)
 
@@ -362,9 +411,9 @@ def _pool_gradient(x: Tensor, y: Tensor, g: Tensor, window: list[int], mean: boo
     return out
 
 
-def _windows(shape: Any, size: list[int], window: list[int], *, mean: bool) -> native.Pool:
+def _windows(shape: Any, size: list[int], window: list[int], *, mean: bool) -> norms.Pool:
     n, c, rows, cols = shape
-    return native.Pool(n, c, rows, cols, *size, *window, int(mean))
+    return norms.Pool(n, c, rows, cols, *size, *window, int(mean))
 
 
 @_pool.register_fake

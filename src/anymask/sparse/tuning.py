@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anymask.kernels import Gather, native
+from anymask.kernels import Gather, library
 from anymask.runlog import atomic
 from anymask.sparse import ops
 
@@ -62,7 +62,7 @@ def worth_it(measured: Mapping[str, Times]) -> set[str]:
 def _key(layer: Any, gather: Gather, shape: tuple[int, ...]) -> str:
     conv = gather.conv
     density = float(f"{len(conv.kept) / max(1, layer.weight.numel()):.2g}")
-    where = (platform.machine(), native.isa(), torch.__version__, torch.get_num_threads())
+    where = (platform.machine(), library.isa(), torch.__version__, torch.get_num_threads())
     what = (conv.weight_shape, conv.stride, conv.padding, conv.dilation, conv.groups, shape, density)
     return " ".join(str(part) for part in (*where, *what))
 

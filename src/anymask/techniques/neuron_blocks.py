@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anymask.kernels import native
+from anymask.kernels import library, native
 from anymask.surgery import CONVS
 
 Each = Callable[[Callable[[Any], None], list[Any]], Iterable[None]]
@@ -53,7 +53,7 @@ class Blocks:
         places_of = torch.arange(len(order)) + (torch.arange(self.blocks) * self.width - first).repeat_interleave(self.sizes)
         self._slots = torch.empty_like(order).index_copy_(0, order, places_of).to(device)  # in the rows that `_product` makes; known before
         self._native: native.Blocks | None = None
-        if native.available() and device.type == "cpu" and weight.dtype == torch.float32:
+        if library.available() and device.type == "cpu" and weight.dtype == torch.float32:
             self._native = native.Blocks(self.sizes.numpy(), order.numpy())
 
     def covariances(self, rows: Tensor) -> Tensor:
