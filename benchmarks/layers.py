@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from turns import Record, arguments, figure, in_turns, say, summary
 
 from anymask.kernels import Gather
-from anymask.sparse import memory, ops
+from anymask.sparse import layout, memory, ops
 
 Call = Callable[[], tuple[Any, ...]]
 LAST = torch.channels_last
@@ -90,12 +90,12 @@ class Case:
 
     def _ours(self) -> Call:
         self.gather = Gather(self.layer.shape, self.kept.numpy(), stride=(self.layer.stride,) * 2, padding=(self.layer.padding,) * 2)
-        x, g = (ops.batch_last(t).permute(3, 0, 1, 2) for t in (self.x, self.g))
+        x, g = (layout.batch_last(t).permute(3, 0, 1, 2) for t in (self.x, self.g))
         return _step(lambda x, w: ops.conv(x, w, None, self.gather.handle), x, self.values, g)
 
     def _converted(self) -> Call:
         step = _step(
-            lambda x, w: ops.conv(ops.batch_last(x).permute(3, 0, 1, 2), w, None, self.gather.handle).contiguous(memory_format=LAST),
+            lambda x, w: ops.conv(layout.batch_last(x).permute(3, 0, 1, 2), w, None, self.gather.handle).contiguous(memory_format=LAST),
             self.x.contiguous(memory_format=LAST), self.values, self.g.contiguous(memory_format=LAST),
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ from anymask import models, prune
 from anymask.errors import AnymaskError, MaskError, SettingError, TechniqueError
 from anymask.kernels import available
 from anymask.prunables import compact
-from anymask.sparse import layers, ops
+from anymask.sparse import layers, layout
 from anymask.surgery import fingerprint
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native kernels were not built here (no C compiler)")
@@ -307,7 +307,7 @@ def test_pools_and_pads_of_batch_last_tensors(layer, images):
     mine, right = net(a), other(b)
     torch.testing.assert_close(mine, right)
     if isinstance(layer, nn.ZeroPad3d):
-        assert ops.is_batch_last(mine)  # a residual network's shortcut is not copied from layout to layout: 8 of 128 ms of a resnet32
+        assert layout.is_batch_last(mine)  # a residual network's shortcut is not copied from layout to layout: 8 of 128 ms of a resnet32
     g = torch.randn_like(right)
     mine.backward(g), right.backward(g)
     torch.testing.assert_close(a.grad, b.grad)

@@ -17,7 +17,7 @@ from anymask import prune
 from anymask.errors import SettingError
 from anymask.kernels import available
 from anymask.prunables import compact
-from anymask.sparse import layers, ops
+from anymask.sparse import calls, layers, layout, ops
 from anymask.techniques import Context, GhostActivation
 from tests.sparse.test_converting import made, sgd, steps
 
@@ -128,9 +128,9 @@ def test_a_norm_takes_a_ghost_activation_along_while_nobody_else_looks(strength)
 
     def trained(net):
         with pytest.MonkeyPatch.context() as patch:
-            for name in ("norm", "soft_relu"):
-                real = getattr(ops, name)
-                patch.setattr(ops, name, lambda *args, name=name, real=real: (called.append(name), real(*args))[1])
+            for where, name in ((calls, "norm"), (ops, "soft_relu")):
+                real = getattr(where, name)
+                patch.setattr(where, name, lambda *args, name=name, real=real: (called.append(name), real(*args))[1])
             net.zero_grad()
             F.cross_entropy(net(x), y).backward()
         return [compact(net)[n].scatter(p.grad) if n in compact(net) else p.grad for n, p in net.named_parameters()]
@@ -224,7 +224,7 @@ def test_a_norm_takes_the_max_pool_after_its_relu_along(net, fuses, strength):
         for one in (model, dense):
             GhostActivation().attach(Context(one, None, F.cross_entropy, example=x)).set_strength(strength)
     norm, pool = (next(m for m in model.modules() if isinstance(m, kind)) for kind in (layers.BatchLastNorm2d, nn.MaxPool2d))
-    assert norm.fuses(ops.batch_last(torch.ones(5, 8, 11, 9)).permute(3, 0, 1, 2)) == pytest.approx(strength)
+    assert norm.fuses(layout.batch_last(torch.ones(5, 8, 11, 9)).permute(3, 0, 1, 2)) == pytest.approx(strength)
     assert norm.pools() == fuses
 
     def same(x=x):

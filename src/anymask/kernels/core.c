@@ -74,6 +74,34 @@ int am_norm_back(int64_t channels, int64_t size, const float *x, const float *ad
   return chosen->norm_back(channels, size, x, add, g, weight, bias, mean, var, eps, relu, soft, use_stats, gx, gadd, gweight, gbias, threads);
 }
 
+/* What a norm remembers moves by `share` towards the statistics of a batch; `unbiased` times its variance is that of all there could be. */
+int am_norm_tracking(int64_t channels, const float *mean, const float *var, float share, float unbiased, float *running_mean, float *running_var,
+                     int64_t *batches) {
+  for (int64_t c = 0; c < channels; c++) {
+    running_mean[c] += share * (mean[c] - running_mean[c]);
+    running_var[c] += share * (var[c] * unbiased - running_var[c]);
+  }
+  ++*batches;
+  return 0;
+}
+
+/* x (rows, cols) to y (cols, rows), in blocks of cache lines. */
+int am_transpose(int64_t rows, int64_t cols, const float *x, float *y, int threads) {
+  const int64_t B = 16;
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) schedule(static)
+#endif
+  for (int64_t c0 = 0; c0 < cols; c0 += B)
+    for (int64_t r0 = 0; r0 < rows; r0 += B) {
+      const int64_t c1 = c0 + B < cols ? c0 + B : cols, r1 = r0 + B < rows ? r0 + B : rows;
+      for (int64_t r = r0; r < r1; r++) __builtin_prefetch(x + r * cols + c0 + 8 * B); /* rows are pages apart, where no prefetcher looks */
+      for (int64_t c = c0; c < c1; c++)
+        for (int64_t r = r0; r < r1; r++) y[c * rows + r] = x[r * cols + c];
+    }
+  (void)threads;
+  return 0;
+}
+
 int am_pooling(const am_pool *p, const float *x, float *y, int threads) { return chosen->pool(p, x, y, threads); }
 
 int am_pooling_back(const am_pool *p, const float *x, const float *y, const float *g, float *gx, int threads) {

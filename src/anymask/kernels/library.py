@@ -44,6 +44,8 @@ def library() -> Any:
     loaded.am_both.argtypes = [_POINTER] * 7 + [_C_INT]
     loaded.am_norm.argtypes = [*[INT] * 2, *[_POINTER] * 4, _C_FLOAT, _C_INT, _C_FLOAT, _C_INT, *[_POINTER] * 3, _C_INT]
     loaded.am_norm_back.argtypes = [*[INT] * 2, *[_POINTER] * 7, _C_FLOAT, _C_INT, _C_FLOAT, _C_INT, *[_POINTER] * 4, _C_INT]
+    loaded.am_transpose.argtypes = [*[INT] * 2, *[_POINTER] * 2, _C_INT]
+    loaded.am_norm_tracking.argtypes = [INT, *[_POINTER] * 2, *[_C_FLOAT] * 2, *[_POINTER] * 3]
     loaded.am_norm_pooling.argtypes = [*[_POINTER] * 4, *[_C_FLOAT] * 2, _C_INT, *[_POINTER] * 4, _C_INT]
     loaded.am_norm_pooling_back.argtypes = [*[_POINTER] * 8, *[_C_FLOAT] * 2, _C_INT, *[_POINTER] * 3, _C_INT]
     loaded.am_block_products.argtypes = [INT, *[_POINTER] * 4, _C_FLOAT, _POINTER, _C_INT]

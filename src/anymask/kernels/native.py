@@ -226,6 +226,11 @@ def soften(x: Floats, out: Floats, *, strength: float, g: Floats | None = None, 
     call(library().am_softening, x.size, address(x), address(g), strength, address(out), threads)
 
 
+def transpose(rows: int, cols: int, x: Address, out: Address, *, threads: int) -> None:
+    """The matrix at x into out, of (cols, rows)."""
+    call(library().am_transpose, rows, cols, x, out, threads)
+
+
 class Blocks:
     """Values in blocks, each with a matrix of its size.
 

@@ -48,6 +48,13 @@ def norm_gradient(channels: int, size: int, *args: Any) -> None:
     call(library().am_norm_back, channels, size, *args)
 
 
+def track(channels: int, *args: Any) -> None:
+    """What a norm remembers: mean and biased variance of a batch, its share, what makes the variance unbiased, and what is written: running
+    mean, running variance and the number of batches (int64).
+    """
+    call(library().am_norm_tracking, channels, *args)
+
+
 @dataclass(frozen=True)
 class Norm:
     """A batch norm of (C, ...), contiguous, with a ReLU after it if asked: `relu(weight * (x - mean) / sqrt(var + eps) + bias + add)`.

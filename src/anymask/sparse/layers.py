@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anymask.kernels import Gather
-from anymask.sparse import ops
+from anymask.sparse import calls, layout, ops, rows
 
 
 class SparseWeight:
@@ -88,7 +88,7 @@ class BatchLastNorm2d(BatchLast, nn.BatchNorm2d):
         soft = self.fuses(input)
         if self.relu:
             self.__dict__["done"] = soft is not None, soft is not None and self.pools()
-        if not ops.is_batch_last(input):
+        if not layout.is_batch_last(input):
             return super().forward(input)
         return self.normed(input, None, soft=soft, pool=self.done[1])
 
@@ -104,21 +104,31 @@ class BatchLastNorm2d(BatchLast, nn.BatchNorm2d):
 
     def fuses(self, input: Tensor) -> float | None:
         """How soft the ReLU is that is done here for this input; None where it is not done here."""
-        return _softness(self.relu[0], input) if self.relu and ops.is_batch_last(input) and not _hooked(self) else None
+        return _softness(self.relu[0], input) if self.relu and layout.is_batch_last(input) and not _hooked(self) else None
 
     def pools(self) -> bool:
         """Whether the max pool is done here, too, where the ReLU is."""
         return bool(self.pool) and not any(map(_hooked, self.pool))
 
-    @torch.no_grad()
+    def running(self) -> calls.Running | None:
+        """What it remembers, where the kernels can follow it."""
+        if self.momentum is None:
+            return None
+        held = self._buffers
+        return calls.running(held["running_mean"], held["running_var"], held["num_batches_tracked"], self.momentum)
+
     def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
+        if ops.unseen([mean, var, self.running_mean, self.running_var]) and (running := self.running()):
+            calls.track(running, mean, var, count)
+            return
         assert self.num_batches_tracked is not None
         assert self.running_mean is not None
         assert self.running_var is not None
-        self.num_batches_tracked.add_(1)
-        share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, share)
-        self.running_var.lerp_(var * (count / max(1, count - 1)), share)
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean, share)
+            self.running_var.lerp_(var * (count / max(1, count - 1)), share)
 
 
 class FusedSum:
@@ -131,16 +141,52 @@ class FusedSum:
         soft = _softness(self.act, x)
         if norm is None or not fits or soft is None or _hooked(self.body) or _hooked(norm):
             return super().forward(x)  # type: ignore[misc]
+        stages, other = _stages(self.body, x, last=soft if type(self.act) is nn.ReLU else None), None
+        if stages is not None:
+            other = self.shortcut(x)
+            if layout.is_batch_last(other) and (*other.shape[1:], len(other)) == stages[-1].how.output and ops.unseen([other]):
+                return rows.row(stages, x, other)
         inner = x
         for layer in self.body[:-1]:
             inner = layer(inner)
-        other = self.shortcut(x)
-        if not ops.is_batch_last(inner) or other.shape != inner.shape or other.dtype != inner.dtype:
+        other = self.shortcut(x) if other is None else other
+        if not layout.is_batch_last(inner) or other.shape != inner.shape or other.dtype != inner.dtype:
             return self.act(norm(inner) + other)
         return norm.normed(inner, other, soft=soft if type(self.act) is nn.ReLU else None)
 
     def __reduce__(self) -> Any:  # the class has no name by which pickle could find it
         return _new_sum, (type(self).__mro__[2],), self.__dict__
+
+
+def _stages(body: nn.Sequential, x: Tensor, *, last: float | None) -> list[rows.Stage] | None:
+    """The layers of `body` as a row, the ReLU after it as soft as `last` says (None: there is none); None where a row is not the same."""
+    if not ops.unseen([x]) or not layout.is_batch_last(x) or nn.modules.module._has_any_global_hook():
+        return None
+    found: list[rows.Stage] = []
+    modules, at, shape = list(body._modules.values()), 0, x.shape
+    while at < len(modules):
+        conv, norm = modules[at], modules[at + 1] if at + 1 < len(modules) else None
+        if type(conv) is not SparseConv2d or conv.bias is not None or type(norm) is not BatchLastNorm2d or _hooked_itself(conv):
+            return None
+        at += 2
+        soft = last if at == len(modules) else None
+        if norm.relu:
+            soft = 0.0 if not _hooked_itself(norm.relu[0]) else norm.fuses(x)
+            if soft is None or at == len(modules) or modules[at] is not norm.relu[0]:
+                return None
+            at += 1
+        how = calls.sized(conv.gather, shape)
+        o, h, w, n = how.output
+        running = norm.running() if norm.track_running_stats else None
+        fits = shape[1] == how.input[0] and norm.training and norm.num_features == o and not norm.pools() and not _hooked_itself(norm)
+        if not fits or (running is None and norm.track_running_stats):
+            return None
+        trained: Any = (conv._parameters["weight"], norm._parameters["weight"], norm._parameters["bias"])
+        if not ops.unseen(trained):
+            return None
+        found.append(rows.Stage(how, norm.eps, soft, running, *trained))
+        shape = torch.Size((n, o, h, w))
+    return found
 
 
 SUMS: dict[type, type] = {}  # the class of a sum -> its fused one, made when it is first met
@@ -188,7 +234,7 @@ class BatchLastMaxPool2d(BatchLast, nn.MaxPool2d):
         """(N, C, H, W) to (N, C, OH, OW)."""
         if self.norm and self.norm[0].done[1]:
             return input
-        if not ops.is_batch_last(input) or self.return_indices or _pair(self.dilation) != (1, 1):
+        if not layout.is_batch_last(input) or self.return_indices or _pair(self.dilation) != (1, 1):
             return super().forward(input)
         return _pooled(self, input, mean=False)
 
@@ -198,7 +244,7 @@ class BatchLastAvgPool2d(BatchLast, nn.AvgPool2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, OH, OW)."""
-        if not ops.is_batch_last(input) or _pair(self.padding) != (0, 0) or self.divisor_override is not None:
+        if not layout.is_batch_last(input) or _pair(self.padding) != (0, 0) or self.divisor_override is not None:
             return super().forward(input)
         return _pooled(self, input, mean=True)
 
@@ -208,7 +254,7 @@ class BatchLastZeroPad3d(BatchLast, nn.ZeroPad3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) to the same, larger."""
-        if not ops.is_batch_last(input):
+        if not layout.is_batch_last(input):
             return super().forward(input)
         return F.pad(input.permute(1, 2, 3, 0), (0, 0, *self.padding)).permute(3, 0, 1, 2)
 
@@ -256,10 +302,8 @@ def _softness(relu: nn.Module, x: Tensor) -> float | None:
 
 def _hooked(module: nn.Module) -> bool:
     """Whether somebody looks at what comes in or goes out, forward or backward, here or everywhere."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or nn.modules.module._has_any_global_hook()
-    )
+    return _hooked_itself(module) or nn.modules.module._has_any_global_hook()
+
+
+def _hooked_itself(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)

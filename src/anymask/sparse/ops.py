@@ -1,7 +1,4 @@
-"""The kernels as PyTorch operators: autograd, fake tensors (so `torch.compile` passes over them), threads of `torch.set_num_threads`.
-
-Tensors are (N, C, H, W) to whoever looks, and batch-last in memory: (C, H, W, N), contiguous. Elementwise operators keep that layout.
-"""
+"""The kernels as PyTorch operators: autograd, fake tensors (so `torch.compile` passes over them), threads of `torch.set_num_threads`."""
 
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -14,67 +11,8 @@ from torch.autograd import forward_ad
 
 from anymask.errors import TechniqueError
 from anymask.kernels import library, native, norms
-from anymask.sparse import memory
-
-
-def batch_last(x: Tensor) -> Tensor:
-    """`x` (N, C, H, W) as the contiguous tensor (C, H, W, N); copied only where memory is laid out otherwise.
-
-    Example:
-        >>> batch_last(torch.ones(2, 3, 4, 5)).shape
-        torch.Size([3, 4, 5, 2])
-    """
-    if x.is_contiguous():  # a transposed matrix is copied in blocks, in less than half the time for images
-        return x.flatten(1).t().contiguous().view(*x.shape[1:], len(x))
-    return x.permute(1, 2, 3, 0).contiguous()
-
-
-def is_batch_last(x: Tensor) -> bool:
-    """Whether `x` lies in memory as the kernels have it: (C, H, W, N), float32, on the CPU."""
-    return x.ndim == 4 and x.numel() > 0 and x.dtype == torch.float32 and x.device.type == "cpu" and x.permute(1, 2, 3, 0).is_contiguous()
-
-
-def _array(x: Tensor | None) -> Any:
-    return None if x is None else x.detach().numpy()
-
-
-def _empty(like: Tensor, shape: Any, *, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor (N, C, H, W) that lies batch-last; of its own and no view, so that it may be written in place."""
-    n, c, h, w = shape
-    memory.follow()
-    return like.new_empty_strided((n, c, h, w), (1, h * w * n, w * n, n), dtype=dtype)
-
-
-def _into(out: Tensor) -> Any:
-    """The memory of what `_empty` gave, (C, H, W, N)."""
-    return out.permute(1, 2, 3, 0).numpy()
-
-
-# An array around a tensor takes longer than a small kernel: what a step calls often gives addresses.
-def _map(what: str, x: Any, shape: tuple[int, ...]) -> tuple[Any, native.Address]:
-    """`x` (N, C, H, W) batch-last in memory, copied where it is not, and where it lies. `shape` is (C, H, W, N)."""
-    if x is None:
-        return None, None
-    c, h, w, n = shape
-    if x.shape != (n, c, h, w) or x.dtype is not torch.float32:
-        raise native.wrong(what, f"{x.dtype} {tuple(x.permute(1, 2, 3, 0).shape)}".removeprefix("torch."), shape)
-    if x.stride() != (1, h * w * n, w * n, n):
-        x = batch_last(x)
-    return x, x.data_ptr()
-
-
-def _vector(what: str, x: Any, length: int) -> tuple[Any, native.Address]:
-    """`x` (length,), copied where it has gaps, and where it lies."""
-    if x is None:
-        return None, None
-    if x.shape != (length,) or x.dtype is not torch.float32:
-        raise native.wrong(what, f"{x.dtype} {tuple(x.shape)}".removeprefix("torch."), (length,))
-    x = x.contiguous()
-    return x, x.data_ptr()
-
-
-def _threads() -> int:
-    return torch.get_num_threads()
+from anymask.sparse import calls, memory
+from anymask.sparse.layout import array, batch_last, empty, into, is_batch_last
 
 
 # -- how they are called ----------------------------------------------------------------------------------------------
@@ -106,43 +44,56 @@ def _differentiated(operator: Any, save: Callable[..., None], backward: Callable
 
     @wraps(operator.raw)
     def call(*args: Any) -> Any:
-        return direct.apply(*args) if _unseen(args) else operator(*args)
+        return direct.apply(*args) if unseen(args) else operator(*args)
 
     return call
 
 
 def _gradient(operator: Any) -> Callable[..., Any]:
     """`operator`, which is a gradient: called directly where nobody looks and nobody differentiates it."""
-    operator.register_autograd(_no_second)
+    operator.register_autograd(no_second)
 
     @wraps(operator.raw)
     def call(*args: Any) -> Any:
-        return operator.raw(*args) if not torch.is_grad_enabled() and _unseen(args) else operator(*args)
+        return operator.raw(*args) if not torch.is_grad_enabled() and unseen(args) else operator(*args)
 
     return call
 
 
-def _unseen(args: Iterable[Any]) -> bool:
+def unseen(args: Iterable[Any]) -> bool:
     """Whether nobody but autograd has to know what is done with the tensors of `args`: they are plain, no mode and no profiler is there."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or torch._C._autograd._profiler_enabled():
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
-    return all(type(x) in _OTHERS or (_plain(x) and x.is_cpu) for x in args)
+    if forward_ad._current_level >= 0:
+        return False
+    for x in args:
+        kind = type(x)
+        if kind is Tensor or kind is nn.Parameter:
+            if not x.is_cpu or _wrapped(x):
+                return False
+        elif kind not in _OTHERS:
+            return False
+    return True
 
 
 _OTHERS = {type(None), int, float, bool, list}  # arguments of operators that are no tensors
+
+
+def _wrapped(x: Tensor) -> bool:
+    functorch = torch._C._functorch  # the legacy ones are is_grads_batched's
+    return functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
 
 
 def _plain(x: Tensor) -> bool:
     """Whether `x` is nobody's stand-in: no torch.compile, no torch.func, no forward mode."""
     if torch.compiler.is_compiling() or type(x) not in {Tensor, nn.Parameter}:
         return False
-    functorch = torch._C._functorch  # the legacy ones are is_grads_batched's
-    return not functorch.is_functorch_wrapped_tensor(x) and not functorch.is_legacy_batchedtensor(x) and forward_ad._current_level < 0
+    return not _wrapped(x) and forward_ad._current_level < 0
 
 
-def _no_second(ctx: Any, *_: Any) -> Any:
+def no_second(ctx: Any, *_: Any) -> Any:
     raise TechniqueError(
         "a sparse layer was differentiated twice",
         allowed="one backward pass",
@@ -154,18 +105,9 @@ def _no_second(ctx: Any, *_: Any) -> Any:
 @_kernel("conv")
 def _conv(x: Tensor, values: Tensor, bias: Tensor | None, handle: int) -> Tensor:
     """The convolution that `handle` stands for, of x (N, C, H, W) with the kept weights `values` (K,)."""
-    sized = _sized(x.shape, handle)
-    o, rows, cols, n = sized.output
-    out = _empty(x, (n, o, rows, cols))
-    x, x_at = _map("the input", x, sized.input)
-    values, values_at = _vector("the weight", values, sized.kept)
-    bias, bias_at = _vector("the bias", bias, o)
-    sized.forward(x_at, values_at, bias_at, None, False, out.data_ptr())
+    out = _fake_conv(x, values, bias, handle)
+    calls.conv(calls.sized(native.gather_of(handle), x.shape), x, values, bias, out)
     return out
-
-
-def _sized(shape: torch.Size, handle: int) -> native.Sized:
-    return native.gather_of(handle).at(shape[2], shape[3], images=shape[0], threads=torch.get_num_threads())
 
 
 @_kernel("conv_gradient")
@@ -173,33 +115,23 @@ def _conv_gradient(  # noqa: PLR0917
     x: Tensor, g: Tensor, values: Tensor, handle: int, of_input: bool, of_weight: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the input and of the kept weights; one that is not asked for is empty. Both at once share what they read."""
-    sized = _sized(x.shape, handle)
-    g, g_at = _map("the output", g, sized.output)
-    values, values_at = _vector("the weight", values, sized.kept)
-    gx = _empty(g, x.shape) if of_input else g.new_empty(0)
-    if not of_weight:
-        sized.input_gradient(g_at, values_at, None, gx.data_ptr())
-        return gx, g.new_empty(0)
-    x, x_at = _map("the input", x, sized.input)
-    gvalues = g.new_zeros(sized.kept)
-    if of_input:
-        sized.gradients(x_at, g_at, values_at, None, gx.data_ptr(), gvalues.data_ptr())
-    else:
-        sized.weight_gradient(x_at, g_at, gvalues.data_ptr())
+    gx, gvalues = _fake_conv_gradient(x, g, values, handle, of_input, of_weight)
+    out = {"gx": gx if of_input else None, "gvalues": gvalues.zero_() if of_weight else None}
+    calls.conv_gradient(calls.sized(native.gather_of(handle), x.shape), x, g, values, **out)
     return gx, gvalues
 
 
 @_conv.register_fake
 def _fake_conv(x: Tensor, values: Tensor, bias: Tensor | None, handle: int) -> Tensor:
     o, rows, cols, n = native.gather_of(handle).output_shape(x.shape[2], x.shape[3], images=x.shape[0])
-    return _empty(x, (n, o, rows, cols))
+    return empty(x, (n, o, rows, cols))
 
 
 @_conv_gradient.register_fake
-def _(  # noqa: PLR0917
+def _fake_conv_gradient(  # noqa: PLR0917
     x: Tensor, g: Tensor, values: Tensor, handle: int, of_input: bool, of_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    gx = _empty(g, x.shape) if of_input else x.new_empty(0)
+    gx = empty(g, x.shape) if of_input else x.new_empty(0)
     return gx, x.new_empty(len(native.gather_of(handle).conv.kept) if of_weight else 0)
 
 
@@ -250,16 +182,11 @@ def _norm(  # noqa: PLR0917  an operator's arguments are a list
     mean, var = (t.clone() if t is not None else x.new_empty(x.shape[1]) for t in (mean, var))
     if high:
         pool = _windows(x.shape, [rows, cols], [high, wide, high, wide, 0, 0], mean=False)
-        kind: dict[str, Any] = {"eps": eps, "relu": relu, "soft": soft, "given": given, "pool": pool, "threads": _threads()}
-        how = norms.Norm(_array(weight), _array(bias), _array(mean), _array(var), **kind)
-        how.forward(_array(batch_last(x)), _into(y), add=None if add is None else _array(batch_last(add)), place=_into(place))
+        kind: dict[str, Any] = {"eps": eps, "relu": relu, "soft": soft, "given": given, "pool": pool, "threads": torch.get_num_threads()}
+        how = norms.Norm(array(weight), array(bias), array(mean), array(var), **kind)
+        how.forward(array(batch_last(x)), into(y), add=None if add is None else array(batch_last(add)), place=into(place))
         return y, mean, var, place
-    n, c, h, w = x.shape
-    vectors = [_vector(f"the {name}", t, c) for name, t in (("weight", weight), ("bias", bias), ("mean", mean), ("variance", var))]
-    maps = [_map("a map", t, (c, h, w, n)) for t in (x, add)]
-    (_, weight_at), (_, bias_at), (_, mean_at), (_, var_at) = vectors
-    first = (maps[0][1], maps[1][1], weight_at, bias_at)
-    norms.norm(c, h * w * n, *first, eps, relu, soft, given, mean_at, var_at, y.data_ptr(), torch.get_num_threads())
+    calls.norm(calls.Norm(weight, bias, mean, var, eps, relu, soft, given), x, add, y)
     return y, mean, var, place
 
 
@@ -286,17 +213,13 @@ def _norm_gradient(  # noqa: PLR0917
     gx, gadd, gweight, gbias = _gradients_of_norm(x, add, relu=relu)
     if high:
         pool = _windows(x.shape, [rows, cols], [high, wide, high, wide, 0, 0], mean=False)
-        kind: dict[str, Any] = {"eps": eps, "relu": relu, "soft": soft, "given": given, "pool": pool, "threads": _threads()}
-        how = norms.Norm(_array(weight), _array(bias), _array(mean), _array(var), **kind)
-        out = (_into(gx), None, _array(gweight), _array(gbias))
-        how.gradient(_array(batch_last(x)), _array(batch_last(g)), out, place=_array(batch_last(place)))
+        kind: dict[str, Any] = {"eps": eps, "relu": relu, "soft": soft, "given": given, "pool": pool, "threads": torch.get_num_threads()}
+        how = norms.Norm(array(weight), array(bias), array(mean), array(var), **kind)
+        out = (into(gx), None, array(gweight), array(gbias))
+        how.gradient(array(batch_last(x)), array(batch_last(g)), out, place=array(batch_last(place)))
         return gx, gadd, gweight, gbias
-    n, c, h, w = x.shape
-    vectors = [_vector(f"the {name}", t, c) for name, t in (("weight", weight), ("bias", bias), ("mean", mean), ("variance", var))]
-    maps = [_map("a map", t, (c, h, w, n)) for t in (x, add, g)]
-    out_at = (gx.data_ptr(), gadd.data_ptr() or None, gweight.data_ptr(), gbias.data_ptr())
-    first = [at for _, at in (*maps, *vectors)]
-    norms.norm_gradient(c, h * w * n, *first, eps, relu, soft, given, *out_at, torch.get_num_threads())
+    how_plain = calls.Norm(weight, bias, mean, var, eps, relu, soft, given)
+    calls.norm_gradient(how_plain, x, add, g, (gx, gadd if gadd.numel() else None, gweight, gbias))
     return gx, gadd, gweight, gbias
 
 
@@ -304,8 +227,8 @@ def _norm_gradient(  # noqa: PLR0917
 def _fake_norm(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, cols, high, _ = others[-4:]
     size = (*x.shape[:2], rows, cols) if high else x.shape
-    place = _empty(x, size if high else (0, 0, 0, 0), dtype=torch.uint8)
-    return _empty(x, size), x.new_empty(x.shape[1]), x.new_empty(x.shape[1]), place
+    place = empty(x, size if high else (0, 0, 0, 0), dtype=torch.uint8)
+    return empty(x, size), x.new_empty(x.shape[1]), x.new_empty(x.shape[1]), place
 
 
 @_norm_gradient.register_fake
@@ -314,8 +237,8 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _gradients_of_norm(x: Tensor, add: Tensor | None, *, relu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gadd = _empty(x, x.shape) if add is not None and relu else x.new_empty(0)
-    return _empty(x, x.shape), gadd, x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+    gadd = empty(x, x.shape) if add is not None and relu else x.new_empty(0)
+    return empty(x, x.shape), gadd, x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
 
 
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
@@ -362,7 +285,7 @@ def _softened(x: Tensor, g: Tensor | None, strength: float) -> Tensor:
     if g is not None and g.stride() != x.stride():
         g = torch.empty_like(x).copy_(g)
     x, g, into = (None if t is None else t.detach().as_strided((t.numel(),), (1,)).numpy() for t in (x, g, out))  # type: ignore[assignment]
-    native.soften(x, into, strength=strength, g=g, threads=_threads())  # type: ignore[arg-type]
+    native.soften(x, into, strength=strength, g=g, threads=torch.get_num_threads())  # type: ignore[arg-type]
     return out
 
 
@@ -397,17 +320,17 @@ soft_relu_gradient = _gradient(_soft_relu_gradient)
 @_kernel("pool")
 def _pool(x: Tensor, size: list[int], window: list[int], mean: bool) -> Tensor:
     """Max or average pool of x (N, C, H, W) to `size` = (OH, OW); `window` is (KH, KW, SH, SW, PH, PW)."""
-    out = _empty(x, (*x.shape[:2], *size))
-    _windows(x.shape, size, window, mean=mean).forward(_array(batch_last(x)), _into(out), threads=_threads())
+    out = empty(x, (*x.shape[:2], *size))
+    _windows(x.shape, size, window, mean=mean).forward(array(batch_last(x)), into(out), threads=torch.get_num_threads())
     return out
 
 
 @_kernel("pool_gradient")
 def _pool_gradient(x: Tensor, y: Tensor, g: Tensor, window: list[int], mean: bool) -> Tensor:
     """The gradient of x."""
-    out = _empty(x, x.shape)
+    out = empty(x, x.shape)
     how = _windows(x.shape, list(y.shape[2:]), window, mean=mean)
-    how.gradient(_array(batch_last(x)), _array(batch_last(y)), _array(batch_last(g)), _into(out), threads=_threads())
+    how.gradient(array(batch_last(x)), array(batch_last(y)), array(batch_last(g)), into(out), threads=torch.get_num_threads())
     return out
 
 
@@ -418,12 +341,12 @@ def _windows(shape: Any, size: list[int], window: list[int], *, mean: bool) -> n
 
 @_pool.register_fake
 def _(x: Tensor, size: list[int], window: list[int], mean: bool) -> Tensor:
-    return _empty(x, (*x.shape[:2], *size))
+    return empty(x, (*x.shape[:2], *size))
 
 
 @_pool_gradient.register_fake
 def _(x: Tensor, *_: Any) -> Tensor:
-    return _empty(x, x.shape)
+    return empty(x, x.shape)
 
 
 def _save_pool(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from anymask.kernels import Gather, library
 from anymask.runlog import atomic
-from anymask.sparse import ops
+from anymask.sparse import layout, ops
 
 REPEATS = 3
 
@@ -81,12 +81,12 @@ def _measure(layer: Any, gather: Gather, shape: tuple[int, ...]) -> list[float]:
         ]
     else:
         dense = dense.contiguous(memory_format=torch.channels_last)
-        plain, last = x.contiguous(memory_format=torch.channels_last), ops.batch_last(x).permute(3, 0, 1, 2)
+        plain, last = x.contiguous(memory_format=torch.channels_last), layout.batch_last(x).permute(3, 0, 1, 2)
         how = (layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
         def between(x: Tensor, w: Tensor) -> Tensor:
             y = nn.functional.conv2d(x.contiguous(memory_format=torch.channels_last), w, *how)
-            return ops.batch_last(y).permute(3, 0, 1, 2)
+            return layout.batch_last(y).permute(3, 0, 1, 2)
 
         runs = [
             (lambda x, w: nn.functional.conv2d(x, w, *how), plain, dense),

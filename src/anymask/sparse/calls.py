@@ -1,0 +1,130 @@
+"""The kernels on tensors, into tensors that are there. They get addresses: an array around a tensor takes longer than a small kernel."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from anymask.kernels import Gather, native, norms
+from anymask.sparse.layout import batch_last, empty
+
+Address = int | None
+
+
+def sized(gather: Gather, shape: torch.Size) -> native.Sized:
+    """`gather` for inputs of `shape`, (N, C, H, W)."""
+    return gather.at(shape[2], shape[3], images=shape[0], threads=torch.get_num_threads())
+
+
+def conv(how: native.Sized, x: Tensor, values: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """The convolution of x with the kept weights `values` (K,), into what `layout.empty` gave."""
+    held = _map("the input", x, how.input), _vector("the weight", values, how.kept), _vector("the bias", bias, how.output[0])
+    (_, x_at), (_, values_at), (_, bias_at) = held
+    how.forward(x_at, values_at, bias_at, None, False, out.data_ptr())
+
+
+def conv_gradient(
+    how: native.Sized, x: Tensor, g: Tensor, values: Tensor, *, add: Tensor | None = None, gx: Tensor | None, gvalues: Tensor | None
+) -> None:
+    """Of x, plus `add` (which gx may be itself), into gx, and of the kept weights into gvalues, which is 0; what is None is not wanted."""
+    held = _map("the output", g, how.output), _vector("the weight", values, how.kept), _map("what is added", add, how.input)
+    (_, g_at), (_, values_at), (_, add_at) = held
+    if gvalues is None:
+        assert gx is not None
+        how.input_gradient(g_at, values_at, add_at, gx.data_ptr())
+        return
+    x, x_at = _map("the input", x, how.input)
+    if gx is None:
+        how.weight_gradient(x_at, g_at, gvalues.data_ptr())
+    else:
+        how.gradients(x_at, g_at, values_at, add_at, gx.data_ptr(), gvalues.data_ptr())
+
+
+class Norm(NamedTuple):
+    """A batch norm and what follows it, as `ops.norm` has them."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    var: Tensor
+    eps: float
+    relu: bool
+    soft: float
+    given: bool
+
+
+def norm(how: Norm, x: Tensor, add: Tensor | None, out: Tensor) -> None:
+    """The norm of x plus `add`, then the ReLU, into what `layout.empty` gave; the statistics into `how` where they are not given."""
+    n, c, h, w = x.shape
+    held = [*(_map("a map", t, (c, h, w, n)) for t in (x, add)), *_vectors(how, c)]
+    (_, x_at), (_, add_at), (_, weight_at), (_, bias_at), (_, mean_at), (_, var_at) = held
+    last = (mean_at, var_at, out.data_ptr(), torch.get_num_threads())
+    norms.norm(c, h * w * n, x_at, add_at, weight_at, bias_at, how.eps, how.relu, how.soft, how.given, *last)
+
+
+def norm_gradient(how: Norm, x: Tensor, add: Tensor | None, g: Tensor, out: tuple[Tensor, Tensor | None, Tensor, Tensor]) -> None:
+    """Into `out`: of x (which may be g itself), of `add` or None, of weight and of bias; `g` is that of what `norm` gave."""
+    n, c, h, w = x.shape
+    held = [*(_map("a map", t, (c, h, w, n)) for t in (x, add, g)), *_vectors(how, c)]
+    out_at = [None if t is None else t.data_ptr() for t in out]
+    last = (how.eps, how.relu, how.soft, how.given, *out_at, torch.get_num_threads())
+    norms.norm_gradient(c, h * w * n, *(at for _, at in held), *last)
+
+
+class Running(NamedTuple):
+    """What a BatchNorm2d remembers, which `track` moves."""
+
+    mean: Tensor
+    var: Tensor
+    batches: Tensor
+    momentum: float
+
+
+def running(mean: Tensor | None, var: Tensor | None, batches: Tensor | None, momentum: float) -> Running | None:
+    """What the kernels can write of it; None where they cannot."""
+    if mean is None or var is None or batches is None or mean.dtype is not torch.float32 or var.dtype is not torch.float32:
+        return None
+    fits = batches.dtype is torch.int64 and mean.is_contiguous() and var.is_contiguous()
+    return Running(mean, var, batches, momentum) if fits else None
+
+
+def track(how: Running, mean: Tensor, var: Tensor, count: int) -> None:
+    """Move it towards the statistics of a batch of `count` numbers, in a tenth of what PyTorch's four operators for it take."""
+    *tensors, momentum = how
+    unbiased = count / max(1, count - 1)
+    norms.track(len(mean), mean.data_ptr(), var.data_ptr(), momentum, unbiased, *(t.data_ptr() for t in tensors))
+    torch.autograd.graph.increment_version(tensors)
+
+
+def _vectors(how: Norm, c: int) -> list[tuple[Any, Address]]:
+    return [_vector("a vector", t, c) for t in how[:4]]
+
+
+def _map(what: str, x: Any, shape: tuple[int, ...]) -> tuple[Any, Address]:
+    """`x` (N, C, H, W) batch-last in memory, copied where it is not, and where it lies. `shape` is (C, H, W, N)."""
+    if x is None:
+        return None, None
+    c, h, w, n = shape
+    if x.shape != (n, c, h, w) or x.dtype is not torch.float32:
+        came = tuple(x.permute(1, 2, 3, 0).shape if x.ndim == 4 else x.shape)
+        raise native.wrong(what, f"{x.dtype} {came}".removeprefix("torch."), shape)
+    if x.stride() != (1, h * w * n, w * n, n):
+        x = _transposed(x) if x.is_contiguous() else batch_last(x).permute(3, 0, 1, 2)
+    return x, x.data_ptr()
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """Images as they come from a loader, in a quarter of the time that PyTorch takes."""
+    out = empty(x, x.shape)
+    native.transpose(len(x), x[0].numel(), x.data_ptr(), out.data_ptr(), threads=torch.get_num_threads())
+    return out
+
+
+def _vector(what: str, x: Any, length: int) -> tuple[Any, Address]:
+    """`x` (length,), copied where it has gaps, and where it lies."""
+    if x is None:
+        return None, None
+    if x.shape != (length,) or x.dtype is not torch.float32:
+        raise native.wrong(what, f"{x.dtype} {tuple(x.shape)}".removeprefix("torch."), (length,))
+    x = x.contiguous()
+    return x, x.data_ptr()
