@@ -36,6 +36,12 @@ def test_batch_norm_and_its_gradient(isa, size, offset, how, seed):
     ours.forward(x, y, add=add)
     out = np.empty_like(x), np.empty_like(x) if adds else None, np.empty(3, np.float32), np.empty(3, np.float32)
     ours.gradient(x, g, out, add=add)
+    if relu and not soft:
+        signs, again = np.empty(norms.signs_shape(*x.shape), np.uint16), np.empty_like(y)
+        twice = [None if a is None else np.empty_like(a) for a in out]
+        ours.forward(x, again, add=add, signs=signs)
+        ours.gradient(x, g, tuple(twice), signs=signs)
+        assert all(a is b is None or np.array_equal(a, b) for a, b in zip((y, *out), (again, *twice), strict=True))
     tx, tw, tb = (torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in (x.T, weight, bias))
     stats = (torch.tensor(mean).double(), torch.tensor(var).double()) if given_stats else (None, None)
     if size == 1 and not given_stats:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import anymask
-from anymask.errors import TechniqueError
+from anymask.errors import SettingError, TechniqueError
 from anymask.kernels import available, why_not
 from anymask.models.blocks import Conv, Residual, basic, bottleneck, pad, project, stack
 from anymask.sparse import layout
@@ -122,11 +122,17 @@ def test_second_derivatives_are_refused() -> None:
 def test_saved_tensors_may_come_back_with_other_strides() -> None:
     net, x = made("basic")
     twin = copy.deepcopy(net)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: torch.empty(t.size()).copy_(t), lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: torch.empty(t.size(), dtype=t.dtype).copy_(t), lambda t: t):
         ours, name = trained(net, x)
     assert name == "_RowBackward"
     for mine, right in zip(ours, trained(twin, x)[0], strict=True):
         torch.testing.assert_close(mine, right)
+
+
+def test_saved_tensors_of_another_kind_are_refused() -> None:
+    net, x = made("basic")
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.float(), lambda t: t), pytest.raises(SettingError, match="let through"):
+        trained(net, x)
 
 
 def test_a_shortcut_of_another_shape_is_the_models_own_affair() -> None:

@@ -130,7 +130,7 @@ def test_a_norm_takes_a_ghost_activation_along_while_nobody_else_looks(strength)
         with pytest.MonkeyPatch.context() as patch:
             for where, name in ((calls, "norm"), (ops, "soft_relu")):
                 real = getattr(where, name)
-                patch.setattr(where, name, lambda *args, name=name, real=real: (called.append(name), real(*args))[1])
+                patch.setattr(where, name, lambda *args, name=name, real=real, **kwargs: (called.append(name), real(*args, **kwargs))[1])
             net.zero_grad()
             F.cross_entropy(net(x), y).backward()
         return [compact(net)[n].scatter(p.grad) if n in compact(net) else p.grad for n, p in net.named_parameters()]

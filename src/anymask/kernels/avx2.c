@@ -23,6 +23,7 @@ static inline __attribute__((always_inline)) void to_bytes(uint8_t *to, vi8 v) {
   _mm_storel_epi64((__m128i_u *)to, _mm_packus_epi16(half, half));
 }
 #define BYTES
+#define SIGNS(v) ((uint16_t)_mm256_movemask_ps(_mm256_cmp_ps((__m256)(v), _mm256_setzero_ps(), _CMP_NLE_UQ)))
 #define STREAM(p, v) _mm256_stream_ps(p, (__m256)(v))
 #include "gather.inc"
 #include "soft.inc"

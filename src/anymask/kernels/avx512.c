@@ -33,6 +33,8 @@ static inline __attribute__((always_inline)) vi16 of_bytes(const uint8_t *from) 
 }
 static inline __attribute__((always_inline)) void to_bytes(uint8_t *to, vi16 v) { _mm_storeu_si128((__m128i_u *)to, _mm512_cvtepi32_epi8((__m512i)v)); }
 #define BYTES
+#define SIGNS(v) ((uint16_t)_mm512_cmp_ps_mask((__m512)(v), _mm512_setzero_ps(), _CMP_NLE_UQ))
+#define OF_LANES(bits, g) ((vf)_mm512_maskz_mov_ps(bits, (__m512)(g)))
 #define STREAM(p, v) _mm512_stream_ps(p, (__m512)(v))
 #include "gather.inc"
 #include "soft.inc"

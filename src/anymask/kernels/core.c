@@ -65,13 +65,13 @@ int am_both(const am_job *j, const float *g, const float *val, const float *x, c
 }
 
 int am_norm(int64_t channels, int64_t size, const float *x, const float *add, const float *weight, const float *bias, float eps, int relu,
-            float soft, int use_stats, float *mean, float *var, float *y, int threads) {
-  return chosen->norm(channels, size, x, add, weight, bias, eps, relu, soft, use_stats, mean, var, y, threads);
+            float soft, int use_stats, float *mean, float *var, float *y, uint16_t *signs, int threads) {
+  return chosen->norm(channels, size, x, add, weight, bias, eps, relu, soft, use_stats, mean, var, y, signs, threads);
 }
 
 int am_norm_back(int64_t channels, int64_t size, const float *x, const float *add, const float *g, const float *weight, const float *bias, const float *mean,
-                 const float *var, float eps, int relu, float soft, int use_stats, float *gx, float *gadd, float *gweight, float *gbias, int threads) {
-  return chosen->norm_back(channels, size, x, add, g, weight, bias, mean, var, eps, relu, soft, use_stats, gx, gadd, gweight, gbias, threads);
+                 const float *var, const uint16_t *signs, float eps, int relu, float soft, int use_stats, float *gx, float *gadd, float *gweight, float *gbias, int threads) {
+  return chosen->norm_back(channels, size, x, add, g, weight, bias, mean, var, signs, eps, relu, soft, use_stats, gx, gadd, gweight, gbias, threads);
 }
 
 /* What a norm remembers moves by `share` towards the statistics of a batch; `unbiased` times its variance is that of all there could be. */

@@ -39,10 +39,10 @@ typedef int am_dot_fn(const am_job *, const float *src, const float *g, float *g
 /* `add`, of the shape of gx, is added to it; it may be NULL. Places of `grad` that no job has are left alone. */
 typedef int am_both_fn(const am_job *, const float *g, const float *val, const float *x, const float *add, float *gx, float *grad, int threads);
 typedef int am_norm_fn(int64_t channels, int64_t size, const float *x, const float *add, const float *weight, const float *bias, float eps,
-                       int relu, float soft, int use_stats, float *mean, float *var, float *y, int threads);
+                       int relu, float soft, int use_stats, float *mean, float *var, float *y, uint16_t *signs, int threads);
 typedef int am_norm_back_fn(int64_t channels, int64_t size, const float *x, const float *add, const float *g, const float *weight, const float *bias,
-                            const float *mean, const float *var, float eps, int relu, float soft, int use_stats, float *gx, float *gadd,
-                            float *gweight, float *gbias, int threads);
+                            const float *mean, const float *var, const uint16_t *signs, float eps, int relu, float soft, int use_stats, float *gx,
+                            float *gadd, float *gweight, float *gbias, int threads);
 typedef struct {
   int64_t images, channels, rows, cols, out_rows, out_cols, kh, kw, sh, sw, ph, pw, mean; /* mean: average instead of maximum */
 } am_pool;

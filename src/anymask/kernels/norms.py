@@ -9,7 +9,10 @@ from numpy.typing import NDArray
 
 from anymask.errors import SettingError
 from anymask.kernels.library import INT, call, library
-from anymask.kernels.native import Floats, address, check
+from anymask.kernels.native import Address, Floats, address, check
+
+Bytes = NDArray[np.uint8]
+Signs = NDArray[np.uint16]
 
 
 class Pool(Structure):
@@ -37,15 +40,20 @@ class Pool(Structure):
 
 
 def norm(channels: int, size: int, *args: Any) -> None:
-    """`Norm.forward` without a pool, of (C, size): x, add, weight, bias, eps, relu, soft, given, mean, var, out, threads; arrays by their
-    addresses, which nobody checks.
+    """`Norm.forward` without a pool, of (C, size): x, add, weight, bias, eps, relu, soft, given, mean, var, out, signs, threads; arrays by
+    their addresses, which nobody checks.
     """
     call(library().am_norm, channels, size, *args)
 
 
 def norm_gradient(channels: int, size: int, *args: Any) -> None:
-    """`Norm.gradient`, likewise: x, add, g, weight, bias, mean, var, eps, relu, soft, given, gx, gadd, gweight, gbias, threads."""
+    """`Norm.gradient`, likewise: x, add, g, weight, bias, mean, var, signs, eps, relu, soft, given, gx, gadd, gweight, gbias, threads."""
     call(library().am_norm_back, channels, size, *args)
+
+
+def signs_shape(channels: int, size: int) -> tuple[int, int]:
+    """Of the uint16 that say of each vector what a plain ReLU lets through."""
+    return channels, -(-size // library().am_width())
 
 
 def track(channels: int, *args: Any) -> None:
@@ -78,8 +86,8 @@ class Norm:
     soft: float = 0.0
     pool: Pool | None = None
 
-    def forward(self, x: Floats, out: Floats, *, add: Floats | None = None, place: NDArray[np.uint8] | None = None) -> None:
-        """x, and what is added before the ReLU, into out."""
+    def forward(self, x: Floats, out: Floats, *, add: Floats | None = None, place: Bytes | None = None, signs: Signs | None = None) -> None:
+        """x, and what is added before the ReLU, into out; and `signs` of `signs_shape`, where the ReLU is a plain one."""
         if self.pool is not None:
             self._check(x, x)
             self.pool.check(x, out)
@@ -89,13 +97,24 @@ class Norm:
             call(library().am_norm_pooling, byref(self.pool), *given, *kind, *last, self.threads)
             return
         self._check(x, x, add, out)
-        given, stats = map(address, (x, add, self.weight, self.bias)), (address(self.mean), address(self.var))
-        norm(len(x), x.size // len(x), *given, self.eps, self.relu, self.soft, self.given, *stats, address(out), self.threads)
+        given, written = map(address, (x, add, self.weight, self.bias)), map(address, (self.mean, self.var, out))
+        how = (self.eps, self.relu, self.soft, self.given)
+        norm(len(x), x.size // len(x), *given, *how, *written, self._signs(signs, x), self.threads)
 
     def gradient(
-        self, x: Floats, g: Floats, out: tuple[Floats | None, ...], *, add: Floats | None = None, place: NDArray[np.uint8] | None = None
+        self,
+        x: Floats,
+        g: Floats,
+        out: tuple[Floats | None, ...],
+        *,
+        add: Floats | None = None,
+        place: Bytes | None = None,
+        signs: Signs | None = None,
     ) -> None:
-        """Into out = (of x, of add or None, of weight, of bias); g is that of what `forward` gave, whose ReLU is done again here."""
+        """Into out = (of x, of add or None, of weight, of bias); g is that of what `forward` gave, whose ReLU is done again here.
+
+        Or it is read off the `signs` that `forward` wrote, and needs no `add` then.
+        """
         gx, gadd, *of_channels = out
         for vector in of_channels:
             check("the gradient", vector, (len(x),))
@@ -109,15 +128,24 @@ class Norm:
             return
         self._check(x, add, g, gx, gadd)
         given = map(address, (x, add, g, self.weight, self.bias, self.mean, self.var))
-        norm_gradient(len(x), x.size // len(x), *given, self.eps, self.relu, self.soft, self.given, *map(address, out), self.threads)
+        how = (self._signs(signs, x), self.eps, self.relu, self.soft, self.given)
+        norm_gradient(len(x), x.size // len(x), *given, *how, *map(address, out), self.threads)
 
-    def _check_pool(self, add: Floats | None, y: Floats, place: NDArray[np.uint8] | None) -> None:
+    def _check_pool(self, add: Floats | None, y: Floats, place: Bytes | None) -> None:
         assert self.pool is not None
         if add is not None or not self.relu or self.pool.kh * self.pool.kw > 256:
             allowed = "norm, ReLU and a pool of at most 256 places"
             raise SettingError("a norm with a pool too large, no ReLU, or a sum", allowed=allowed, fix="leave the pool out")
         if place is None or place.dtype != np.uint8 or place.shape != y.shape or not place.flags.c_contiguous:
             raise SettingError("a norm with a pool, but no places", allowed="uint8, of the pool's shape", fix="give what `forward` got")
+
+    def _signs(self, signs: Signs | None, x: Floats) -> Address:
+        if signs is None:
+            return None
+        fits = self.relu and not self.soft and signs.dtype == np.uint16 and signs.flags.c_contiguous
+        if not fits or signs.shape != signs_shape(len(x), x.size // len(x)):
+            raise SettingError("a norm with other signs", allowed="those of a plain ReLU of this size", fix="leave them out")
+        return address(signs)
 
     def _check(self, x: Floats, *others: Floats | None) -> None:
         for array in others:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from anymask.errors import SettingError
 from anymask.kernels import Gather, native, norms
 from anymask.sparse.layout import batch_last, empty
 
@@ -53,21 +54,36 @@ class Norm(NamedTuple):
     given: bool
 
 
-def norm(how: Norm, x: Tensor, add: Tensor | None, out: Tensor) -> None:
-    """The norm of x plus `add`, then the ReLU, into what `layout.empty` gave; the statistics into `how` where they are not given."""
+def signs(x: Tensor) -> Tensor:
+    """Empty ones for `norm` of x, (N, C, H, W)."""
+    return x.new_empty(norms.signs_shape(x.shape[1], x.numel() // x.shape[1]), dtype=torch.uint16)
+
+
+def norm(how: Norm, x: Tensor, add: Tensor | None, out: Tensor, *, signs: Tensor | None = None) -> None:
+    """The norm of x plus `add`, then the ReLU, into what `layout.empty` gave; the statistics into `how` where they are not given.
+
+    A plain ReLU writes into `signs` what it let through, where they are given.
+    """
     n, c, h, w = x.shape
     held = [*(_map("a map", t, (c, h, w, n)) for t in (x, add)), *_vectors(how, c)]
     (_, x_at), (_, add_at), (_, weight_at), (_, bias_at), (_, mean_at), (_, var_at) = held
-    last = (mean_at, var_at, out.data_ptr(), torch.get_num_threads())
+    last = (mean_at, var_at, out.data_ptr(), _of_signs(signs, x), torch.get_num_threads())
     norms.norm(c, h * w * n, x_at, add_at, weight_at, bias_at, how.eps, how.relu, how.soft, how.given, *last)
 
 
-def norm_gradient(how: Norm, x: Tensor, add: Tensor | None, g: Tensor, out: tuple[Tensor, Tensor | None, Tensor, Tensor]) -> None:
-    """Into `out`: of x (which may be g itself), of `add` or None, of weight and of bias; `g` is that of what `norm` gave."""
+Gradients = tuple[Tensor, Tensor | None, Tensor, Tensor]
+
+
+def norm_gradient(how: Norm, x: Tensor, add: Tensor | None, g: Tensor, out: Gradients, *, signs: Tensor | None = None) -> None:
+    """Into `out`: of x (which may be g itself), of `add` or None, of weight and of bias; `g` is that of what `norm` gave.
+
+    `signs` are what `norm` wrote; `add` is not needed then.
+    """
     n, c, h, w = x.shape
     held = [*(_map("a map", t, (c, h, w, n)) for t in (x, add, g)), *_vectors(how, c)]
     out_at = [None if t is None else t.data_ptr() for t in out]
-    last = (how.eps, how.relu, how.soft, how.given, *out_at, torch.get_num_threads())
+    signs = None if signs is None else signs.contiguous()
+    last = (_of_signs(signs, x), how.eps, how.relu, how.soft, how.given, *out_at, torch.get_num_threads())
     norms.norm_gradient(c, h * w * n, *(at for _, at in held), *last)
 
 
@@ -94,6 +110,19 @@ def track(how: Running, mean: Tensor, var: Tensor, count: int) -> None:
     unbiased = count / max(1, count - 1)
     norms.track(len(mean), mean.data_ptr(), var.data_ptr(), momentum, unbiased, *(t.data_ptr() for t in tensors))
     torch.autograd.graph.increment_version(tensors)
+
+
+def _of_signs(signs: Tensor | None, x: Tensor) -> Address:
+    if signs is None:
+        return None
+    shape = norms.signs_shape(x.shape[1], x.numel() // x.shape[1])
+    if signs.dtype is not torch.uint16 or signs.shape != shape:
+        raise SettingError(
+            f"what a ReLU let through came back as {signs.dtype} {tuple(signs.shape)}",
+            allowed=f"the uint16 {shape} that were saved",
+            fix="see that the hooks on saved tensors give back what they got",
+        )
+    return signs.data_ptr()
 
 
 def _vectors(how: Norm, c: int) -> list[tuple[Any, Address]]:

@@ -57,31 +57,36 @@ class _Row(torch.autograd.Function):
             y, out = empty(other, (n, o, h, w)), empty(other, (n, o, h, w))
             mean, var = other.new_empty(2, o).unbind()
             calls.conv(stage.how, x, stage.values, None, y)
-            calls.norm(stage.norm(mean, var), y, other if stage is stages[-1] else None, out)
+            last = stage is stages[-1]
+            signs = calls.signs(y) if last and stage.soft == 0 else None
+            calls.norm(stage.norm(mean, var), y, other if last else None, out, signs=signs)
             if stage.running is not None:
                 calls.track(stage.running, mean, var, h * w * n)
             saved += [x, *stage.trained, y, mean, var]
             x = out
         ctx.stages, ctx.merges = stages, add is None
-        ctx.save_for_backward(add if stages[-1].soft is not None else None, *saved)
+        # For the gradient of the last ReLU: what it let through, a bit each, or of a soft one what was added before it.
+        ctx.save_for_backward(signs, add if stages[-1].soft else None, *saved)
         return x
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        add, *saved = ctx.saved_tensors
+        signs, add, *saved = ctx.saved_tensors
         gadd, given = g, g
         found: list[Tensor | None] = []
         for number in reversed(range(len(ctx.stages))):
             x, values, weight, bias, y, mean, var = saved[7 * number : 7 * number + 7]
             stage = ctx.stages[number]._replace(values=values, weight=weight, bias=bias)
-            last = number == len(ctx.stages) - 1
             gweight, gbias = g.new_empty(2, len(mean)).unbind()
-            of_add = None
-            if last and stage.soft is not None:  # else the gradient of what is added is g itself
-                add = saved[0] if ctx.merges else add
-                gadd = of_add = empty(g, y.shape)
-            gy = empty(g, y.shape) if last else g
-            calls.norm_gradient(stage.norm(mean, var), y, add if of_add is not None else None, g, (gy, of_add, gweight, gbias))
+            if number == len(ctx.stages) - 1:
+                gy = empty(g, y.shape)
+                of_add = None if stage.soft is None else empty(g, y.shape)
+                add = (saved[0] if ctx.merges else add) if stage.soft else None
+                calls.norm_gradient(stage.norm(mean, var), y, add, g, (gy, of_add, gweight, gbias), signs=signs)
+                gadd = g if of_add is None else of_add
+            else:  # over the gradient of what the norm gave, which is ours
+                gy = g
+                calls.norm_gradient(stage.norm(mean, var), y, None, g, (gy, None, gweight, gbias))
             merged = gadd if ctx.merges and number == 0 else None
             g = gadd if merged is not None and gadd is not given else empty(gy, x.shape)
             gvalues = gy.new_zeros(len(values))
