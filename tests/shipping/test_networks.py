@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch.nn.utils import prune
 import anymask
 from anymask import Mask, data, models
 from anymask.errors import AnymaskError, MaskError, SettingError
-from anymask.shipping import Program, load, making, rebuilt, ship
+from anymask.shipping import Program, load, making, rebuilt, runtime, ship
 from anymask.shipping.tracing import plain
 from anymask.sparse import to_sparse
 from anymask.train import Protocol, accuracy
@@ -131,6 +132,25 @@ def test_threads_change_nothing(name, batch, tmp_path, monkeypatch):
     program = load(ship(network(name), None, example=batch, to=tmp_path / "n.anymask").path)
     for _ in range(3):
         assert np.allclose(program(batch.numpy(), threads=1), program(batch.numpy(), threads=3), atol=1e-5)
+
+
+def test_a_few_images_get_the_faster_number_of_threads(batch, tmp_path, monkeypatch):
+    path = ship(network("demonet"), None, example=batch, to=tmp_path / "n.anymask").path
+    monkeypatch.setattr(runtime, "_checked", lambda threads: threads or 2)  # a machine with two
+    free, tried = Program(load(path).plan), []
+    whole = runtime.Program._calls
+    monkeypatch.setattr(
+        runtime.Program, "_calls", lambda self, images, threads: (tried.append((images, threads)), whole(self, images, threads))[1]
+    )
+    for images in (2, 2, 8):
+        free(batch.numpy()[:1].repeat(images, axis=0))
+    assert tried == [(2, 2), (2, 1), (8, 2)]
+    first = batch.numpy()[:2]
+    assert np.array_equal(free(first), free(first, threads=1))
+
+    slow, quick = (runtime._Bound(np.ones(1), np.ones(1), [lambda wait=wait: time.sleep(wait)]) for wait in (0.01, 0))
+    assert runtime._faster([slow, quick]) is quick
+    assert runtime._faster([quick, slow]) is quick
 
 
 def test_a_program_says_what_it_is(batch, tmp_path):

@@ -2,5 +2,6 @@
 
 from anymask.kernels.library import available, why_not
 from anymask.kernels.native import Gather
+from anymask.kernels.norms import Pool
 
-__all__ = ["Gather", "available", "why_not"]
+__all__ = ["Gather", "Pool", "available", "why_not"]

@@ -92,3 +92,9 @@ def call(function: Any, *args: Any) -> None:
     """
     if function(*args):
         raise MemoryError("the native kernels found no memory")
+
+
+def held_call(_held: Any, function: Any, *args: Any) -> None:
+    """`call`, for `functools.partial`: what lies at the addresses lives as long as the partial does."""
+    if function(*args):
+        raise MemoryError("the native kernels found no memory")

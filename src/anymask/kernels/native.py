@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from ctypes import byref
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from typing import Any, TypedDict
 from weakref import WeakValueDictionary
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymask.errors import SettingError
-from anymask.kernels.library import AmJob, call, library, struct
+from anymask.kernels.library import AmJob, call, held_call, library, struct
 from anymask.kernels.plans import Conv, Job, backward, forward
 
 Floats = NDArray[np.float32]
@@ -105,13 +105,11 @@ class Gather:
         output = self._checked(x, out, values)
         check("bias", bias, output[:1])
         check("add", add, output)
-        sized, held = self._at(x, threads), (x, values, bias, add, out)
+        if not out.size:
+            return lambda: None
+        sized = self._at(x, threads)
         x_at, values_at, bias_at, add_at, out_at = (address(array) for array in (x, values, bias, add, out))
-
-        def done(_held: Any = held) -> None:
-            sized.forward(x_at, values_at, bias_at, add_at, relu, out_at)
-
-        return done
+        return partial(held_call, (sized, x, values, bias, add, out), *sized.call(x_at, values_at, bias_at, add_at, relu, out_at))
 
     def input_gradient(self, g: Floats, values: Floats, out: Floats, *, add: Floats | None = None, threads: int = 1) -> Floats:
         """Plus `add`, into `out`, both (C, H, W, N), for the gradient g (O, OH, OW, N) of the output."""
@@ -177,7 +175,11 @@ class Sized:
     def forward(self, x: Address, values: Address, bias: Address, add: Address, relu: bool, out: Address) -> None:  # noqa: PLR0917
         """As `Gather.forward`."""
         if not self._empty:
-            call(library().am_gather, self._ahead[2], x, values, bias, add, relu, out, self._threads_forward)
+            call(*self.call(x, values, bias, add, relu, out))
+
+    def call(self, x: Address, values: Address, bias: Address, add: Address, relu: bool, out: Address) -> tuple[Any, ...]:  # noqa: PLR0917
+        """The native function that `forward` calls, and what with."""
+        return library().am_gather, self._ahead[2], x, values, bias, add, relu, out, self._threads_forward
 
     def input_gradient(self, g: Address, values: Address, add: Address, out: Address) -> None:
         """As `Gather.input_gradient`."""

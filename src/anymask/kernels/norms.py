@@ -1,16 +1,19 @@
 """Batch norms and pools between sparse layers, NumPy in and out."""
 
+from collections.abc import Callable
 from ctypes import Structure, byref
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anymask.errors import SettingError
-from anymask.kernels.library import INT, call, library
+from anymask.kernels.library import INT, call, held_call, library
 from anymask.kernels.native import Address, Floats, address, check
 
+_PARTED = 1 << 15  # numbers of a map that are worth a second thread
 Bytes = NDArray[np.uint8]
 Signs = NDArray[np.uint16]
 
@@ -26,6 +29,12 @@ class Pool(Structure):
         """x (C, H, W, N) into out (C, OH, OW, N)."""
         self.check(x, out)
         call(library().am_pooling, byref(self), address(x), address(out), threads)
+
+    def bind(self, x: Floats, out: Floats, *, threads: int) -> Callable[[], None]:
+        """`forward` as a call without arguments, for as long as these arrays live: the addresses are taken once."""
+        self.check(x, out)
+        held = (self, x, out)
+        return partial(held_call, held, library().am_pooling, byref(self), address(x), address(out), threads if x.size > _PARTED else 1)
 
     def gradient(self, x: Floats, y: Floats, g: Floats, out: Floats, *, threads: int) -> None:
         """Of x, into out: y is what `forward` gave, g its gradient."""

@@ -1,5 +1,6 @@
 """What the layers between the sparse ones compute, in NumPy, on arrays (C, H, W, N) or (D, N): batch last."""
 
+import math
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -155,6 +156,10 @@ def _adaptive(op: AdaptivePool, given: list[Array], own: dict[str, Array], out: 
     x = given[0]
     if op.size == x.shape[1:3]:
         np.copyto(out, x)
+        return
+    if op.size == (1, 1):  # np.mean takes twice as long, and three times for a batch
+        places = math.prod(x.shape[1:3])
+        np.matmul(np.full(places, 1 / places, np.float32), x.reshape(len(x), places, -1), out=out[:, 0, 0])
         return
     rows, columns = (_parts(n, m) for n, m in zip(x.shape[1:3], op.size, strict=True))
     for (i, row), (j, column) in product(enumerate(rows), enumerate(columns)):

@@ -3,6 +3,7 @@
 import math
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ import numpy as np
 from anymask.errors import SettingError
 from anymask.shipping import file
 from anymask.shipping.arithmetic import CHANNELWISE, INPLACE, RUN
-from anymask.shipping.ops import Conv, Layer, Reshape, Shape, Slice, Step
+from anymask.shipping.ops import Conv, Layer, MaxPool, Reshape, Shape, Slice, Step
 from anymask.shipping.plan import Array, Arrays, Plan, weights
 
 _BYTES = 1 << 30  # of activations at once; larger batches go through in parts
 _LINE = 64  # bytes of a cache line, where each buffer begins
 _PARTED = 1 << 17  # numbers of an activation that are worth several threads
+_FEW = 8  # images: from here on more threads are not slower
 _SIZES = 8  # batch sizes for which all is kept ready
 
 
@@ -29,7 +31,8 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> "Progra
 
     Args:
         path: a file `.anymask`.
-        threads: how many threads it uses; None for as many as this process has processors.
+        threads: how many threads it uses; None for as many as this process has processors, or one for a few images where that is
+            measured to be faster: cores that share no cache take as long to exchange a small map as to compute it.
 
     Raises:
         OSError: when there is no such file.
@@ -70,11 +73,12 @@ class Program:
     def __init__(self, plan: Plan, *, threads: int | None = None) -> None:
         self.plan = plan
         self.threads = _checked(threads)
+        self._free = threads is None
         self._shapes = plan.shapes()
         self._binds = [_bind_of(step, arrays) for step, arrays in zip(plan.steps, plan.arrays, strict=True)]
         self._places, self._sizes = _places(plan, self._shapes)
         self._buffers: list[Array] = [np.empty(0, np.float32)] * len(self._sizes)
-        self._bound: dict[tuple[int, int], _Bound] = {}
+        self._bound: dict[tuple[int, int | None], _Bound] = {}
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -107,7 +111,7 @@ class Program:
             raise SettingError(
                 f"a batch of shape {batch.shape}", allowed=f"(N, {', '.join(map(str, self.input))})", fix="give images of that size"
             )
-        number = self.threads if threads is None else _checked(threads)
+        number = _checked(threads) if threads is not None else None if self._free else self.threads
         out = np.empty((len(batch), *self.output), np.float32)
         part = max(1, _BYTES // (4 * sum(self._sizes)))
         with self._lock:
@@ -115,7 +119,7 @@ class Program:
                 out[begin : begin + part] = self._run(batch[begin : begin + part], threads=number)
         return out
 
-    def _run(self, batch: Array, *, threads: int) -> Array:
+    def _run(self, batch: Array, *, threads: int | None) -> Array:
         """(N, ...): a view of a buffer that the next call writes into."""
         bound = self._bound.get((len(batch), threads)) or self._bind(len(batch), threads)
         np.copyto(bound.input, batch)
@@ -123,7 +127,18 @@ class Program:
             call()
         return bound.output
 
-    def _bind(self, images: int, threads: int) -> "_Bound":
+    def _bind(self, images: int, threads: int | None) -> "_Bound":
+        """What a batch of that size needs, kept for the next one; with the faster number of threads where they are None."""
+        if threads is not None or self.threads == 1 or images >= _FEW:
+            bound = self._calls(images, threads or self.threads)
+        else:
+            bound = _faster([self._calls(images, number) for number in (self.threads, 1)])
+        if len(self._bound) >= _SIZES:
+            self._bound.pop(next(iter(self._bound)))
+        self._bound[images, threads] = bound
+        return bound
+
+    def _calls(self, images: int, threads: int) -> "_Bound":
         """All calls for a batch of that size, on arrays in the buffers, which grow as needed."""
         for place, size in enumerate(self._sizes):
             if len(self._buffers[place]) < size * images:
@@ -137,16 +152,24 @@ class Program:
             else:
                 values.append(self._array(number, images))
                 calls.append(bind(given, values[number], threads))
-        if len(self._bound) >= _SIZES:
-            self._bound.pop(next(iter(self._bound)))
-        bound = _Bound(np.moveaxis(values[0], -1, 0), np.moveaxis(values[-1], -1, 0), calls)
-        self._bound[images, threads] = bound
-        return bound
+        return _Bound(np.moveaxis(values[0], -1, 0), np.moveaxis(values[-1], -1, 0), calls)
 
     def _array(self, value: int, images: int) -> Array:
         """The array of a value, (*shape, N), in its buffer."""
         shape = (*self._shapes[value], images)
         return self._buffers[self._places[value].buffer][: math.prod(shape)].reshape(shape)
+
+
+def _faster(ready: "list[_Bound]") -> "_Bound":
+    seconds = [math.inf] * len(ready)
+    ready[0].input.fill(0)
+    for _ in range(5):
+        for number, bound in enumerate(ready):
+            began = time.perf_counter()
+            for call in bound.calls:
+                call()
+            seconds[number] = min(seconds[number], time.perf_counter() - began)
+    return ready[seconds.index(min(seconds))]
 
 
 def _checked(threads: int | None) -> int:
@@ -179,8 +202,13 @@ def _bind_of(step: Step, arrays: Arrays) -> Bind:
     if isinstance(op, Layer):
         return _layer(op, own)
     function: Any = RUN.get(type(op))  # none of views, which are not called
+    native = _native()
 
     def bind(given: list[Array], out: Array, threads: int) -> Call:
+        if native is not None and isinstance(op, MaxPool) and op.dilation == (1, 1):
+            x = given[0]
+            sizes = (x.shape[3], *x.shape[:3], *out.shape[1:3], *op.kernel, *op.stride, *op.padding)
+            return native.Pool(*sizes, 0).bind(x, out, threads=threads)
         apart = isinstance(op, CHANNELWISE) and {len(out)} == {len(array) for array in given}
         if threads == 1 or out.size < _PARTED or not apart:
             return partial(function, op, given, own, out)
@@ -222,17 +250,21 @@ def _map(array: Array) -> Array:
 
 def gather_class() -> Any:
     """The native convolution over kept weights where this machine has it, else the one in NumPy and SciPy."""
-    try:
-        from anymask import kernels
-    except ImportError:
-        native = False
-    else:
-        native = kernels.available()
-    if native:
-        return kernels.Gather
+    native = _native()
+    if native is not None:
+        return native.Gather
     from anymask.shipping.portable import Gather
 
     return Gather
+
+
+def _native() -> Any:
+    """The native kernels where this machine has them, else None."""
+    try:
+        from anymask import kernels
+    except ImportError:
+        return None
+    return kernels if kernels.available() else None
 
 
 # -- where values lie ----------------------------------------------------------------------------------------------
