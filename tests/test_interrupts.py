@@ -1,5 +1,6 @@
 """Ctrl-C in the middle of a change: the change is whole or undone, and no function mode stays."""
 
+import asyncio
 import signal
 import threading
 
@@ -25,6 +26,21 @@ def test_ctrl_c_comes_at_the_end_and_the_handler_is_as_before() -> None:
     with pytest.raises(ValueError, match="mine"), uninterrupted():
         raise ValueError("mine")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_event_loop_hears_of_it_once() -> None:
+    heard = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, heard.append, "Ctrl-C")
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+        await asyncio.sleep(0.05)
+        loop.remove_signal_handler(signal.SIGINT)
+
+    asyncio.run(main())
+    assert heard == ["Ctrl-C"]
 
 
 def test_elsewhere_than_in_the_main_thread_it_does_nothing() -> None:
@@ -88,4 +104,16 @@ def test_layers_that_are_dense_for_a_while_are_sparse_again_after_ctrl_c_on_the_
     with pytest.raises(KeyboardInterrupt), as_dense(net):
         raise AssertionError("the block was entered")
     assert len(compact(net)) == 2
+    calls = []
+
+    def broken(*given: object) -> None:
+        calls.append(given)
+        if len(calls) == 2:
+            raise MemoryError("no more")
+        densify(*given)
+
+    monkeypatch.setattr(converting, "densify", broken)
+    with pytest.raises(MemoryError, match="no more"), as_dense(net):
+        raise AssertionError("the block was entered")
+    assert [layer.weight.shape for layer in net] == [(4,), (4,)]
     assert all(torch.equal(p, value) for p, value in zip(net.parameters(), values, strict=True))

@@ -22,7 +22,8 @@ class Hold:
         self._handles: list[Any] = []
         try:
             with uninterrupted():
-                self._handles += [self._hold_gradient(name, parameter) for name, parameter in self.parameters.items()]
+                for name, parameter in self.parameters.items():
+                    self._handles.append(self._hold_gradient(name, parameter))
                 self._handles += [optimizer.register_step_post_hook(self), optimizer.register_load_state_dict_post_hook(self)]
             self(optimizer)
         except BaseException:

@@ -30,9 +30,11 @@ def uninterrupted() -> Iterator[None]:
         return
     came: list[Any] = []
     signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    wakened = signal.set_wakeup_fd(-1)  # of an event loop, which would hear of it twice
     try:
         yield
     finally:
+        signal.set_wakeup_fd(wakened)
         signal.signal(signal.SIGINT, before)
         if came:
             signal.raise_signal(signal.SIGINT)

@@ -254,3 +254,22 @@ def test_an_unknown_instruction_set_is_an_error_in_three_parts():
         [sys.executable, "-c", code], env={**os.environ, "ANYMASK_ISA": "mmx"}, capture_output=True, text=True, check=False
     )
     assert "ANYMASK_ISA is 'mmx'. Allowed: avx512, avx2 or portable" in done.stderr
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("size", [(7, 6, 21), (1, 1, 20), (5, 5, 3)])  # the first at once, the others one after the other
+def test_what_is_added_to_the_gradient_of_the_input_may_lie_where_it_goes(isa, size):
+    library.library().am_use(isa.encode())
+    rng = np.random.default_rng(0)
+    gather = Gather((5, 4, 3, 3), np.flatnonzero(rng.random(180) < 0.3), padding=(1, 1))
+    values, x = rng.standard_normal(len(gather.conv.kept)).astype(np.float32), rng.standard_normal((4, *size)).astype(np.float32)
+    g = rng.standard_normal(gather.output_shape(*size[:2], images=size[2])).astype(np.float32)
+    plain, add = np.empty_like(x), rng.standard_normal(x.shape).astype(np.float32)
+    right = gather.gradients(x, g, values, plain, threads=2)
+    for both in (True, False):
+        out = add.copy()
+        if both:
+            assert np.array_equal(gather.gradients(x, g, values, out, add=out, threads=2), right)
+        else:
+            gather.input_gradient(g, values, out, add=out, threads=2)
+        np.testing.assert_allclose(out, plain + add, rtol=1e-5, atol=1e-5)

@@ -142,15 +142,17 @@ def test_a_few_images_get_the_faster_number_of_threads(batch, tmp_path, monkeypa
     monkeypatch.setattr(
         runtime.Program, "_calls", lambda self, images, threads: (tried.append((images, threads)), whole(self, images, threads))[1]
     )
-    for images in (2, 2, 8):
+    monkeypatch.setattr(runtime, "_fastest", lambda ready: 1)
+    for images in (2, 2, 8, 2):
         free(batch.numpy()[:1].repeat(images, axis=0))
-    assert tried == [(2, 2), (2, 1), (8, 2)]
+    assert tried == [(2, 2), (2, 1), (2, 1), (8, 2), (2, 1)]  # the larger one took other memory
+    monkeypatch.undo()
     first = batch.numpy()[:2]
     assert np.array_equal(free(first), free(first, threads=1))
 
     slow, quick = (runtime._Bound(np.ones(1), np.ones(1), [lambda wait=wait: time.sleep(wait)]) for wait in (0.01, 0))
-    assert runtime._faster([slow, quick]) is quick
-    assert runtime._faster([quick, slow]) is quick
+    assert runtime._fastest([slow, quick]) == 1
+    assert runtime._fastest([quick, slow]) == 0
 
 
 def test_a_program_says_what_it_is(batch, tmp_path):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import anymask
 from anymask import prune
-from anymask.errors import TechniqueError
+from anymask.errors import SettingError, TechniqueError
 from anymask.kernels import Gather, available
 from anymask.sparse import ops
 
@@ -82,6 +82,37 @@ def test_only_wanted_gradients_are_made_and_of_what_they_need(wanted: tuple[bool
         assert (mine.grad is not None) == want
         if want:
             torch.testing.assert_close(mine.grad, right.grad)
+
+
+def test_no_images_are_no_images() -> None:
+    conv = net()[4]
+    y = conv(torch.zeros(0, conv.in_channels, 5, 5, requires_grad=True))
+    y.sum().backward()
+    assert len(y) == 0
+    assert not conv.weight.grad.any()
+
+
+def test_numbers_that_are_not_in_memory_as_they_are_read() -> None:
+    model, x = net(), torch.randn(2, 2, 6, 6)
+    torch.testing.assert_close(model(torch._neg_view(x)), model(-x))
+    torch.testing.assert_close(model(torch._efficientzerotensor(2, 2, 6, 6)), model(torch.zeros(2, 2, 6, 6)))
+    with pytest.raises(SettingError, match="on meta"):
+        ops.conv.__wrapped__(x.to("meta"), model[4].weight, None, model[4].gather.handle)
+
+
+def test_what_a_norm_remembers_must_be_of_its_size_and_is_the_batch_where_momentum_is_1() -> None:
+    model, x = net(), torch.randn(6, 2, 6, 6)
+    norm, dense = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)), torch.nn.BatchNorm2d(4, momentum=1.0)
+    norm.running_var.fill_(1e4)
+    norm.momentum = 1.0
+    seen = []
+    norm.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model(x)
+    dense(seen[0].contiguous())
+    torch.testing.assert_close(norm.running_var, dense.running_var)
+    norm.running_mean = torch.zeros(3)
+    with pytest.raises(RuntimeError, match="size"):
+        model(x)
 
 
 def test_autograds_nodes_have_names() -> None:

@@ -119,6 +119,45 @@ def test_second_derivatives_are_refused() -> None:
         g.sum().backward()
 
 
+def test_gradients_of_gradients_are_refused_too() -> None:
+    net, x = made("basic")
+    y = net(x.requires_grad_())
+    g = torch.ones_like(y).requires_grad_()
+    (gx,) = torch.autograd.grad(y, x, g, create_graph=True)
+    with pytest.raises(TechniqueError, match="differentiated twice"):
+        torch.autograd.grad(gx.sum(), g)
+
+
+@pytest.mark.parametrize("kind", ["basic", "padded", "no ReLU at the end", "soft"])
+def test_batched_gradients(kind: str) -> None:
+    net, x = made("basic" if kind == "soft" else kind)
+    if kind == "soft":
+        GhostActivation().attach(Context(net, None, nn.functional.cross_entropy, example=x)).set_strength(0.4)
+    y, inputs = net(x.requires_grad_()), [x, *net.parameters()]
+    assert y.grad_fn.name() == "_RowBackward"
+    g = torch.randn(3, *y.shape)
+    together = torch.autograd.grad(y, inputs, g, is_grads_batched=True, retain_graph=True)
+    for k in range(3):
+        for rows, right in zip(together, torch.autograd.grad(y, inputs, g[k], retain_graph=True), strict=True):
+            torch.testing.assert_close(rows[k], right, rtol=1e-5, atol=1e-5)
+
+
+def test_another_forward_or_another_tensor_in_a_parameters_place_is_not_passed_over() -> None:
+    called = []
+    for name in ("conv1", "bn1", "relu1"):
+        net, x = made("basic")
+        module = getattr(net[0].body, name)
+        module.forward = lambda input, whole=module.forward, name=name: (called.append(name), whole(input))[1]
+        assert net(x).grad_fn.name() != "_RowBackward"
+    assert called == ["conv1", "bn1", "relu1"]
+    net, x = made("basic")
+    right = net(x)
+    weight = net[0].body.conv1.weight.detach().clone()
+    del net[0].body.conv1.weight
+    net[0].body.conv1.weight = weight
+    torch.testing.assert_close(net(x), right)
+
+
 def test_saved_tensors_may_come_back_with_other_strides() -> None:
     net, x = made("basic")
     twin = copy.deepcopy(net)

@@ -1,4 +1,4 @@
-/* Which instruction set, and scratch memory. The interface that src/anymask/kernels/native.py calls. */
+/* Which instruction set, and scratch memory. The interface that src/anymask/kernels/library.py calls. */
 #define _GNU_SOURCE
 #include <stdlib.h>
 #include <string.h>
@@ -50,7 +50,7 @@ const char *am_use(const char *name) {
   return NULL;
 }
 
-int am_version(void) { return 7; } /* of all these functions; native.py has the same, or does without them */
+int am_version(void) { return 7; } /* of all these functions; library.py has the same, or does without them */
 
 int am_width(void) { return chosen->width; }
 
@@ -78,8 +78,8 @@ int am_norm_back(int64_t channels, int64_t size, const float *x, const float *ad
 int am_norm_tracking(int64_t channels, const float *mean, const float *var, float share, float unbiased, float *running_mean, float *running_var,
                      int64_t *batches) {
   for (int64_t c = 0; c < channels; c++) {
-    running_mean[c] += share * (mean[c] - running_mean[c]);
-    running_var[c] += share * (var[c] * unbiased - running_var[c]);
+    running_mean[c] = (1 - share) * running_mean[c] + share * mean[c];
+    running_var[c] = (1 - share) * running_var[c] + share * unbiased * var[c];
   }
   ++*batches;
   return 0;

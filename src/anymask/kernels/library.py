@@ -95,6 +95,6 @@ def call(function: Any, *args: Any) -> None:
 
 
 def held_call(_held: Any, function: Any, *args: Any) -> None:
-    """`call`, for `functools.partial`: what lies at the addresses lives as long as the partial does."""
+    """`call`, for `functools.partial`: what lies at the addresses lives as long as the partial does. Without a frame more for each layer."""
     if function(*args):
         raise MemoryError("the native kernels found no memory")

@@ -32,7 +32,8 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> "Progra
     Args:
         path: a file `.anymask`.
         threads: how many threads it uses; None for as many as this process has processors, or one for a few images where that is
-            measured to be faster: cores that share no cache take as long to exchange a small map as to compute it.
+            measured to be faster, once for each such number: cores that share no cache take as long to exchange a small map as to
+            compute it.
 
     Raises:
         OSError: when there is no such file.
@@ -74,6 +75,7 @@ class Program:
         self.plan = plan
         self.threads = _checked(threads)
         self._free = threads is None
+        self._chosen: dict[int, int] = {}  # for a few images: the number of threads that was faster
         self._shapes = plan.shapes()
         self._binds = [_bind_of(step, arrays) for step, arrays in zip(plan.steps, plan.arrays, strict=True)]
         self._places, self._sizes = _places(plan, self._shapes)
@@ -129,10 +131,10 @@ class Program:
 
     def _bind(self, images: int, threads: int | None) -> "_Bound":
         """What a batch of that size needs, kept for the next one; with the faster number of threads where they are None."""
-        if threads is not None or self.threads == 1 or images >= _FEW:
-            bound = self._calls(images, threads or self.threads)
-        else:
-            bound = _faster([self._calls(images, number) for number in (self.threads, 1)])
+        if threads is None and images < _FEW and self.threads > 1 and images not in self._chosen:
+            tried = (self.threads, 1)
+            self._chosen[images] = tried[_fastest([self._calls(images, number) for number in tried])]
+        bound = self._calls(images, threads or self._chosen.get(images, self.threads))
         if len(self._bound) >= _SIZES:
             self._bound.pop(next(iter(self._bound)))
         self._bound[images, threads] = bound
@@ -160,7 +162,8 @@ class Program:
         return self._buffers[self._places[value].buffer][: math.prod(shape)].reshape(shape)
 
 
-def _faster(ready: "list[_Bound]") -> "_Bound":
+def _fastest(ready: "list[_Bound]") -> int:
+    """Which of them takes least; each is run five times."""
     seconds = [math.inf] * len(ready)
     ready[0].input.fill(0)
     for _ in range(5):
@@ -169,7 +172,7 @@ def _faster(ready: "list[_Bound]") -> "_Bound":
             for call in bound.calls:
                 call()
             seconds[number] = min(seconds[number], time.perf_counter() - began)
-    return ready[seconds.index(min(seconds))]
+    return seconds.index(min(seconds))
 
 
 def _checked(threads: int | None) -> int:

@@ -220,6 +220,8 @@ def as_dense(model: nn.Module) -> Iterator[None]:
     finally:
         with uninterrupted():
             for layer, kind in kinds:
+                if isinstance(layer, layers.SparseWeight):
+                    continue  # what came in between came before it was dense
                 if layer in tables:
                     sparsify(layer, tables[layer])
                 else:

@@ -110,15 +110,12 @@ class BatchLastNorm2d(BatchLast, nn.BatchNorm2d):
         """Whether the max pool is done here, too, where the ReLU is."""
         return bool(self.pool) and not any(map(_hooked, self.pool))
 
-    def running(self) -> calls.Running | None:
+    def running(self, channels: int) -> calls.Running | None:
         """What it remembers, where the kernels can follow it."""
-        if self.momentum is None:
-            return None
-        held = self._buffers
-        return calls.running(held["running_mean"], held["running_var"], held["num_batches_tracked"], self.momentum)
+        return calls.running(channels, self._buffers, self.momentum)
 
     def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
-        if ops.unseen([mean, var, self.running_mean, self.running_var]) and (running := self.running()):
+        if ops.unseen([mean, var, self.running_mean, self.running_var]) and (running := self.running(len(mean))):
             calls.track(running, mean, var, count)
             return
         assert self.num_batches_tracked is not None
@@ -141,7 +138,8 @@ class FusedSum:
         soft = _softness(self.act, x)
         if norm is None or not fits or soft is None or _hooked(self.body) or _hooked(norm):
             return super().forward(x)  # type: ignore[misc]
-        stages, other = _stages(self.body, x, last=soft if type(self.act) is nn.ReLU else None), None
+        other, last = None, soft if type(self.act) is nn.ReLU else None
+        stages = None if any(getattr(m, "inplace", False) for m in self.shortcut.modules()) else _stages(self.body, x, last=last)
         if stages is not None:
             other = self.shortcut(x)
             if layout.is_batch_last(other) and (*other.shape[1:], len(other)) == stages[-1].how.output and ops.unseen([other]):
@@ -177,14 +175,15 @@ def _stages(body: nn.Sequential, x: Tensor, *, last: float | None) -> list[rows.
             at += 1
         how = calls.sized(conv.gather, shape)
         o, h, w, n = how.output
-        running = norm.running() if norm.track_running_stats else None
+        running = norm.running(o) if norm.track_running_stats else None
         fits = shape[1] == how.input[0] and norm.training and norm.num_features == o and not norm.pools() and not _hooked_itself(norm)
         if not fits or (running is None and norm.track_running_stats):
             return None
-        trained: Any = (conv._parameters["weight"], norm._parameters["weight"], norm._parameters["bias"])
-        if not ops.unseen(trained):
+        named = [("weight", conv), ("weight", norm), ("bias", norm)]
+        trained: Any = [layer._parameters[name] for name, layer in named if name in layer._parameters]
+        if len(trained) < len(named) or not ops.unseen(trained):  # one of them is a plain tensor, put there for this call
             return None
-        found.append(rows.Stage(how, norm.eps, soft, running, *trained))
+        found.append(rows.Stage(conv.gather.handle, how, norm.eps, soft, running, *trained))
         shape = torch.Size((n, o, h, w))
     return found
 
@@ -294,7 +293,9 @@ def _softness(relu: nn.Module, x: Tensor) -> float | None:
     """How soft `relu` is on a tensor like `x`: 0 where nobody hooks into it, None where what it gives is only known by calling it."""
     if not _hooked(relu):
         return 0.0
-    if not ops.softens(x) or relu._backward_hooks or relu._backward_pre_hooks or nn.modules.module._has_any_global_hook():
+    if not ops.softens(x) or _replaced(relu) or nn.modules.module._has_any_global_hook():
+        return None
+    if relu._backward_hooks or relu._backward_pre_hooks:
         return None
     who = [getattr(hook, "__self__", None) for hook in (*relu._forward_pre_hooks.values(), *relu._forward_hooks.values())]
     return who[0].softness() if isinstance(who[0], Softens) and all(other is who[0] for other in who) else None
@@ -306,4 +307,10 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _hooked_itself(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or _replaced(module)
+
+
+def _replaced(module: nn.Module) -> bool:
+    """Whether somebody has put another forward in the place of its class's."""
+    return "forward" in vars(module) or module._compiled_call_impl is not None

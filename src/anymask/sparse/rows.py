@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anymask.kernels import native
-from anymask.sparse import calls
+from anymask.kernels import library, native
+from anymask.sparse import calls, ops
 from anymask.sparse.layout import empty
-from anymask.sparse.ops import no_second
 
 
 class Stage(NamedTuple):
     """A convolution of kept weights without a bias, and the batch norm after it, on the statistics of its batch."""
 
+    handle: int  # of its `Gather`
     how: native.Sized
     eps: float
     soft: float | None  # how soft the ReLU after the norm is; None: there is none
@@ -72,42 +72,78 @@ class _Row(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         signs, add, *saved = ctx.saved_tensors
-        gadd, given = g, g
-        found: list[Tensor | None] = []
-        for number in reversed(range(len(ctx.stages))):
-            x, values, weight, bias, y, mean, var = saved[7 * number : 7 * number + 7]
-            stage = ctx.stages[number]._replace(values=values, weight=weight, bias=bias)
-            gweight, gbias = g.new_empty(2, len(mean)).unbind()
-            if number == len(ctx.stages) - 1:
-                gy = empty(g, y.shape)
-                of_add = None if stage.soft is None else empty(g, y.shape)
-                add = (saved[0] if ctx.merges else add) if stage.soft else None
-                calls.norm_gradient(stage.norm(mean, var), y, add, g, (gy, of_add, gweight, gbias), signs=signs)
-                gadd = g if of_add is None else of_add
-            else:  # over the gradient of what the norm gave, which is ours
-                gy = g
-                calls.norm_gradient(stage.norm(mean, var), y, None, g, (gy, None, gweight, gbias))
-            merged = gadd if ctx.merges and number == 0 else None
-            g = gadd if merged is not None and gadd is not given else empty(gy, x.shape)
-            gvalues = gy.new_zeros(len(values))
-            calls.conv_gradient(stage.how, x, gy, values, add=merged, gx=g, gvalues=gvalues)
-            found = [gvalues, gweight if weight is not None else None, gbias if bias is not None else None, *found]
-        made = [g, None if ctx.merges else gadd, *found]
-        if torch.is_grad_enabled():
-            made = _once(made, saved)
-        return None, *made
+        add = saved[0] if ctx.merges and ctx.stages[-1].soft else add
+        layers = [_Layer(stage, *saved[7 * number : 7 * number + 7]) for number, stage in enumerate(ctx.stages)]
+        seen = torch.is_grad_enabled() or not ops.unseen([g])
+        gx, gadd, found = _by_operators(layers, g, add, signs) if seen else _at_once(layers, g, add, signs, merges=ctx.merges)
+        if ctx.merges and seen:
+            gx = gx + gadd
+        return None, gx, None if ctx.merges else gadd, *found
 
 
-def _once(made: list[Tensor | None], saved: list[Tensor | None]) -> list[Tensor | None]:
-    """The gradients `made`, which refuse to be differentiated once more."""
-    there = [t for t in made if t is not None]
-    refusing = iter(_Once.apply(len(there), *there, *(t for t in saved if t is not None)))
-    return [None if t is None else next(refusing) for t in made]
+class _Layer(NamedTuple):
+    """A stage and what was saved of it."""
+
+    stage: Stage
+    x: Tensor
+    values: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    y: Tensor
+    mean: Tensor
+    var: Tensor
+
+    def norm(self) -> calls.Norm:
+        """As the forward pass had it."""
+        return self.stage._replace(weight=self.weight, bias=self.bias).norm(self.mean, self.var)
+
+    def gradients(self, gvalues: Tensor, gweight: Tensor, gbias: Tensor) -> list[Tensor | None]:
+        """Of what is there."""
+        return [gvalues, None if self.weight is None else gweight, None if self.bias is None else gbias]
 
 
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(_ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(t.clone() for t in tensors[:count])
+Made = tuple[Tensor, Tensor, list[Tensor | None]]  # of the input, of what is added, and of all that is trained
 
-    backward = staticmethod(no_second)
+
+def _at_once(layers: list[_Layer], g: Tensor, add: Tensor | None, signs: Tensor | None, *, merges: bool) -> Made:
+    """That of the input is with that of what is added in it where it `merges`."""
+    *_, end = layers
+    of_add = None if end.stage.soft is None else empty(g, end.y.shape)
+    gadd, found = g if of_add is None else of_add, list[Tensor | None]()
+    for layer in reversed(layers):
+        gweight, gbias = g.new_empty(2, len(layer.mean)).unbind()
+        if layer is end:
+            gy = empty(g, layer.y.shape)
+            calls.norm_gradient(layer.norm(), layer.y, add, g, (gy, of_add, gweight, gbias), signs=signs)
+        else:  # over the gradient of what the norm gave, which is ours
+            gy = g
+            calls.norm_gradient(layer.norm(), layer.y, None, g, (gy, None, gweight, gbias))
+        merged = gadd if merges and layer is layers[0] else None
+        g = of_add if merged is not None and of_add is not None else empty(gy, layer.x.shape)
+        gvalues = gy.new_zeros(len(layer.values))
+        calls.conv_gradient(layer.stage.how, layer.x, gy, layer.values, add=merged, gx=g, gvalues=gvalues)
+        found = layer.gradients(gvalues, gweight, gbias) + found
+    return g, gadd, found
+
+
+def _by_operators(layers: list[_Layer], g: Tensor, add: Tensor | None, signs: Tensor | None) -> Made:
+    """The same for whoever looks: batched gradients, compiled autograd; who differentiates once more is refused by the operators."""
+    if signs is not None:
+        g = g.masked_fill(~_through(signs, layers[-1].y.shape), 0.0)
+    gadd, found = g, list[Tensor | None]()
+    for layer in reversed(layers):
+        how = layer.norm()
+        last, place = layer is layers[-1], layer.y.new_empty((0, 0, 0, 0), dtype=torch.uint8)
+        vectors, kind = how[:4], (how.eps, how.relu and not (last and signs is not None), how.soft)
+        g, of_add, gweight, gbias = ops.norm_gradient(layer.y, add if last else None, g, *vectors, place, *kind, 0, 0, 0, 0, False)
+        gadd = of_add if last and add is not None else gadd
+        g, gvalues = ops.conv_gradient(layer.x, g, layer.values, layer.stage.handle, True, True)
+        found = layer.gradients(gvalues, gweight, gbias) + found
+    return g, gadd, found
+
+
+def _through(signs: Tensor, shape: torch.Size) -> Tensor:
+    """`signs` as a tensor of bool of `shape`, (N, C, H, W)."""
+    n, c, h, w = shape
+    lanes = (signs.to(torch.int32)[:, :, None] >> torch.arange(library.library().am_width())) & 1
+    return lanes.flatten(1)[:, : h * w * n].reshape(c, h, w, n).permute(3, 0, 1, 2) != 0
