@@ -95,6 +95,6 @@ def call(function: Any, *args: Any) -> None:
 
 
 def held_call(_held: Any, function: Any, *args: Any) -> None:
-    """`call`, for `functools.partial`: what lies at the addresses lives as long as the partial does. Without a frame more for each layer."""
+    """`call` for a `functools.partial`, as long as which lives what lies at the addresses; in one frame, which a small layer feels."""
     if function(*args):
         raise MemoryError("the native kernels found no memory")
