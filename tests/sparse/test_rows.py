@@ -136,6 +136,7 @@ def test_batched_gradients(kind: str) -> None:
     y, inputs = net(x.requires_grad_()), [x, *net.parameters()]
     assert y.grad_fn.name() == "_RowBackward"
     g = torch.randn(3, *y.shape)
+    del net  # its tables are needed still
     together = torch.autograd.grad(y, inputs, g, is_grads_batched=True, retain_graph=True)
     for k in range(3):
         for rows, right in zip(together, torch.autograd.grad(y, inputs, g[k], retain_graph=True), strict=True):

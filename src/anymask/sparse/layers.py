@@ -183,7 +183,7 @@ def _stages(body: nn.Sequential, x: Tensor, *, last: float | None) -> list[rows.
         trained: Any = [layer._parameters[name] for name, layer in named if name in layer._parameters]
         if len(trained) < len(named) or not ops.unseen(trained):  # one of them is a plain tensor, put there for this call
             return None
-        found.append(rows.Stage(conv.gather.handle, how, norm.eps, soft, running, *trained))
+        found.append(rows.Stage(conv.gather, how, norm.eps, soft, running, *trained))
         shape = torch.Size((n, o, h, w))
     return found
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anymask.kernels import library, native
+from anymask.kernels import Gather, library, native
 from anymask.sparse import calls, ops
 from anymask.sparse.layout import empty
 
@@ -18,7 +18,7 @@ from anymask.sparse.layout import empty
 class Stage(NamedTuple):
     """A convolution of kept weights without a bias, and the batch norm after it, on the statistics of its batch."""
 
-    handle: int  # of its `Gather`
+    gather: Gather  # kept here: the layer may be gone when backward comes
     how: native.Sized
     eps: float
     soft: float | None  # how soft the ReLU after the norm is; None: there is none
@@ -137,7 +137,7 @@ def _by_operators(layers: list[_Layer], g: Tensor, add: Tensor | None, signs: Te
         vectors, kind = how[:4], (how.eps, how.relu and not (last and signs is not None), how.soft)
         g, of_add, gweight, gbias = ops.norm_gradient(layer.y, add if last else None, g, *vectors, place, *kind, 0, 0, 0, 0, False)
         gadd = of_add if last and add is not None else gadd
-        g, gvalues = ops.conv_gradient(layer.x, g, layer.values, layer.stage.handle, True, True)
+        g, gvalues = ops.conv_gradient(layer.x, g, layer.values, layer.stage.gather.handle, True, True)
         found = layer.gradients(gvalues, gweight, gbias) + found
     return g, gadd, found
 
