@@ -89,6 +89,26 @@ def test_a_ghost_is_taken_along(strength: float) -> None:
         torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5)
 
 
+def test_a_row_stays_one_while_preconditioning_does_not_look() -> None:
+    net, x = made("basic")
+    net[1] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    optimizer, mask = (
+        torch.optim.SGD(net.parameters(), lr=0.01),
+        anymask.Mask({k: p != 0 for k, p in net.state_dict().items() if p.ndim == 4}),
+    )
+    anymask.hold(mask, net, optimizer)
+    attach = anymask.Recipe.preset("best").only("preconditioning").attach
+    running, names = attach(net, optimizer, total_steps=90, mask=mask, example=x), []
+    net[0].register_forward_hook(lambda _m, _x, y: names.append(y.grad_fn.name()))
+    for _ in range(6):
+        loss = running.loss(net(x), torch.arange(17) % 8)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        running.step()
+    assert names[0] != "_RowBackward" == names[-1]
+
+
 def test_backward_may_come_again_and_leaves_what_it_was_given() -> None:
     for kind in ("basic", "padded", "no ReLU at the end"):
         net, x = made(kind)

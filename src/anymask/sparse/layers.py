@@ -164,7 +164,7 @@ def _stages(body: nn.Sequential, x: Tensor, *, last: float | None) -> list[rows.
     modules, at, shape = list(body._modules.values()), 0, x.shape
     while at < len(modules):
         conv, norm = modules[at], modules[at + 1] if at + 1 < len(modules) else None
-        if type(conv) is not SparseConv2d or conv.bias is not None or type(norm) is not BatchLastNorm2d or _hooked_itself(conv):
+        if type(conv) is not SparseConv2d or conv.bias is not None or type(norm) is not BatchLastNorm2d or _seen_now(conv):
             return None
         at += 2
         soft = last if at == len(modules) else None
@@ -287,6 +287,22 @@ class Softens:
     def softness(self) -> float | None:
         """The strength of `ops.soft_relu` that does the same; None where it does not."""
         raise NotImplementedError
+
+
+class Glances:
+    """A hook before a layer's forward pass that looks now and then, so that others may call the layer without it in between."""
+
+    def glances(self) -> bool:
+        """Whether it has to see the next call."""
+        raise NotImplementedError
+
+
+def _seen_now(layer: nn.Module) -> bool:
+    if not layer._forward_pre_hooks:
+        return _hooked_itself(layer)
+    if layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks or _replaced(layer):
+        return True
+    return any(not isinstance(hook, Glances) or hook.glances() for hook in layer._forward_pre_hooks.values())
 
 
 def _softness(relu: nn.Module, x: Tensor) -> float | None:

@@ -14,6 +14,7 @@ from anymask.mask import Mask
 from anymask.prunables import bare, compact
 from anymask.ranks import from_rank, leads
 from anymask.schedules import Schedule
+from anymask.sparse.layers import Glances
 from anymask.surgery import CONVS
 from anymask.techniques.base import Attached, Context, Technique
 from anymask.techniques.neuron_blocks import Blocks, Each, inputs_of, threads_of_one
@@ -244,7 +245,7 @@ class _Preconditioning(Attached):
         return Blocks(mask[name].shape, flat, layer.weight, compact=sparse is not None, **how)
 
 
-class _Look:
+class _Look(Glances):
     """What hears a layer's inputs; nothing in a copy of the model, or in one that was pickled."""
 
     def __init__(self, attached: _Preconditioning, name: str) -> None:
@@ -254,13 +255,19 @@ class _Look:
         if not torch.compiler.is_compiling() and (args or "input" in kwargs):
             self.attached.look(self.name, args[0] if args else kwargs["input"])
 
+    def glances(self) -> bool:
+        return self.attached.looks
+
     def __reduce__(self) -> Any:
         return _Deaf, ()
 
 
-class _Deaf:
+class _Deaf(Glances):
     def __call__(self, *_: Any) -> None:
         """Nothing."""
+
+    def glances(self) -> bool:
+        return False
 
 
 def _digest(kept: Tensor) -> str:
