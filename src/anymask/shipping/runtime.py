@@ -22,7 +22,7 @@ from anymask.shipping.plan import Array, Arrays, Plan, weights
 _BYTES = 1 << 30  # of activations at once; larger batches go through in parts
 _LINE = 64  # bytes of a cache line, where each buffer begins
 _PARTED = 1 << 17  # numbers of an activation that are worth several threads
-_FEW = 8  # images: from here on more threads are not slower
+_FEW = 8  # images: for fewer one thread is tried, too
 _SIZES = 8  # batch sizes for which all is kept ready
 
 
