@@ -29,6 +29,7 @@ from turns import Record, arguments, figure, say
 
 from anymask import Mask, fit, models, prune
 from anymask.data import Augment, Batches, Split
+from anymask.sweep.turns import Turns, taking_turns
 from anymask.train import Protocol
 
 PLAIN = "plain loop"
@@ -49,12 +50,15 @@ class Plan:
     rounds: int = 3
     compiled: bool = True
     beside: tuple[int, ...] = (2,)
+    streams: tuple[int, ...] = ()
     workers: int = 2  # of the DataLoader
     peak_size: int = 2048  # of the matrices that the machine's peak is measured with
     threads: int = 1
 
 
-TINY = Plan(networks=("resnet8",), images=32, batch=16, pixels=16, epochs=2, rounds=1, compiled=False, workers=1, peak_size=64)
+TINY = Plan(
+    networks=("resnet8",), images=32, batch=16, pixels=16, epochs=2, rounds=1, compiled=False, streams=(2,), workers=1, peak_size=64
+)
 
 
 class OneByOne(Dataset[tuple[Tensor, int]]):
@@ -113,7 +117,7 @@ def plainly(name: str, plan: Plan, *, compiled: bool) -> list[float]:
 
 
 def by_fit(
-    name: str, plan: Plan, *, sparse: str = "off", compile: str = "off", precision: str = "float32", after: Any = None
+    name: str, plan: Plan, *, sparse: str = "off", compile: str = "off", precision: str = "float32", after: Any = None, on_step: Any = None
 ) -> list[float]:
     """Seconds of each epoch of `anymask.fit`; `after` is called after the first."""
     model, mask = network(name, plan)
@@ -131,7 +135,8 @@ def by_fit(
 
     protocol = Protocol(epochs=plan.epochs, batch_size=plan.batch, precision=precision)
     began = time.perf_counter()
-    fit(model, batches, mask=mask, recipe="default", protocol=protocol, sparse=sparse, compile=compile, on_epoch=on_epoch)
+    how: dict[str, Any] = {"sparse": sparse, "compile": compile, "on_epoch": on_epoch, "on_step": on_step}
+    fit(model, batches, mask=mask, recipe="default", protocol=protocol, **how)
     return np.diff([began, *ends]).tolist()
 
 
@@ -145,8 +150,10 @@ def ways(plan: Plan) -> dict[str, Callable[[str, Plan], list[float]]]:
         "fit, dense, compiled": lambda name, p: by_fit(name, p, compile="on"),
     }
     if cuda:
+        there["fit, dense, recorded"] = lambda name, p: by_fit(name, p, compile="graph")
         there["fit, bfloat16"] = lambda name, p: by_fit(name, p, precision="bfloat16")
         there["fit, bfloat16, compiled"] = lambda name, p: by_fit(name, p, precision="bfloat16", compile="on")
+        there["fit, bfloat16, recorded"] = lambda name, p: by_fit(name, p, precision="bfloat16", compile="graph")
     else:
         there["fit"] = lambda name, p: by_fit(name, p, sparse="auto")
         there["fit, compiled"] = lambda name, p: by_fit(name, p, sparse="auto", compile="on")
@@ -169,8 +176,26 @@ def together(name: str, plan: Plan, number: int) -> float:
 
 def _one_of(name: str, plan: Plan, barrier: Barrier, queue: Any) -> None:
     torch.set_num_threads(plan.threads)
-    precision = "bfloat16" if plan.device == "cuda" else "float32"
-    queue.put(sum(by_fit(name, plan, sparse="off" if plan.device == "cuda" else "auto", precision=precision, after=barrier.wait)[1:]))
+    cuda = {"precision": "bfloat16", "compile": "graph"}
+    queue.put(sum(by_fit(name, plan, **(cuda if plan.device == "cuda" else {"sparse": "auto"}), after=barrier.wait)[1:]))
+
+
+def in_streams(name: str, plan: Plan, number: int, *, precision: str = "bfloat16") -> float:
+    """Images a second of `number` trainings in this process, which take turns, after the first epoch of the last."""
+    begun: list[float] = []
+    ended: list[float] = []
+
+    def work(turns: Turns) -> None:
+        def wait() -> None:
+            begun.append(time.perf_counter())
+            while len(begun) < number:
+                turns.rest(0.001)
+
+        by_fit(name, plan, compile="graph", precision=precision, after=wait, on_step=turns.step)
+        ended.append(time.perf_counter())
+
+    taking_turns(work, number, cuda=plan.device == "cuda")
+    return number * plan.images * (plan.epochs - 1) / (max(ended) - max(begun))
 
 
 def peak(plan: Plan, dtype: torch.dtype) -> float:
@@ -216,11 +241,12 @@ def measure(name: str, plan: Plan) -> dict[str, Any]:
     work = operations(name, plan)
     peaks = {way: peak(plan, torch.bfloat16 if "bfloat16" in way else torch.float32) for way in took}
     rows = [_way(way, seconds, plan, first=first[way], dense=work / peaks[way], plain=took[PLAIN]) for way, seconds in took.items()]
-    one = next(row["images a second"] for row in rows if row["way"] == ("fit, bfloat16" if plan.device == "cuda" else "fit"))
+    one = next(row["images a second"] for row in rows if row["way"] == ("fit, bfloat16, recorded" if plan.device == "cuda" else "fit"))
     beside = []
-    for number in plan.beside:
-        rate = together(name, plan, number)
-        beside.append({"trainings": number, "images a second": figure(rate), "times one": figure(rate / one)})
+    numbers = [(number, "processes", together) for number in plan.beside] + [(number, "streams", in_streams) for number in plan.streams]
+    for number, how, run in numbers:
+        rate = run(name, plan, number)
+        beside.append({"trainings": number, "in": how, "images a second": figure(rate), "times one": figure(rate / one)})
         say(f"{name}: {number} at once, {beside[-1]}")
     about = {"device": torch.cuda.get_device_name() if plan.device == "cuda" else "cpu", "batch": plan.batch, "images": plan.images}
     return {"name": name, **about, "sparsity": plan.sparsity, "ways": rows, "beside": beside}
@@ -241,7 +267,7 @@ def main(given: list[str] | None = None) -> None:
     asked = arguments(__doc__, "trainer", Plan().networks, given, devices=True)
     plan = TINY if asked.tiny else Plan()
     if asked.device == "cuda":
-        full = {"images": 45_000, "beside": (2, 4), "workers": min(8, os.cpu_count() or 1), "peak_size": 8192}
+        full = {"images": 12_800, "beside": (4,), "streams": (2, 4, 8), "workers": min(14, os.cpu_count() or 1), "peak_size": 8192}
         plan = replace(plan, device="cuda", **({} if asked.tiny else full))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     plan = replace(plan, rounds=asked.rounds or plan.rounds, compiled=plan.compiled and asked.compile, threads=asked.threads)

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from typing import Any
@@ -93,6 +93,20 @@ class RunningRecipe:
         seen = "torch._dynamo.eval_frame" in sys.modules and any(attached.looks for _, attached in self._live.values())
         with torch.compiler.set_stance("force_eager") if seen else nullcontext():
             yield
+
+    @property
+    def recording(self) -> Hashable | None:
+        """What a recorded step (a CUDA graph of all that the device does in one) is good for: for as long as this stays the same.
+
+        None where the next step cannot be a recorded one. Call `replayed` in place of what a recording stands for.
+        """
+        kinds = [(name, None if attached.looks else attached.recording) for name, (_, attached) in self._live.items()]
+        return None if any(kind is None for _, kind in kinds) else tuple(kinds)
+
+    def replayed(self) -> None:
+        """A recording was replayed: forward, backward and the optimiser's step, of which no technique has heard. `step` follows."""
+        for _, attached in self._live.values():
+            attached.replayed()
 
     def strength(self, technique: Technique, step: int) -> float:
         """The strength, in [0, 1], of `technique` at optimiser step `step`."""

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from anymask.sweep import Cell, Outcome, Runner, Watcher, read_plan, sweep, task
 from anymask.sweep.claims import claimed, make_once
 from anymask.sweep.masks import Masks
 from anymask.sweep.run import Benches, Clock, Stopped
+from anymask.train import Computing
 from tests.sweep.plans import CELLS, DENSELY, FAILING, PLAN, write_images, write_plan
 
 KILLS = 8
@@ -276,6 +278,13 @@ def test_of_two_workers_one_is_killed_and_the_other_does_the_rest_each_once(plan
     assert len(log.cells) == CELLS
 
 
+def test_several_trainings_in_one_process_end_as_each_alone(plan: Path, whole: Any, tmp_path: Path) -> None:
+    outcome = sweep(read_plan(plan), tmp_path, computing=replace(DENSELY, compile="graph"), streams=3)
+    assert (len(outcome.finished), outcome.failed, outcome.left, outcome.died) == (CELLS, (), (), ())
+    assert {row["id"]: row["accuracy"] for row in rows(tmp_path)} == {row["id"]: row["accuracy"] for row in whole[0]}
+    assert len(rows(tmp_path)) == CELLS
+
+
 def test_a_plan_that_fits_nowhere_writes_nothing(plan: Path, tmp_path: Path) -> None:
     path = tmp_path / "plan.toml"
     path.write_text(plan.read_text() + PLAN.split("[[block]]")[1].join(["[[block]]", ""]).replace("{images}", str(tmp_path / "gone")))
@@ -283,4 +292,8 @@ def test_a_plan_that_fits_nowhere_writes_nothing(plan: Path, tmp_path: Path) -> 
         sweep(read_plan(path), tmp_path / "run")
     with pytest.raises(SettingError, match="workers came as 0"):
         sweep(read_plan(plan), tmp_path / "run", workers=0)
+    with pytest.raises(SettingError, match="streams came as 2 without compile='graph'"):
+        sweep(read_plan(plan), tmp_path / "run", streams=2)
+    with pytest.raises(SettingError, match="streams came as 2 with ray"):
+        sweep(read_plan(plan), tmp_path / "run", streams=2, ray="auto", computing=Computing(compile="graph"))
     assert not (tmp_path / "run").exists()

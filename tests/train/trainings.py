@@ -1,5 +1,6 @@
 """Small trainings that the tests of the trainer share; also what the killed process runs."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +75,7 @@ def train_once(
     compile: str = "off",
     diagnose: str = "off",
     teacher: nn.Module | None = None,
+    on_step: Callable[[], None] | None = None,
 ) -> Result:
     train, validation, test = batches()
     return fit(
@@ -92,6 +94,7 @@ def train_once(
         diagnose=diagnose,
         checkpoint_file=file,
         checkpoint_every=every,
+        on_step=on_step,
     )
 
 

@@ -36,8 +36,8 @@ Compile = Annotated[
     str,
     Parameter(
         group=RUN,
-        help="Train through torch.compile: on, or off. It takes its time at the start and whenever ghosts go; the results are the same "
-        "but for rounding and dropout.",
+        help="off; on trains through torch.compile, which takes its time at the start and whenever ghosts go; graph records each step as a "
+        "CUDA graph, for small networks on a GPU. The results are the same but for rounding (and, with on, dropout).",
     ),
 ]
 Diagnose = Annotated[

@@ -26,6 +26,9 @@ def sweep(
     *,
     out: Annotated[Path, Parameter(group=RUN, help="The run folder; trainings that it holds already are not run again.")],
     workers: Annotated[int, Parameter(group=RUN, help="How many processes train beside each other; they share the cores.")] = 1,
+    streams: Annotated[
+        int, Parameter(group=RUN, help="How many trainings each process has beside each other, on a GPU; needs --compile graph.")
+    ] = 1,
     ray: Annotated[
         str | None, Parameter(group=RUN, help="Train on the Ray cluster of this address, such as 10.0.0.1:6379, instead of here.")
     ] = None,
@@ -45,7 +48,7 @@ def sweep(
     writable(out)
     try:
         with watching() as watcher:
-            how: dict[str, Any] = {"budget": budget, "workers": workers, "ray": ray, "computing": computing}
+            how: dict[str, Any] = {"budget": budget, "workers": workers, "streams": streams, "ray": ray, "computing": computing}
             outcome = sweeping.sweep(wanted, out, **how, watcher=watcher)
     except KeyboardInterrupt:
         kept = f"{len(Ledger(out / LEDGER).rows())} finished trainings are kept in {out}"

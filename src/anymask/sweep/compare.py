@@ -1,5 +1,6 @@
 """The paired comparison: each mask trained with each recipe, the same seed giving the same start to all of them."""
 
+import os
 import platform
 import subprocess
 import time
@@ -166,11 +167,16 @@ class Runner:
         self.ledger = Ledger(self.folder / "ledger.jsonl")
         self.masks = Masks(bench, self.mask_file, self.computing)
         self.teachers = Teachers(bench, self.folder / "teachers", self.computing)
+        self.on_step: Callable[[], None] | None = None
 
-    def take_turns(self, between: Callable[..., None]) -> None:
-        """Wait for no other process that makes what this one needs (Busy), and call `between`, which may raise, within long makings."""
+    def take_turns(self, between: Callable[..., None], *, on_step: Callable[[], None] | None = None) -> None:
+        """Wait for no other process that makes what this one needs (Busy), and call `between`, which may raise, within long makings.
+
+        `on_step` is called after each step of any training.
+        """
+        self.on_step = on_step
         for maker in (self.masks, self.teachers):
-            maker.wait, maker.between = False, between
+            maker.wait, maker.between, maker.on_step = False, between, on_step
 
     def name(self, cell: Cell) -> str:
         """The id of the row of `cell`; equal for equal settings."""
@@ -216,6 +222,7 @@ class Runner:
             checkpoint_file=self.checkpoint_file(name),
             log_dir=log_dir,
             on_epoch=watcher.epoch,
+            on_step=self.on_step,
         )
         row = {
             "id": name,
@@ -264,7 +271,7 @@ def versions() -> dict[str, str | None]:
     """What a row was made with."""
     here = Path(anymask.__file__).parent
     git = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    commit = git.stdout.strip() if git.returncode == 0 else None
+    commit = git.stdout.strip() if git.returncode == 0 else os.environ.get("ANYMASK_COMMIT")  # of a copy without its repository
     return {"anymask": anymask.__version__, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
 
 

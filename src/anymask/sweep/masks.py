@@ -112,6 +112,7 @@ class Masks:
         self.bench, self.file_of, self.computing = bench, file_of, replace(computing or Computing(), diagnose="off")
         self.wait = True  # for another process that makes the same mask; else Busy is raised
         self.between: Callable[[], None] = lambda: None  # called before each round of a lottery ticket; it may raise to stop there
+        self.on_step: Callable[[], None] | None = None  # called after each step of the trainings in it
 
     def start(self, mask: str, *, sparsity: float, seed: int, model: nn.Module) -> Start:
         """Where the trainings of this mask, sparsity and seed begin, with any recipe: made once on the initialisation, then read.
@@ -180,7 +181,7 @@ class Masks:
             computing = self.computing if mask is not None else replace(self.computing, sparse="auto")
             how: dict[str, Any] = {"recipe": "default", "protocol": self.bench.protocol, "seed": seed, **asdict(computing)}
             self.between()
-            fit(model, train, mask=mask, first_step=first, last_step=last, **how)
+            fit(model, train, mask=mask, first_step=first, last_step=last, on_step=self.on_step, **how)
 
         return trainer
 

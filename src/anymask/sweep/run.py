@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anymask.config import Bench, Experiment
 from anymask.data import Dataset
@@ -21,6 +21,9 @@ from anymask.sweep.compare import Cell, Runner, Watcher, cells
 from anymask.sweep.masks import is_dynamic, is_mask_file
 from anymask.sweep.plan import Part, Plan, naming
 from anymask.train import Computing
+
+if TYPE_CHECKING:
+    from anymask.sweep.turns import Turns
 
 LOOK_AGAIN = 0.5  # seconds between looks at what other processes are doing
 _PIECE = re.compile(r"(\d+(?:\.\d+)?)\s*([hms])")
@@ -109,6 +112,7 @@ def sweep(
     *,
     budget: str | float | None = None,
     workers: int = 1,
+    streams: int = 1,
     ray: str | None = None,
     computing: Computing | None = None,
     watcher: Watcher | None = None,
@@ -125,9 +129,11 @@ def sweep(
         budget: "25m", "2h", "90s" or seconds; then the training that runs stops at the end of its epoch, or one epoch earlier
             where the last epoch took longer than what is left. A lottery ticket stops after its round. On Ray all stop at once.
         workers: how many processes train beside each other, >= 1; they share the cores.
+        streams: how many trainings each process has beside each other, >= 1; more than one with compile="graph", each in a stream of
+            its own on a GPU, which a small network does not fill.
         ray: the address of a Ray cluster to train on, instead of here: see `anymask.sweep.on_ray`.
         computing: how.
-        watcher: told of progress; with several workers of finished trainings only.
+        watcher: told of progress; with several workers or streams of finished trainings only.
 
     Raises:
         AnymaskError: for data or settings that do not fit, naming the block; nothing is written before.
@@ -135,9 +141,16 @@ def sweep(
     """
     if workers < 1:
         raise SettingError(f"workers came as {workers}", allowed="a number >= 1", fix="as many as there are cores, at most")
-    if ray is not None and workers > 1:
+    if ray is not None and (workers > 1 or streams > 1):
+        name, number = ("workers", workers) if workers > 1 else ("streams", streams)
         raise SettingError(
-            f"workers came as {workers} with ray", allowed="one of the two", fix="leave workers out: the cluster says how many"
+            f"{name} came as {number} with ray", allowed="one of the two", fix=f"leave {name} out: the cluster says how many"
+        )
+    if streams < 1 or (streams > 1 and (computing or Computing()).compile != "graph"):
+        raise SettingError(
+            f"streams came as {streams}" + (" without compile='graph'" if streams > 1 else ""),
+            allowed="1, or more with compile='graph'",
+            fix="give --compile graph, or leave streams out",
         )
     seconds = budget_seconds(budget) if isinstance(budget, str) else budget
     clock = Clock(None if seconds is None else time.monotonic() + seconds)
@@ -156,10 +169,10 @@ def sweep(
 
         with suppress(Stopped):
             on_ray(worker, ray, watcher=watcher)
-    elif min(workers, waiting) > 1:
+    elif min(max(workers, streams), waiting) > 1:
         from anymask.sweep.workers import side_by_side
 
-        died = side_by_side(worker, min(workers, waiting), watcher=watcher)
+        died = side_by_side(worker, min(workers, waiting), streams=streams, watcher=watcher)
     else:
         with suppress(Stopped):
             worker.work(watcher)
@@ -240,6 +253,7 @@ class Worker:
         planned: all trainings, in their order.
         seen: how many rows of failures.jsonl are of earlier sweeps, whose trainings are tried anew; None for all that are there.
         benches: where the data are read; new ones if left out.
+        turns: which it takes with others of this process.
     """
 
     def __init__(
@@ -252,6 +266,7 @@ class Worker:
         clock: Clock,
         seen: int | None = None,
         benches: Benches | None = None,
+        turns: "Turns | None" = None,
     ) -> None:
         if ranks() > 1:
             raise SettingError(
@@ -260,7 +275,7 @@ class Worker:
         self.planned, self.folder, self.retries, self.computing, self.clock = planned, folder, retries, computing, clock
         self.ledger, self.failures = Ledger(folder / "ledger.jsonl"), Ledger(folder / "failures.jsonl")
         self.seen = len(self.failures.rows()) if seen is None else seen
-        self.benches = benches or Benches()
+        self.benches, self.turns = benches or Benches(), turns
 
     def work(self, watcher: Watcher) -> None:
         """Train; what failed, or was another's, is looked at again when the rest is done.
@@ -286,7 +301,7 @@ class Worker:
             waiting, again = left, True
             if waiting and not trained:
                 self.clock.check()
-                time.sleep(LOOK_AGAIN)
+                (time.sleep if self.turns is None else self.turns.rest)(LOOK_AGAIN)
 
     def _try(self, task: Task, watcher: Watcher) -> bool | None:
         """Train `task`: True when it is in the ledger, False when it failed, None when another process is at it or at its mask."""
@@ -309,7 +324,7 @@ class Worker:
 
     def _train(self, task: Task, watcher: Watcher) -> dict[str, Any]:
         runner = self.benches.runner(task.part, self.folder, self.computing)
-        runner.take_turns(self.clock.check)
+        runner.take_turns(self.clock.check, on_step=None if self.turns is None else self.turns.step)
         clear_halves(runner.checkpoint_file(task.name))
         timed = _Timed(watcher, self.clock, epochs=task.part.protocol.epochs)
         watcher.cell(task.cell, epochs=timed.epochs)

@@ -30,6 +30,7 @@ class Teachers:
         self.bench, self.folder, self.computing = bench, folder, replace(computing, sparse="auto", diagnose="off")
         self.wait = True  # for another process that trains the same one; else Busy is raised
         self.between: Callable[..., None] = lambda **_: None  # called after an epoch, needs= the seconds of one; it may raise to stop there
+        self.on_step: Callable[[], None] | None = None  # called after each step
 
     def of(self, seed: int) -> nn.Module:
         """The teacher of `seed`, trained if it was not yet; a training that is stopped goes on."""
@@ -58,7 +59,8 @@ class Teachers:
 
         train, validation, _ = self.bench.batches(seed)
         how: dict[str, Any] = {"recipe": "default", "protocol": self.bench.protocol, "seed": seed, **asdict(self.computing)}
-        fit(model, train, validation=validation, **how, checkpoint_file=unfinished, on_epoch=on_epoch)
+        how |= {"checkpoint_file": unfinished, "on_epoch": on_epoch, "on_step": self.on_step}
+        fit(model, train, validation=validation, **how)
         if leads():
             write_weights(model, file)
             unfinished.unlink(missing_ok=True)

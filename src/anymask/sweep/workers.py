@@ -16,13 +16,16 @@ import torch
 
 from anymask.sweep.compare import Watcher
 from anymask.sweep.run import LOOK_AGAIN, Stopped, Worker
+from anymask.sweep.turns import taking_turns
 
 INTERRUPTED, NO_MEMORY = 130, 3
 _PATIENCE = 5.0  # seconds for a worker to end after Ctrl-C, before it is made to; nothing is lost then
 
 
-def side_by_side(worker: Worker, number: int, *, watcher: Watcher) -> tuple[int, ...]:
+def side_by_side(worker: Worker, number: int, *, streams: int, watcher: Watcher) -> tuple[int, ...]:
     """Let `number` processes do the work of `worker`, each with its share of the cores; the exit codes of those that died.
+
+    In each of them `streams` trainings take turns.
 
     Raises:
         MemoryError: when it ran out in one of them.
@@ -31,7 +34,7 @@ def side_by_side(worker: Worker, number: int, *, watcher: Watcher) -> tuple[int,
     threads = max(1, _cores() // number)
     context = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
     settings = {"retries": worker.retries, "computing": worker.computing, "clock": worker.clock, "seen": worker.seen}
-    args = (worker.planned, worker.folder, settings, threads)
+    args = (worker.planned, worker.folder, settings, threads, streams)
     processes: list[BaseProcess] = [context.Process(target=_work, args=args, daemon=True) for _ in range(number)]
     try:
         with _deaf():
@@ -77,12 +80,16 @@ def _end(processes: list[BaseProcess]) -> None:
             process.join()
 
 
-def _work(planned: Any, folder: Any, settings: dict[str, Any], threads: int) -> None:
+def _work(planned: Any, folder: Any, settings: dict[str, Any], threads: int, streams: int) -> None:
     """The work of one process."""
     signal.signal(signal.SIGINT, _once)
     warnings.showwarning = _note
     torch.set_num_threads(threads)
     try:
+        if streams > 1:
+            cuda = torch.cuda.is_available() and any(task.part.experiment.device != "cpu" for task in planned)
+            taking_turns(lambda turns: Worker(planned, folder, **settings, turns=turns).work(Watcher()), streams, cuda=cuda)
+            return
         with suppress(Stopped):
             Worker(planned, folder, **settings).work(Watcher())
     except KeyboardInterrupt:

@@ -1,6 +1,6 @@
 """What a technique is: a value with settings, and what it puts into a training while it is attached."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -90,6 +90,17 @@ class Attached:
     def looks(self) -> bool:
         """Whether its hooks have to see the next forward pass, which therefore must not be a compiled one (`RunningRecipe.watched`)."""
         return False
+
+    @property
+    def recording(self) -> Hashable | None:
+        """What it does in a step, beside numbers in tensors that stay where they are: a recorded step is good while this stays the same.
+
+        None where its steps cannot be recorded: it counts them, or decides by numbers. `replayed` tells of those that were.
+        """
+        return None
+
+    def replayed(self) -> None:
+        """A step was made by a recording: count it where steps are counted."""
 
     def set_strength(self, strength: float) -> None:
         """Set the strength, in [0, 1]; at 0 the network computes what the plain one does, bit for bit."""
@@ -228,6 +239,10 @@ class AttachedGhosts(Attached):
         self._haunted.ghosts.append(ghost)
         self._haunted.share_strength()
         self._handles += handles
+
+    @property
+    def recording(self) -> Hashable:
+        return ()  # strengths are tensors
 
     def set_strength(self, strength: float) -> None:
         if self._haunted.ghosts:

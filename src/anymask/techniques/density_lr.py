@@ -1,7 +1,7 @@
 """Larger steps for layers that keep less."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -92,6 +92,10 @@ class _Scaling(Attached):
         self._strength = 1.0
         least, most = (f(self._factors[name] for name in parameters) for f in (min, max))
         self.found = f"updates of {len(parameters)} tensors, times {least:.3g} to {most:.3g}"
+
+    @property
+    def recording(self) -> Hashable:
+        return self._strength
 
     def set_strength(self, strength: float) -> None:
         self._strength = strength

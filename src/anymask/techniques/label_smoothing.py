@@ -1,5 +1,6 @@
 """Smoothed labels."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -68,6 +69,10 @@ class _Smoothing(Attached):
     def __init__(self, eps: float, strength: Tensor) -> None:
         self.eps, self.strength = eps, strength
         self.found = f"eps {eps:g}"
+
+    @property
+    def recording(self) -> Hashable:
+        return ()  # its strength is a tensor
 
     def set_strength(self, strength: float) -> None:
         self.strength.fill_(strength)

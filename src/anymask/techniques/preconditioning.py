@@ -1,7 +1,7 @@
 """Preconditioning: each neuron's gradient times the inverse root of the covariance of the few inputs that it keeps."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -115,8 +115,9 @@ class _Preconditioning(Attached):
         self._strength, self._step, self._mask = 1.0, context.start, context.needs_mask(settings.name)
         self._places = {name: self._place(name, self._mask) for name in layers}
         self._seen: dict[str, Tensor] = {}  # covariances of this step's look
-        self._covariances: dict[str, Tensor] = {}
+        self._covariances: dict[str, Tensor] = {}  # on the CPU, as its roots: a GPU is slow with small matrices
         self._matrices: dict[str, Tensor] = {}
+        self._placed = 0  # how often one of them came to lie somewhere else
         places = self._places.values()
         width = max(p.width for p in places)
         self.found = f"{len(layers)} of {total} masked weights, {sum(p.blocks for p in places)} matrices of up to {width} x {width}"
@@ -124,6 +125,13 @@ class _Preconditioning(Attached):
         self._due = True  # whether some layer needs a look before its time
         self._silent = -1  # the step of which it is known that nobody looks: each layer asks
         self._handles = [layer.register_forward_pre_hook(_Look(self, name), with_kwargs=True) for name, layer in layers.items()]
+
+    @property
+    def recording(self) -> Hashable:
+        return self._strength, self._placed
+
+    def replayed(self) -> None:
+        self._step += 1
 
     def set_strength(self, strength: float) -> None:
         self._strength = strength
@@ -200,7 +208,6 @@ class _Preconditioning(Attached):
                 seen = from_rank(self._seen.get(name))
                 if seen is None or not seen.isfinite().all():
                     continue
-                seen = seen.to(self._layers[name].weight.device)
                 old = self._covariances.get(name)
                 self._know(name, seen if old is None else old.lerp(seen, 1 - self._settings.decay), each=each)
         self._seen, self._due = {}, False
@@ -208,7 +215,12 @@ class _Preconditioning(Attached):
     def _know(self, name: str, covariances: Tensor, *, each: Each = map) -> None:
         s, places = self._settings, self._places[name]
         self._covariances[name] = covariances
-        self._matrices[name] = places.roots(covariances, power=s.power, damping=s.damping, each=each)
+        made, known = places.roots(covariances, power=s.power, damping=s.damping, each=each), self._matrices.get(name)
+        if known is None or known.shape != made.shape or known.device != self._layers[name].weight.device:
+            self._matrices[name] = made.to(self._layers[name].weight.device)
+            self._placed += 1
+        else:
+            known.copy_(made)  # in place, for steps that were recorded
 
     # -- where weights are
     def _follow(self) -> bool:
@@ -221,14 +233,14 @@ class _Preconditioning(Attached):
                 self._places[name] = self._place(name, mask)
                 known = [of.pop(name, None) for of in (self._seen, self._covariances, self._matrices)]
                 if known[1] is not None and not other:
-                    self._know(name, known[1].to(layer.weight.device))
+                    self._know(name, known[1])
             moved = moved or other
         self._mask, self._due, self._silent = mask, self._due or moved, -1
         if loaded:
             self._due = loaded["due"]
             for name in self._layers:
                 if loaded.get(f"blocks.{name}") == _digest(mask[name]):
-                    self._know(name, self._places[name].symmetric(loaded[f"covariance.{name}"].to(self._layers[name].weight.device)))
+                    self._know(name, self._places[name].symmetric(loaded[f"covariance.{name}"].cpu()))
                 elif f"covariance.{name}" in loaded:  # the mask moved after the step that was saved, or blocks were in another order then
                     self._due = True
         return moved

@@ -13,7 +13,7 @@ from anymask.registry import unknown
 from anymask.train.sparsity import sparse_possible
 
 DIAGNOSE = ("off", "on", "sharpness")
-COMPILE = ("off", "on")
+COMPILE = ("off", "on", "graph")
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,17 @@ class Computing:
     compile: str = "off"
     diagnose: str = "off"
 
-    def check(self, *, device: str, precision: str, masked: bool = True, moves: bool = False) -> None:
+    def check(self, *, device: str, precision: str, accumulate: int = 1, masked: bool = True, moves: bool = False) -> None:
         """Raise before any work what `fit` would raise after some of it.
 
         Raises:
             UnknownName: for a value that there is not.
-            SettingError: for sparse="on" or compile="on" where it cannot be.
+            SettingError: for sparse="on", compile="on" or compile="graph" where it cannot be.
         """
         check_diagnose(self.diagnose)
         check_compile(self.compile)
+        if self.compile == "graph":
+            _check_graph(precision=precision, accumulate=accumulate, moves=moves)
         sparse_possible(self.sparse, device=device, precision=precision, masked=masked, moves=moves)
 
 
@@ -43,11 +45,27 @@ def check_diagnose(mode: str) -> None:
 
 
 def check_compile(mode: str) -> None:
-    """Raise for a `compile` that there is not, and for "on" on several ranks."""
+    """Raise for a `compile` that there is not, and for others than "off" on several ranks."""
     if mode not in COMPILE:
         raise unknown(mode, COMPILE, what="value of compile:")
-    if mode == "on" and ranks() > 1:
-        raise SettingError(f"compile='on' came on {ranks()} ranks", allowed="one process", fix="leave compile at 'off'")
+    if mode != "off" and ranks() > 1:
+        raise SettingError(f"compile={mode!r} came on {ranks()} ranks", allowed="one process", fix="leave compile at 'off'")
+
+
+def _check_graph(*, precision: str, accumulate: int, moves: bool) -> None:
+    """Raise where steps cannot be recorded: what they do depends on numbers on the device, or several batches make one."""
+    reasons = {
+        "a mask that moves": moves,
+        "precision float16, whose GradScaler looks at the gradients": precision == "float16",
+        f"accumulate as {accumulate}": accumulate > 1,
+    }
+    for reason, there in reasons.items():
+        if there:
+            raise SettingError(
+                f"compile='graph' came with {reason}",
+                allowed="a mask that stays, float32 or bfloat16, and one batch for each step",
+                fix="leave compile at 'off', or change that",
+            )
 
 
 def compiled(model: nn.Module, *, accumulate: int) -> Callable[[Tensor], Any]:

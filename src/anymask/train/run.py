@@ -23,9 +23,12 @@ from anymask.recipe import Recipe
 from anymask.techniques.distillation import Distillation, Remembered
 from anymask.train import checkpoint
 from anymask.train.computing import Computing, compiled
+from anymask.train.graphs import Recorder, rates_on_device
 from anymask.train.settings import Protocol, autocast_dtype, set_lr
 from anymask.train.sparsity import SparseLayers, slots_loaded, slots_stored, sparse_possible
 from anymask.train.spread import Spread
+
+_MOMENT = 0.05  # seconds
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Run:
         self.hold = None if mask is None else hold(mask, model, self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device, enabled=protocol.precision == "float16")
         self.layers = SparseLayers(model, self.optimizer)
+        self.saved = 0.0, 0.0  # when, and what it took
         # Whatever stops a training (Ctrl-C in a forward pass, too), the model is plain and dense after it, without a hook.
         self.leaving = ExitStack()
         if self.hold is not None:
@@ -103,8 +107,8 @@ class Run:
         computing: Computing,
     ) -> None:
         """Convert the layers, attach the recipe, and go on from the checkpoint, if there is one. Within `leaving`."""
-        moves, diagnose = moving is not None, computing.diagnose
-        computing.check(device=self.device, precision=self.protocol.precision, masked=self.hold is not None, moves=moves)
+        moves, diagnose, p = moving is not None, computing.diagnose, self.protocol
+        computing.check(device=self.device, precision=p.precision, accumulate=p.accumulate, masked=self.hold is not None, moves=moves)
         saved = None if self.file is None else checkpoint.load(self.file, device=self.device)
         # Before the recipe: its ghosts would hide which ReLU follows which norm, and LRsI makes the layers dense by itself.
         self._convert(computing.sparse, moves=moves, known=saved.get("sparse") if saved else None)
@@ -130,6 +134,7 @@ class Run:
         self.spread.begin()
         network = self.spread.network
         self.forward = compiled(network, accumulate=self.protocol.accumulate) if computing.compile == "on" else network
+        self.recorder = Recorder(self._make, device=self.device) if computing.compile == "graph" else None
         self.seed = seed
         self.spread.draw(seed, self.step)
         self.strengths = self.recipe.strengths
@@ -150,8 +155,26 @@ class Run:
             samples, mirrored, _ = self.spread.part(*train.samples(epoch, batch))
             self.remembered.look(mirrored.long(), samples)
 
-    def add(self, x: Tensor, y: Tensor, *, last: bool) -> None:
-        """Add the gradients of one batch; `last` before a step."""
+    def take(self, x: Tensor, y: Tensor, *, last: bool) -> None:
+        """Add the gradients of one batch, and make a step if it is the `last` before one."""
+        if self.recorder is not None:
+            rates_on_device(self.optimizer)
+        set_lr(self.optimizer, self.protocol.lr_at(self.step, total=self.total, per_epoch=self.per_epoch))
+        if self.recorder is not None:
+            if self.recorder.make(x, y, phase=self.recipe.recording):
+                self.recipe.replayed()
+        else:
+            self._make(x, y, last=last)
+        if last:
+            self._count()
+
+    def _make(self, x: Tensor, y: Tensor, *, last: bool = True) -> None:
+        """All that the device does."""
+        self._add(x, y, last=last)
+        if last:
+            self._update()
+
+    def _add(self, x: Tensor, y: Tensor, *, last: bool) -> None:
         x, y, weight = self.spread.part(x, y)
         with self.spread.adding(last=last):
             with self.autocast():
@@ -161,15 +184,16 @@ class Run:
             self.loss += loss.detach()
             self.scaler.scale(loss / self.protocol.accumulate).backward()
 
-    def update(self) -> None:
-        """One step of the optimiser and of the recipe."""
-        set_lr(self.optimizer, self.protocol.lr_at(self.step, total=self.total, per_epoch=self.per_epoch))
+    def _update(self) -> None:
         if self.protocol.clip:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.protocol.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+
+    def _count(self) -> None:
+        """A step was made."""
         self.strengths = self.recipe.strengths  # of the step that was just made
         self.recipe.step()
         self.progress["step"] += 1
@@ -198,7 +222,8 @@ class Run:
             moved = sum(move.dropped for move in self.rewiring.history) - sum(curves.setdefault("moved", []))
             curves["moved"].append(moved)
             curves.setdefault("density", []).append(self.rewiring.mask.density)
-        self.save()
+        if not self._dear():
+            self.save()
 
     def _remember(self, score: float | None, *, epoch: int) -> None:
         """Keep the weights, and a mask that moves, where they are the best so far; not before a mask that shrinks has its sparsity."""
@@ -213,6 +238,8 @@ class Run:
     def finish(self, *, stop: int, validation: Batches | None, test: Batches | None) -> Result:
         """The plain model with the chosen checkpoint's weights, and what it is worth."""
         self.spread.end()
+        if self.recorder is not None:
+            self.recorder.forget()
         self.recipe.finish(early=stop < self.total)
         self.layers.leave()
         self._check_shrunk(whole=stop == self.total)
@@ -255,7 +282,14 @@ class Run:
         state = {name: part.state_dict() for name, part in parts.items()}
         state["optimizer"] = slots_stored(self.model, self.optimizer)
         how = {"sparse": self.layers.names, "diagnose": self.diagnose}
+        began = time.monotonic()
         checkpoint.save(self.file, {**state, "loss": self.loss, "progress": self.progress, **how})
+        self.saved = time.monotonic(), time.monotonic() - began
+
+    def _dear(self) -> bool:
+        """Whether one more checkpoint file would make them take over a twentieth of the time; those that take a moment never are."""
+        when, took = self.saved
+        return took > _MOMENT and time.monotonic() - when < 20 * took
 
     def _convert(self, sparse: str, *, moves: bool, known: list[str] | None) -> None:
         where: dict[str, Any] = {"device": self.device, "precision": self.protocol.precision, "model": self.model}

@@ -134,9 +134,12 @@ def _reached(drop: str, *, step: int, done: float, total: int, per_epoch: int) -
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Give every group of `optimizer` the learning rate `lr`."""
+    """Give every group of `optimizer` the learning rate `lr`; where one is a tensor, in place."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:

@@ -94,7 +94,7 @@ class SparseLayers:
 
 
 def slots_stored(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """The state dict of `optimizer` as that of the dense training: the slots of sparse layers have the dense shape.
+    """The state dict of `optimizer` as that of the dense training: slots of sparse layers have the dense shape, learning rates are numbers.
 
     Example:
         >>> net = nn.Linear(2, 2)
@@ -105,7 +105,8 @@ def slots_stored(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     def scatter(layer: Any, slot: Tensor) -> Tensor:
         return layer.scatter(slot) if slot.shape == layer.weight.shape else slot
 
-    return _converted(model, optimizer, optimizer.state_dict(), scatter)
+    stored = _converted(model, optimizer, optimizer.state_dict(), scatter)
+    return {**stored, "param_groups": [group | {"lr": float(group["lr"])} for group in stored["param_groups"]]}
 
 
 def slots_loaded(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:

@@ -1,0 +1,102 @@
+"""Several trainings in one process: threads that take turns in telling the device what to do, each in a stream of its own."""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+
+import torch
+
+from anymask.sweep.run import Stopped
+from anymask.train.graphs import own_stream
+
+_STEPS = 8  # of the optimiser in a turn: to pass it on takes about 20 microseconds
+
+
+class Turns:
+    """Of the threads that have entered, one runs, until it passes its turn on: in the order in which they came.
+
+    What each of them draws at random is what it would draw alone.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False  # set it to end all of them at their next turn
+        self._lock, self._waiting, self._taken = threading.Lock(), deque[threading.Semaphore](), False
+        self._steps = threading.local()
+
+    def __enter__(self) -> "Turns":
+        with self._lock:
+            if not self._taken:
+                self._taken = True
+                return self
+            mine = threading.Semaphore(0)
+            self._waiting.append(mine)
+        mine.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._taken = False
+
+    def step(self) -> None:
+        """After a step: let the next one run, every few steps.
+
+        Raises:
+            Stopped: where all are to end.
+        """
+        made = self._steps.made = getattr(self._steps, "made", 0) + 1
+        if made % _STEPS == 0:
+            self.rest(0.0)
+
+    def rest(self, seconds: float) -> None:
+        """Let others run for at least so long.
+
+        Raises:
+            Stopped: where all are to end.
+        """
+        if self.stopped:
+            raise Stopped
+        cuda = torch.cuda.is_initialized()
+        drawn = torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
+        self.__exit__()
+        if seconds:
+            threading.Event().wait(seconds)
+        self.__enter__()
+        torch.set_rng_state(drawn[0])
+        if drawn[1] is not None:
+            torch.cuda.set_rng_state(drawn[1])
+
+
+def taking_turns(work: Callable[[Turns], None], number: int, *, cuda: bool) -> None:
+    """Call `work` in `number` threads, until all have ended.
+
+    Raises:
+        Whatever the first that failed raised; the others then end at their next turn.
+    """
+    turns, errors = Turns(), list[BaseException]()
+
+    def run() -> None:
+        with turns:
+            try:
+                with own_stream() if cuda else nullcontext(), suppress(Stopped):
+                    work(turns)
+            except BaseException as error:
+                errors.append(error)
+                turns.stopped = True
+
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(number)]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException:  # Ctrl-C comes to this thread
+        turns.stopped = True
+        for thread in threads:
+            thread.join()
+        raise
+    if errors:
+        raise errors[0]
