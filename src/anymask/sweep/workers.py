@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from anymask.sweep.compare import Watcher
-from anymask.sweep.run import LOOK_AGAIN, Stopped, Worker
+from anymask.sweep.run import LOOK_AGAIN, Benches, Stopped, Worker
 from anymask.sweep.turns import taking_turns
 
 INTERRUPTED, NO_MEMORY = 130, 3
@@ -88,6 +88,7 @@ def _work(planned: Any, folder: Any, settings: dict[str, Any], threads: int, str
     try:
         if streams > 1:
             cuda = torch.cuda.is_available() and any(task.part.experiment.device != "cpu" for task in planned)
+            settings |= {"benches": Benches()}  # the data once for all of them
             taking_turns(lambda turns: Worker(planned, folder, **settings, turns=turns).work(Watcher()), streams, cuda=cuda)
             return
         with suppress(Stopped):
