@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu.sh              unpack the data, if they are not, and train as much as the time allows
 #   benchmarks/gpu.sh --data-only  unpack what is there, say what is missing, and stop
-#   benchmarks/gpu.sh [option]...  other options go to `anymask sweep`, such as --workers 4
+#   benchmarks/gpu.sh [option]...  other options go to `anymask sweep`, after --compile graph --streams 4
 #
 # Finished trainings are in results/paper/ledger.jsonl, which is what gets committed. What belongs to the machine (masks,
 # checkpoints of stopped trainings) is in runs/paper, which git ignores. A run begins by bringing together the rows of both, so
@@ -12,6 +12,9 @@
 # On a machine that takes parts of 64 MiB only, carry the packs (../shared/data/README.md: the files and unpack.py) one after the
 # other into data-local/packs, with --data-only each time; what is unpacked stays in data-local. Where $OUT names a folder, the ledger
 # and the rounds of lottery tickets are left there to be taken home; runs/tickets.tar.gz, if there, is unpacked before the next run.
+#
+# Masks cost a GPU time that trainings could have (SynFlow 33 s for a ResNet-18, on an H200): make them before, on any machine, by
+# `anymask sweep plans/paper.toml --out runs/paper --masks-only`, and carry runs/paper/masks. A second process pays less than more streams.
 #
 # Settings: LIMIT seconds for the whole run (590), PLAN, RUN, LEDGER, DATA, PACKS, PYTHON, DEVICE. The exit code is that of `anymask sweep`.
 set -euo pipefail
@@ -132,7 +135,7 @@ budget=$((LIMIT - 50 - SECONDS)) # room for the start, for the end of an epoch o
 ((budget >= 60)) || fail "$SECONDS s went to the data, and too little of $LIMIT s is left" "call it again"
 code=0
 timeout --signal=INT --kill-after=10 "$((LIMIT - 10 - SECONDS))" \
-    "$PYTHON" -m anymask sweep "$PLAN" --out "$RUN" --budget "${budget}s" --device "$DEVICE" "$@" || code=$?
+    "$PYTHON" -m anymask sweep "$PLAN" --out "$RUN" --budget "${budget}s" --device "$DEVICE" --compile graph --streams 4 "$@" || code=$?
 
 merge "$RUN/ledger.jsonl" "$LEDGER"
 take_home

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, stdev
 
+import gpu_tables
 import method_tables
 import network_table
 import recipe_tables
@@ -163,6 +164,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "tuning-early": tuning_early,
     "references": references,
     "cifar100-table": lambda: table(rows("cifar100")) + "\n" + seconds("cifar100"),
+    **gpu_tables.PARTS,
     **recipe_tables.PARTS,
     **speed_tables.PARTS,
 }

@@ -205,3 +205,17 @@ def test_mistakes_of_report_are_told(anymask, two, monkeypatch, words, says):
     said = anymask("report", *words)
     assert said.code == 2
     assert said.err.startswith(f"Error: {says}")
+
+
+def test_masks_only_makes_masks_and_streams_train_with_them(anymask, plan, tmp_path):
+    out = tmp_path / "run"
+    said = anymask("sweep", plan, "--out", out, "--masks-only")
+    assert said.code == 0
+    assert said.err == f"Mask folder, resnet8-0.25x, snip 0.9, default, seed 0\n1 masks are in {out / 'masks'}.\n"
+    assert not (out / "ledger.jsonl").exists()
+    said = anymask("sweep", plan, "--out", out, "--sparse", "off", "--compile", "graph", "--streams", "2")
+    assert said.code == 0
+    assert "3 of 3 trainings are finished" in said.err
+    said = anymask("sweep", plan, "--out", out, "--streams", "2")
+    assert (said.code, "Traceback" in said.err) == (2, False)
+    assert "without compile='graph'" in said.err

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -15,7 +16,7 @@ import pytest
 
 from anymask.errors import SettingError
 from anymask.runlog import Ledger
-from anymask.sweep import Cell, Outcome, Runner, Watcher, read_plan, sweep, tasks
+from anymask.sweep import Cell, Outcome, Runner, Watcher, make_masks, read_plan, sweep, tasks
 from anymask.sweep.claims import claimed, make_once
 from anymask.sweep.masks import Masks
 from anymask.sweep.run import Benches, Clock, Stopped
@@ -276,6 +277,20 @@ def test_of_two_workers_one_is_killed_and_the_other_does_the_rest_each_once(plan
     assert sorted(log.names) == sorted(row["id"] for row in rows(tmp_path)) == sorted(row["id"] for row in whole[0])
     assert {row["id"]: row["accuracy"] for row in rows(tmp_path)} == {row["id"]: row["accuracy"] for row in whole[0]}
     assert len(log.cells) == CELLS
+
+
+def test_masks_that_were_made_elsewhere_are_trained_with(plan: Path, whole: Any, tmp_path: Path) -> None:
+    told: list[str] = []
+    assert make_masks(read_plan(plan), tmp_path / "there", DENSELY, told=lambda task: told.append(str(task.cell))) == 4
+    assert len(told) == 4
+    assert make_masks(read_plan(plan), tmp_path / "there", DENSELY, told=lambda task: told.append("again")) == 4
+    assert "again" not in told
+    assert not rows(tmp_path / "there")
+    shutil.copytree(tmp_path / "there", tmp_path / "here")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Masks, "make", None)  # nothing is left to make
+        sweep(read_plan(plan), tmp_path / "here", computing=DENSELY)
+    assert {row["id"]: row["accuracy"] for row in rows(tmp_path / "here")} == {row["id"]: row["accuracy"] for row in whole[0]}
 
 
 def test_several_trainings_in_one_process_end_as_each_alone(plan: Path, whole: Any, tmp_path: Path) -> None:

@@ -34,6 +34,9 @@ def sweep(
     ] = None,
     budget: Budget = None,
     dry_run: Annotated[bool, Parameter(group=RUN, negative=(), help="Only show which trainings would run.")] = False,
+    masks_only: Annotated[
+        bool, Parameter(group=RUN, negative=(), help="Only make the masks, in the run folder; a machine that has a copy of it trains.")
+    ] = False,
     sparse: Sparse = "auto",
     compile: Compile = "off",
     diagnose: Diagnose = "off",
@@ -47,6 +50,10 @@ def sweep(
         return _show(sweeping.tasks(wanted, out, computing, device=None if ray is None else "cpu"), finished=Ledger(out / LEDGER).ids())
     writable(out)
     try:
+        if masks_only:
+            made = sweeping.make_masks(wanted, out, computing, told=lambda task: say([f"Mask {task.cell}"]))
+            say([f"{made} masks are in {out / 'masks'}."])
+            return 0
         with watching() as watcher:
             how: dict[str, Any] = {"budget": budget, "workers": workers, "streams": streams, "ray": ray, "computing": computing}
             outcome = sweeping.sweep(wanted, out, **how, watcher=watcher)

@@ -4,7 +4,7 @@ from anymask.sweep.compare import Cell, Grid, Runner, Watcher, cells, compare
 from anymask.sweep.inspect import Network, look, look_at
 from anymask.sweep.masks import DENSE
 from anymask.sweep.plan import Plan, read_plan
-from anymask.sweep.run import Outcome, Task, budget_seconds, sweep, tasks
+from anymask.sweep.run import Outcome, Task, budget_seconds, make_masks, sweep, tasks
 from anymask.sweep.single import cell_of, prune_to, train_one
 from anymask.sweep.study import Studied, study
 from anymask.sweep.studyfile import Study, read_study
@@ -27,6 +27,7 @@ __all__ = [
     "compare",
     "look",
     "look_at",
+    "make_masks",
     "prune_to",
     "read_plan",
     "read_study",

@@ -270,8 +270,9 @@ class Runner:
 def versions() -> dict[str, str | None]:
     """What a row was made with."""
     here = Path(anymask.__file__).parent
-    git = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    commit = git.stdout.strip() if git.returncode == 0 else os.environ.get("ANYMASK_COMMIT")  # of a copy without its repository
+    asked = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
+    git = subprocess.run(asked, capture_output=True, text=True, check=False)
+    commit = os.environ.get("ANYMASK_COMMIT") or (git.stdout.strip() if git.returncode == 0 else None)  # said for a copy elsewhere
     return {"anymask": anymask.__version__, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
 
 

@@ -207,6 +207,30 @@ def tasks(
     return list(once.values())
 
 
+def make_masks(plan: Plan, folder: str | Path, computing: Computing | None = None, *, told: Callable[[Task], None] | None = None) -> int:
+    """Make the masks that trainings of `plan` begin with, where `folder` lacks them: another machine may train with a copy of it.
+
+    May be stopped at any moment and called again; the search for a lottery ticket goes on with its next round.
+
+    Args:
+        told: called before each mask that is made.
+
+    Returns:
+        How many masks of the plan are in `folder`.
+    """
+    benches, wanted = Benches(), dict[Path, Task]()
+    for task in tasks(plan, folder, computing):
+        if task.mask is not None:
+            wanted.setdefault(task.mask, task)
+    for file, task in wanted.items():
+        if not file.exists():
+            if told is not None:
+                told(task)
+            runner = benches.runner(task.part, folder, computing)
+            runner.start(task.cell, runner.bench.model(task.cell.seed))
+    return len(wanted)
+
+
 def _task(runner: Runner, part: Part, cell: Cell) -> Task:
     where = {"data": part.experiment.data, "model": part.experiment.model}
     file = runner.masks.file(cell.mask, sparsity=cell.sparsity, seed=cell.seed)

@@ -114,7 +114,7 @@ def fit(
         "sparsity": sparsity,
         "computing": Computing(sparse, compile, diagnose),
     }
-    with own_stream() if compile == "graph" and next(model.parameters()).is_cuda else nullcontext():
+    with own_stream() if compile != "off" and next(model.parameters()).is_cuda else nullcontext():
         mask = None if mask is None else mask.broadcast()
         run = Run(model, train, mask=mask, protocol=protocol, first_step=first_step, file=checkpoint_file)
         with run.leaving:

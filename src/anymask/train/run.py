@@ -133,8 +133,9 @@ class Run:
         self.diagnose, self.watch = diagnose, self._watched(diagnose, saved)
         self.spread.begin()
         network = self.spread.network
-        self.forward = compiled(network, accumulate=self.protocol.accumulate) if computing.compile == "on" else network
-        self.recorder = Recorder(self._make, device=self.device) if computing.compile == "graph" else None
+        records = computing.records(p, device=self.device, moves=moves)
+        self.forward = compiled(network, recorded=records, accumulate=p.accumulate) if computing.compile == "on" else network
+        self.recorder = Recorder(self._make, device=self.device) if records else None
         self.seed = seed
         self.spread.draw(seed, self.step)
         self.strengths = self.recipe.strengths
