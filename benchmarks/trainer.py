@@ -194,7 +194,7 @@ def in_streams(name: str, plan: Plan, number: int, *, precision: str = "bfloat16
         by_fit(name, plan, compile="graph", precision=precision, after=wait, on_step=turns.step)
         ended.append(time.perf_counter())
 
-    taking_turns(work, number, cuda=plan.device == "cuda")
+    taking_turns(work, number, device=plan.device)
     return number * plan.images * (plan.epochs - 1) / (max(ended) - max(begun))
 
 

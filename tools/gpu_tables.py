@@ -37,7 +37,14 @@ def gpu_rates() -> str:
             rate = row["images a second"]
             whole = f"{182 * 45_000 / rate:,.0f}"
             lines.append([network, way, str(row["streams"]), f"{rate:,}", f"{rate / plain:.2f}x", whole])
-    head = ["network", "way", "at once", "images / s in all", "times the plain loop", "of 182 epochs of 45,000 images, s each (computed)"]
+    head = [
+        "network",
+        "way",
+        "at once",
+        "images / s in all",
+        "times the plain loop",
+        "182 epochs of 45,000, s a training (computed)",
+    ]
     return (
         "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *lines])
         + f"\n\n{made['when']}, {made['machine']}, commit {made['commit']}; one run each.\n"

@@ -62,7 +62,8 @@ class Diagnostics:
                 fix="watch the same training without fully_shard",
             )
         self._device = next(iter(self.weights.values())).device
-        self._forget()
+        self._squares = torch.zeros(len(self.weights), device=self._device)  # both stay where they are, for steps that were recorded
+        self._steps = torch.zeros(len(self.weights), device=self._device, dtype=torch.int32)
         self._start = {name: weight.clone() for name, weight in self._dense().items()}
         self._before = _signs(self._start)
         self._handle = optimizer.register_step_pre_hook(self._hear)
@@ -99,7 +100,8 @@ class Diagnostics:
             "distance_overall": _ratio(math.hypot(*moved.values()), math.hypot(*size.values())),
         }
         self._before = signs
-        self._forget()
+        self._squares.zero_()
+        self._steps.zero_()
         return found
 
     def remove(self) -> None:
@@ -108,12 +110,13 @@ class Diagnostics:
 
     def state_dict(self) -> dict[str, Any]:
         """What this knows of the training so far, so that it can be resumed: the start, the last signs, the sums since then."""
-        return {"start": self._start, "before": self._before, "squares": self._squares, "steps": self._steps}
+        return {"start": self._start, "before": self._before, "squares": self._squares.clone(), "steps": self._steps.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self._start, self._before = dict(state["start"]), dict(state["before"])
-        self._squares, self._steps = state["squares"], state["steps"]
+        self._squares.copy_(state["squares"])
+        self._steps.copy_(state["steps"])
 
     @torch.no_grad()
     def _hear(self, optimizer: Optimizer, *_: Any) -> None:
@@ -122,11 +125,8 @@ class Diagnostics:
         scale = getattr(optimizer, "grad_scale", None)  # of a fused optimiser, which unscales in its step
         squares = (norms if scale is None else norms / scale).square()
         finite = torch.isfinite(squares)
-        self._squares, self._steps = self._squares + torch.where(finite, squares, 0), self._steps + finite
-
-    def _forget(self) -> None:
-        self._squares = torch.zeros(len(self.weights), device=self._device)
-        self._steps = torch.zeros(len(self.weights), device=self._device, dtype=torch.int32)
+        self._squares += torch.where(finite, squares, 0)
+        self._steps += finite
 
     def _dense(self) -> dict[str, Tensor]:
         """The weights in their dense shapes, whether they are stored so or not; zeros where pruned."""

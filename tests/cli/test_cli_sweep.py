@@ -211,11 +211,14 @@ def test_masks_only_makes_masks_and_streams_train_with_them(anymask, plan, tmp_p
     out = tmp_path / "run"
     said = anymask("sweep", plan, "--out", out, "--masks-only")
     assert said.code == 0
-    assert said.err == f"Mask folder, resnet8-0.25x, snip 0.9, default, seed 0\n1 masks are in {out / 'masks'}.\n"
+    [file] = (out / "masks").glob("*.mask")
+    assert said.err == f"Making {file.name}\nMasks in {out / 'masks'}: 1\n"
     assert not (out / "ledger.jsonl").exists()
     said = anymask("sweep", plan, "--out", out, "--sparse", "off", "--compile", "graph", "--streams", "2")
     assert said.code == 0
     assert "3 of 3 trainings are finished" in said.err
+    assert json.loads((out / "ledger.jsonl").read_text().splitlines()[0])["machine"]["streams"] == 2
+    assert anymask("sweep", plan, "--out", out, "--masks-only", "--budget", "9m").code == 2
     said = anymask("sweep", plan, "--out", out, "--streams", "2")
     assert (said.code, "Traceback" in said.err) == (2, False)
     assert "without compile='graph'" in said.err

@@ -21,6 +21,7 @@ from anymask.sweep.claims import claimed, make_once
 from anymask.sweep.masks import Masks
 from anymask.sweep.run import Benches, Clock, Stopped
 from anymask.train import Computing
+from anymask.train.graphs import NotRecordedError
 from tests.sweep.plans import CELLS, DENSELY, FAILING, PLAN, write_images, write_plan
 
 KILLS = 8
@@ -277,6 +278,16 @@ def test_of_two_workers_one_is_killed_and_the_other_does_the_rest_each_once(plan
     assert sorted(log.names) == sorted(row["id"] for row in rows(tmp_path)) == sorted(row["id"] for row in whole[0])
     assert {row["id"]: row["accuracy"] for row in rows(tmp_path)} == {row["id"]: row["accuracy"] for row in whole[0]}
     assert len(log.cells) == CELLS
+
+
+def test_a_step_that_cannot_be_recorded_ends_the_sweep_and_is_noted(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(self: Any, cell: Cell, *_: Any, **__: Any) -> None:
+        raise NotRecordedError("a step could not be recorded", allowed="others", fix="leave compile at 'off'")
+
+    monkeypatch.setattr(Runner, "train", train)
+    with pytest.raises(NotRecordedError):
+        sweep(read_plan(plan), tmp_path, computing=replace(DENSELY, compile="graph"))
+    assert [row["type"] for row in Ledger(tmp_path / "failures.jsonl").rows()] == ["NotRecordedError"]
 
 
 def test_masks_that_were_made_elsewhere_are_trained_with(plan: Path, whole: Any, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def test_one_runs_at_a_time_and_all_come_round() -> None:
             inside.pop()
             turns.step()
 
-    taking_turns(work, 3, cuda=False)
+    taking_turns(work, 3, device="cpu")
     turns = [order[at] for at in range(0, 72, 8)]
     assert order == [name for name in turns for _ in range(8)]
     assert turns[:3] == turns[3:6] == turns[6:]
@@ -43,7 +43,7 @@ def test_each_draws_what_it_would_draw_alone() -> None:
             turns.rest(0.0)
 
     with torch.random.fork_rng(devices=[]):
-        taking_turns(work, 3, cuda=False)
+        taking_turns(work, 3, device="cpu")
         for seed, numbers in drawn.items():
             torch.manual_seed(seed)
             assert numbers == [float(torch.rand(())) for _ in range(20)]
@@ -65,8 +65,23 @@ def test_what_one_raises_ends_the_others() -> None:
             raise
 
     with pytest.raises(MemoryError):
-        taking_turns(work, 3, cuda=False)
+        taking_turns(work, 3, device="cpu")
     assert ended == ["first", "other", "other"]
+
+
+def test_who_has_not_begun_does_not_begin_when_all_are_to_end() -> None:
+    begun: list[int] = []
+
+    def work(turns: Turns) -> None:
+        begun.append(1)
+        if len(begun) == 1:
+            threading.Event().wait(0.1)  # until the others wait
+        turns.stopped = True
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        taking_turns(work, 3, device="cpu")
+    assert begun == [1]
 
 
 def test_who_rests_lets_others_run() -> None:
@@ -80,5 +95,5 @@ def test_who_rests_lets_others_run() -> None:
         else:
             log.append("runs")
 
-    taking_turns(work, 2, cuda=False)
+    taking_turns(work, 2, device="cpu")
     assert log == ["rests", "runs", "rested"]

@@ -1,8 +1,10 @@
 """Trainings by recorded steps. On a CPU what is recorded is called again, so all but the CUDA graph itself is held here, bit for bit."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -12,9 +14,9 @@ from anymask import Recipe, hold
 from anymask.errors import SettingError
 from anymask.kernels import available
 from anymask.surgery import fingerprint
-from anymask.techniques import DensityLR, Preconditioning
+from anymask.techniques import DensityLR, GhostActivation, Preconditioning
 from anymask.train import graphs
-from anymask.train.graphs import WARM, Recorder
+from anymask.train.graphs import WARM, NotRecordedError, Recorder
 from anymask.train.run import Run
 from tests.train.test_fit_compile import stop_in_epoch
 from tests.train.trainings import PROTOCOL, RECIPE, Net, mask_of, train_once
@@ -119,11 +121,12 @@ def test_rates_that_are_tensors_are_saved_as_numbers(tmp_path: Path, monkeypatch
     def on_device(optimizer: torch.optim.Optimizer) -> None:
         for group in optimizer.param_groups:
             group["lr"] = torch.as_tensor(group["lr"])
+            group["capturable"] = True
 
     monkeypatch.setattr("anymask.train.run.rates_on_device", on_device)
     result = train_once(Net(), protocol=SINGLE, compile="graph", file=tmp_path / "c.pt")
     groups = torch.load(tmp_path / "c.pt", weights_only=True)["optimizer"]["param_groups"]
-    assert all(type(group["lr"]) is float for group in groups)
+    assert all(type(group["lr"]) is float and group["capturable"] is False for group in groups)
     torch.testing.assert_close(result.curves["train_loss"], train_once(Net(), protocol=SINGLE).curves["train_loss"])
 
 
@@ -138,6 +141,79 @@ def test_rates_that_are_tensors_are_saved_as_numbers(tmp_path: Path, monkeypatch
 def test_what_cannot_be_recorded_is_refused(change: Callable[[], dict[str, object]], reason: str) -> None:
     with pytest.raises(SettingError, match=reason):
         train_once(Net(), compile="graph", **change())
+
+
+def test_all_that_a_recorded_step_reads_and_writes_stays_where_it_is() -> None:
+    """A CUDA graph knows addresses, not names."""
+    recipe = Recipe((GhostActivation(), DensityLR(), Preconditioning(every=5)))
+    places: dict[tuple[object, int], list[dict[str, int]]] = {}
+    begun: list[Run] = []
+    begin = Run.begin
+
+    class Noted(Recorder):
+        def make(self, x: Tensor, y: Tensor, *, phase: object) -> bool:
+            made = super().make(x, y, phase=phase)
+            if phase is not None and self._made[x.shape] > WARM:
+                places.setdefault((phase, len(x)), []).append(_places(begun[0], self._kinds[x.shape]))
+            return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("anymask.train.run.Recorder", Noted)
+        patch.setattr(Run, "begin", lambda self, *args, **how: (begun.append(self), begin(self, *args, **how))[1])
+        train_once(Net(), recipe=recipe, protocol=replace(SINGLE, epochs=20), compile="graph", sparse="off", diagnose="on")
+    assert len(places) == 4  # two phases of the ghost, two sizes of batches
+    for found in places.values():
+        assert len(found) > 1
+        assert all(place == found[0] for place in found)
+
+
+def _places(run: Run, kind: object) -> dict[str, int]:
+    assert run.hold is not None
+    assert run.watch is not None
+    assert isinstance(kind, graphs._Kind)
+    tensors = {"loss": run.loss, "x": kind.x, "y": kind.y, "squares": run.watch._squares, "steps": run.watch._steps}
+    tensors |= {f"weight {name}": tensor for name, tensor in [*run.model.named_parameters(), *run.model.named_buffers()]}
+    tensors |= {f"kept {name}": tensor for name, tensor in run.hold._kept.items()}
+    for number, state in enumerate(run.optimizer.state.values()):
+        tensors |= {f"slot {number} {name}": slot for name, slot in state.items() if isinstance(slot, Tensor)}
+    for name, (_, attached) in run.recipe._live.items():
+        if name == "preconditioning":
+            tensors |= {f"matrix {layer}": matrix for layer, matrix in attached._matrices.items()}
+        if name == "ghost_activation":
+            tensors["strength"] = attached._haunted.ghosts[0].strength
+    assert sum(name.startswith(("kept", "slot", "matrix")) for name in tensors) > 8
+    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+
+
+class _Graph:
+    """Stands in for torch.cuda.CUDAGraph in what happens when recording fails, for which there has to be no GPU."""
+
+    def capture_begin(self, *_: object) -> None:
+        pass
+
+    def capture_end(self) -> None:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("not permitted when stream is capturing\nmore"), torch.cuda.OutOfMemoryError("full")])
+def test_a_step_that_cannot_be_recorded_says_why(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+    steps: list[int] = []
+
+    def step(_x: Tensor, _y: Tensor) -> None:
+        steps.append(1)
+        if len(steps) > WARM:
+            raise error
+
+    recorder = Recorder(step, device="cuda")
+    for _ in range(WARM):
+        recorder.make(torch.ones(2), torch.ones(2), phase=())
+    with pytest.raises(type(error) if isinstance(error, torch.cuda.OutOfMemoryError) else NotRecordedError) as raised:
+        recorder.make(torch.ones(2), torch.ones(2), phase=())
+    assert str(error).split("\n", maxsplit=1)[0] in str(raised.value)
+    assert gc.isenabled()
+    assert not torch.backends.cudnn.benchmark
 
 
 def test_on_step_is_called_after_each_step() -> None:

@@ -81,9 +81,6 @@ Examples:
   # Four trainings in one process, on a GPU that a small network does not fill
   anymask sweep plan.toml --out runs/plan --compile graph --streams 4
 
-  # Find the masks here, train there with a copy of the folder
-  anymask sweep plan.toml --out runs/plan --masks-only
-
   # A core of a Ray cluster for each training (with a GPU for --device cuda)
   anymask sweep plan.toml --out runs/plan --ray 10.0.0.1:6379
 """,

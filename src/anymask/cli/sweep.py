@@ -49,10 +49,16 @@ def sweep(
     if dry_run:
         return _show(sweeping.tasks(wanted, out, computing, device=None if ray is None else "cpu"), finished=Ledger(out / LEDGER).ids())
     writable(out)
+    if masks_only and (workers, streams, ray, budget) != (1, 1, None, None):
+        raise SettingError(
+            "--masks-only came with --workers, --streams, --ray or --budget",
+            allowed="masks, made one after the other",
+            fix="leave one of the two out",
+        )
     try:
         if masks_only:
-            made = sweeping.make_masks(wanted, out, computing, told=lambda task: say([f"Mask {task.cell}"]))
-            say([f"{made} masks are in {out / 'masks'}."])
+            made = sweeping.make_masks(wanted, out, computing, told=lambda task: say([f"Making {task.mask.name if task.mask else ''}"]))
+            say([f"Masks in {out / 'masks'}: {made}"])
             return 0
         with watching() as watcher:
             how: dict[str, Any] = {"budget": budget, "workers": workers, "streams": streams, "ray": ray, "computing": computing}

@@ -163,18 +163,20 @@ class Runner:
 
     def __init__(self, bench: Bench, folder: str | Path, computing: Computing | None = None, *, moves: bool = False) -> None:
         self.bench, self.folder, self.computing = bench, Path(folder), computing or Computing()
-        self.computing.check(device=bench.device, precision=bench.protocol.precision, moves=moves)  # fails now, not after work
+        p = bench.protocol
+        self.computing.check(device=bench.device, precision=p.precision, accumulate=p.accumulate, moves=moves)  # fails now, not after work
         self.ledger = Ledger(self.folder / "ledger.jsonl")
         self.masks = Masks(bench, self.mask_file, self.computing)
         self.teachers = Teachers(bench, self.folder / "teachers", self.computing)
         self.on_step: Callable[[], None] | None = None
+        self.streams = 1
 
-    def take_turns(self, between: Callable[..., None], *, on_step: Callable[[], None] | None = None) -> None:
+    def take_turns(self, between: Callable[..., None], *, on_step: Callable[[], None] | None = None, streams: int = 1) -> None:
         """Wait for no other process that makes what this one needs (Busy), and call `between`, which may raise, within long makings.
 
-        `on_step` is called after each step of any training.
+        `on_step` is called after each step of any training; `streams` are beside each other in this process.
         """
-        self.on_step = on_step
+        self.on_step, self.streams = on_step, streams
         for maker in (self.masks, self.teachers):
             maker.wait, maker.between, maker.on_step = False, between, on_step
 
@@ -229,7 +231,7 @@ class Runner:
             "settings": self.settings(cell),
             "techniques": wanted.recipe.settings(),
             "versions": versions(),
-            "machine": machine(self.bench.device),
+            "machine": machine(self.bench.device) | ({"streams": self.streams} if self.streams > 1 else {}),
             "accuracy": result.accuracies(),
             "parameters": sum(p.numel() for p in model.parameters()),
             "density": self.density(result.mask, model),
@@ -270,10 +272,15 @@ class Runner:
 def versions() -> dict[str, str | None]:
     """What a row was made with."""
     here = Path(anymask.__file__).parent
-    asked = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
-    git = subprocess.run(asked, capture_output=True, text=True, check=False)
-    commit = os.environ.get("ANYMASK_COMMIT") or (git.stdout.strip() if git.returncode == 0 else None)  # said for a copy elsewhere
+    commit, changed = _git(here, "rev-parse", "--short", "HEAD"), _git(here, "status", "--porcelain", "--untracked-files=no", "--", ".")
+    commit = os.environ.get("ANYMASK_COMMIT") or (f"{commit}-dirty" if commit and changed else commit)  # said for a copy elsewhere
     return {"anymask": anymask.__version__, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    asked = ["git", "--no-optional-locks", "-C", str(folder), *words]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from anymask.sweep.compare import Cell, Runner, Watcher, cells
 from anymask.sweep.masks import is_dynamic, is_mask_file
 from anymask.sweep.plan import Part, Plan, naming
 from anymask.train import Computing
+from anymask.train.graphs import NotRecordedError
 
 if TYPE_CHECKING:
     from anymask.sweep.turns import Turns
@@ -342,13 +343,16 @@ class Worker:
                 raise
             except Exception as error:
                 self.note(task, error)
+                if isinstance(error, NotRecordedError):
+                    raise
                 return False
         watcher.finished(row)
         return True
 
     def _train(self, task: Task, watcher: Watcher) -> dict[str, Any]:
         runner = self.benches.runner(task.part, self.folder, self.computing)
-        runner.take_turns(self.clock.check, on_step=None if self.turns is None else self.turns.step)
+        beside: dict[str, Any] = {} if self.turns is None else {"on_step": self.turns.step, "streams": self.turns.number}
+        runner.take_turns(self.clock.check, **beside)
         clear_halves(runner.checkpoint_file(task.name))
         timed = _Timed(watcher, self.clock, epochs=task.part.protocol.epochs)
         watcher.cell(task.cell, epochs=timed.epochs)

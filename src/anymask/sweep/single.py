@@ -54,7 +54,8 @@ def train_one(
     Grid(masks=() if cell.mask == DENSE else (cell.mask,), sparsity=(cell.sparsity,), recipes=(cell.recipe,))  # checks the names
     bench = Bench(experiment or Experiment(), protocol or Protocol())
     watcher, computing, masked = watcher or Watcher(), computing or Computing(), cell.mask != DENSE
-    computing.check(device=bench.device, precision=bench.protocol.precision, masked=masked, moves=is_dynamic(cell.mask))
+    how: dict[str, Any] = {"precision": bench.protocol.precision, "accumulate": bench.protocol.accumulate}
+    computing.check(device=bench.device, **how, masked=masked, moves=is_dynamic(cell.mask))
     runner = _Single(bench, folder, computing)
     if is_mask_file(cell.mask):  # which tells its sparsity of this network only now
         cell = replace(cell, sparsity=file_sparsity(cell.mask, runner.bench.model(cell.seed)))

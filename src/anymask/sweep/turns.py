@@ -1,4 +1,4 @@
-"""Several trainings in one process: threads that take turns in telling the device what to do, each in a stream of its own."""
+"""Several trainings in one process: threads that take turns in telling a GPU what to do, each in a stream of its own."""
 
 import threading
 from collections import deque
@@ -16,10 +16,15 @@ _STEPS = 8  # of the optimiser in a turn: to pass it on takes about 20 microseco
 class Turns:
     """Of the threads that have entered, one runs, until it passes its turn on: in the order in which they came.
 
-    What each of them draws at random is what it would draw alone.
+    What each of them draws at random with PyTorch's global generators is what it would draw alone; a network that draws on the GPU in
+    recorded steps (dropout) is not: graphs of one device share where they draw from.
+
+    Args:
+        number: how many there will be.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
+        self.number = number
         self.stopped = False  # set it to end all of them at their next turn
         self._lock, self._waiting, self._taken = threading.Lock(), deque[threading.Semaphore](), False
         self._steps = threading.local()
@@ -70,33 +75,39 @@ class Turns:
             torch.cuda.set_rng_state(drawn[1])
 
 
-def taking_turns(work: Callable[[Turns], None], number: int, *, cuda: bool) -> None:
+def taking_turns(work: Callable[[Turns], None], number: int, *, device: str) -> None:
     """Call `work` in `number` threads, until all have ended.
+
+    Args:
+        device: where they work; on a GPU each thread has a stream of its own.
 
     Raises:
         Whatever the first that failed raised; the others then end at their next turn.
     """
-    turns, errors = Turns(), list[BaseException]()
+    turns, errors = Turns(number), list[BaseException]()
 
     def run() -> None:
         with turns:
+            if turns.stopped:
+                return
             try:
-                with own_stream() if cuda else nullcontext(), suppress(Stopped):
+                with own_stream(torch.device(device)) if device.startswith("cuda") else nullcontext(), suppress(Stopped):
                     work(turns)
             except BaseException as error:
                 errors.append(error)
                 turns.stopped = True
 
     threads = [threading.Thread(target=run, daemon=True) for _ in range(number)]
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:
+            thread.start()
         for thread in threads:
             thread.join()
     except BaseException:  # Ctrl-C comes to this thread
         turns.stopped = True
         for thread in threads:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
         raise
     if errors:
         raise errors[0]

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from anymask.config import pick_device
+from anymask.errors import AnymaskError
 from anymask.sweep.compare import Watcher
 from anymask.sweep.run import LOOK_AGAIN, Benches, Stopped, Worker
 from anymask.sweep.turns import taking_turns
@@ -87,9 +89,9 @@ def _work(planned: Any, folder: Any, settings: dict[str, Any], threads: int, str
     torch.set_num_threads(threads)
     try:
         if streams > 1:
-            cuda = torch.cuda.is_available() and any(task.part.experiment.device != "cpu" for task in planned)
             settings |= {"benches": Benches()}  # the data once for all of them
-            taking_turns(lambda turns: Worker(planned, folder, **settings, turns=turns).work(Watcher()), streams, cuda=cuda)
+            device = pick_device(planned[0].part.experiment.device)
+            taking_turns(lambda turns: Worker(planned, folder, **settings, turns=turns).work(Watcher()), streams, device=device)
             return
         with suppress(Stopped):
             Worker(planned, folder, **settings).work(Watcher())
@@ -97,6 +99,9 @@ def _work(planned: Any, folder: Any, settings: dict[str, Any], threads: int, str
         sys.exit(INTERRUPTED)
     except MemoryError:
         sys.exit(NO_MEMORY)
+    except AnymaskError as error:  # after which it cannot go on
+        print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 def _once(*_: Any) -> None:

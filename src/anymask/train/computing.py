@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from anymask.errors import SettingError
 from anymask.ranks import ranks
 from anymask.registry import unknown
-from anymask.train.settings import Protocol
 from anymask.train.sparsity import sparse_possible
 
 DIAGNOSE = ("off", "on", "sharpness")
@@ -38,12 +37,6 @@ class Computing:
             _check_graph(precision=precision, accumulate=accumulate, moves=moves)
         sparse_possible(self.sparse, device=device, precision=precision, masked=masked, moves=moves)
 
-    def records(self, protocol: Protocol, *, device: str, moves: bool) -> bool:
-        """Whether steps are recorded: asked for, or compiled ones on a GPU that can be."""
-        if self.compile == "on":
-            return device.startswith("cuda") and not any(_unrecorded(protocol.precision, protocol.accumulate, moves).values())
-        return self.compile == "graph"
-
 
 def check_diagnose(mode: str) -> None:
     """Raise UnknownName for a `diagnose` that there is not."""
@@ -61,7 +54,12 @@ def check_compile(mode: str) -> None:
 
 def _check_graph(*, precision: str, accumulate: int, moves: bool) -> None:
     """Raise where steps cannot be recorded: what they do depends on numbers on the device, or several batches make one."""
-    for reason, there in _unrecorded(precision, accumulate, moves).items():
+    reasons = {
+        "a mask that moves": moves,
+        "precision float16, whose GradScaler looks at the gradients": precision == "float16",
+        f"accumulate as {accumulate}": accumulate > 1,
+    }
+    for reason, there in reasons.items():
         if there:
             raise SettingError(
                 f"compile='graph' came with {reason}",
@@ -70,21 +68,9 @@ def _check_graph(*, precision: str, accumulate: int, moves: bool) -> None:
             )
 
 
-def _unrecorded(precision: str, accumulate: int, moves: bool) -> dict[str, bool]:
-    """What may keep steps from being recorded, and whether it is there."""
-    return {
-        "a mask that moves": moves,
-        "precision float16, whose GradScaler looks at the gradients": precision == "float16",
-        f"accumulate as {accumulate}": accumulate > 1,
-    }
-
-
-def compiled(model: nn.Module, *, recorded: bool, accumulate: int) -> Callable[[Tensor], Any]:
-    """`model` by torch.compile for training: once for each phase of a recipe and each size of a batch; in CUDA graphs on a GPU.
-
-    These are PyTorch's own where whole steps are not `recorded`.
-    """
-    cuda = next(model.parameters()).is_cuda and not recorded
+def compiled(model: nn.Module, *, accumulate: int) -> Callable[[Tensor], Any]:
+    """`model` by torch.compile for training: once for each phase of a recipe and each size of a batch, in CUDA graphs on a GPU."""
+    cuda = next(model.parameters()).is_cuda
     # CUDA graphs write each gradient where the last one is, which is wrong where several are added up.
     mode = "reduce-overhead" if cuda and accumulate == 1 else None
 

@@ -1,9 +1,10 @@
 """Steps of a training that are recorded as CUDA graphs: what a GPU was told once it does again without being told."""
 
 import gc
+import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -15,29 +16,33 @@ from anymask.errors import SettingError
 WARM = 3  # steps of a kind before one is recorded: cuDNN looks for its algorithms in them, and what is made once is made
 
 
-@dataclass(frozen=True)
-class _Recorded:
-    """A step: `replay` makes it anew with what lies in `x` and `y` by then."""
+class NotRecordedError(SettingError):
+    """A step that does not let itself be recorded. PyTorch before 2.12 allocates no memory properly after it: end the process."""
+
+
+@dataclass
+class _Kind:
+    """Steps of batches of one size: what they read, and `replay`, which makes one anew with what lies there by then."""
 
     x: Tensor
     y: Tensor
-    replay: Callable[[], None]
+    replay: Callable[[], None] | None = None
 
 
 class Recorder:
     """Makes the steps of a training, from the fourth of a kind on by recordings; a kind is a size of batches in a phase of the recipe.
 
-    A recorded step is the same kernels in the same order, launched at once: its numbers are those of a step that was not recorded. On
-    a CPU, which has no such graphs, the same steps are made one by one.
+    A recorded step is the same kernels in the same order, launched at once. On a CPU, which has no such graphs, the same steps are made
+    one by one.
 
     Args:
         step: makes one step of a batch: forward, backward, and the optimiser's.
-        device: where the batches lie.
+        device: where the batches lie; on a GPU, the current one, in a stream that is not the default one (`own_stream`).
     """
 
     def __init__(self, step: Callable[[Tensor, Tensor], None], *, device: str) -> None:
         self._step, self._cuda = step, device.startswith("cuda")
-        self._recorded: dict[Hashable, _Recorded] = {}
+        self._kinds: dict[Hashable, _Kind] = {}
         self._made: Counter[Hashable] = Counter()
         self._phase: Hashable = None
         self._pool: tuple[int, int] | None = None  # of memory, for all recordings of a phase: one of them runs at a time
@@ -50,7 +55,7 @@ class Recorder:
             phase: recordings are good for as long as it stays the same; None for a step that cannot be one.
 
         Raises:
-            SettingError: where something in the step does not let itself be recorded.
+            NotRecordedError: where something in the step does not let itself be recorded.
         """
         if phase is None:
             self._by_itself(x, y)
@@ -58,26 +63,27 @@ class Recorder:
         if phase != self._phase:
             self.forget()
             self._phase = phase
-        kind = x.shape
-        self._made[kind] += 1
-        if self._made[kind] <= WARM:
-            self._by_itself(x, y)
+        kind = self._kinds.get(x.shape)
+        if kind is None:
+            kind = self._kinds[x.shape] = _Kind(torch.empty_like(x), torch.empty_like(y))
+        kind.x.copy_(x)
+        kind.y.copy_(y)
+        self._made[x.shape] += 1
+        if self._made[x.shape] <= WARM:
+            self._by_itself(kind.x, kind.y)
             return False
-        known = self._recorded.get(kind)
-        if known is None:
-            self._recorded[kind] = self._record(x, y)
-            self._recorded[kind].replay()
-            return False
-        known.x.copy_(x)
-        known.y.copy_(y)
-        known.replay()
-        return self._cuda
+        if kind.replay is not None:
+            kind.replay()
+            return self._cuda
+        kind.replay = self._record(kind.x, kind.y)
+        kind.replay()
+        return False
 
     def forget(self) -> None:
         """Let go of what was recorded, and of its memory."""
-        if self._recorded and self._cuda:
+        if self._kinds and self._cuda:
             torch.cuda.current_stream().synchronize()
-        self._recorded, self._made, self._pool = {}, Counter(), None
+        self._kinds, self._made, self._pool = {}, Counter(), None
 
     def _by_itself(self, x: Tensor, y: Tensor) -> None:
         before = torch.backends.cudnn.benchmark
@@ -87,23 +93,28 @@ class Recorder:
         finally:
             torch.backends.cudnn.benchmark = before
 
-    def _record(self, x: Tensor, y: Tensor) -> _Recorded:
-        x, y = x.clone(memory_format=torch.preserve_format), y.clone()
+    def _record(self, x: Tensor, y: Tensor) -> Callable[[], None]:
         if not self._cuda:
-            return _Recorded(x, y, lambda: self._step(x, y))
+            return lambda: self._step(x, y)
         graph = torch.cuda.CUDAGraph()
         collects = gc.isenabled()
         gc.disable()  # what is collected may call the device, which ends a recording
         try:
             torch.cuda.current_stream().synchronize()
+            torch.cuda.empty_cache()  # which cannot be done while it records
             graph.capture_begin(*(() if self._pool is None else (self._pool,)))
             try:
                 self._by_itself(x, y)
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # it fails as well, and would hide why
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        except torch.cuda.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             reason = " ".join(str(error).split("\n")[0].split())
-            raise SettingError(
+            raise NotRecordedError(
                 f"a step could not be recorded as a CUDA graph ({reason})",
                 allowed="networks and losses that do not wait for the device, nor look at numbers on it",
                 fix="leave compile at 'off'",
@@ -112,7 +123,7 @@ class Recorder:
             if collects:
                 gc.enable()
         self._pool = graph.pool()
-        return _Recorded(x, y, graph.replay)
+        return graph.replay
 
 
 def rates_on_device(optimizer: Optimizer) -> None:
@@ -125,16 +136,23 @@ def rates_on_device(optimizer: Optimizer) -> None:
                 group["capturable"] = True
 
 
+_streams = threading.local()  # PyTorch keeps memory for each stream: one for each thread and device is enough
+
+
 @contextmanager
-def own_stream() -> Iterator[None]:
-    """The block in a stream of its own where it would be in the default one of a GPU, in which nothing can be recorded."""
-    if torch.cuda.current_stream() != torch.cuda.default_stream():
-        yield
-        return
-    before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
-    stream.wait_stream(before)
-    try:
-        with torch.cuda.stream(stream):
+def own_stream(device: torch.device) -> Iterator[None]:
+    """The block with the GPU `device` as the current one, in a stream that is not its default one, in which nothing can be recorded."""
+    with torch.cuda.device(device):
+        before = torch.cuda.current_stream()
+        if before != torch.cuda.default_stream():
             yield
-    finally:
-        before.wait_stream(stream)
+            return
+        known: dict[int, torch.cuda.Stream] = vars(_streams).setdefault("of", {})
+        here = torch.cuda.current_device()
+        stream = known[here] = known.get(here) or torch.cuda.Stream()
+        stream.wait_stream(before)
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            before.wait_stream(stream)

@@ -72,16 +72,16 @@ def fit(
             error where it cannot be; "off": none. Numbers differ by rounding, and the model ends dense.
         compile: "on" trains the network through torch.compile (docs/speed.md), which takes its time at the start and whenever ghosts go:
             for trainings of many steps, on a GPU most of all. Numbers differ by rounding, and dropout draws others. "graph" records
-            each kind of step (forward, backward, mask and optimiser) as one CUDA graph, in a second or less: for small networks on a
-            GPU, which else waits for Python. Steps of techniques that look at their numbers stay as they are. For one batch a step,
-            in float32 or bfloat16; on a CPU it changes nothing.
+            each kind of step (forward, backward, mask and optimiser) as one CUDA graph: for small networks on a GPU, which else waits for
+            Python. cuDNN chooses its algorithms by timing them then (not with torch.use_deterministic_algorithms), so numbers differ
+            by rounding. Steps of techniques that look at their numbers stay as they are. For one batch a step, in float32 or
+            bfloat16; on a CPU it changes nothing.
         diagnose: "on" records each epoch what `anymask.Diagnostics` says of the plain network, for the first training batch, in
             `Result.curves["diagnostics"]`; "sharpness" adds `anymask.diagnostics.sharpness` on that batch, which costs as much as up to
             a few hundred dense steps; "off" nothing. The training is the same, bit for bit.
-        checkpoint_file: written atomically after every epoch (one that takes over 50 ms only as often as costs a twentieth of the
-            time), and every `checkpoint_every` steps; where it exists, training goes on from it, and ends bit-equal to one that was
-            never stopped. It is the same file whether the layers were sparse; with "auto" those are sparse again that were. It is also
-            the same for any number of ranks.
+        checkpoint_file: written atomically after every epoch, and every `checkpoint_every` steps; where it exists,
+            training goes on from it, and ends bit-equal to a training that was never stopped. It is the same file whether the
+            layers were sparse; with "auto" those are sparse again that were. It is also the same for any number of ranks.
         log_dir: TensorBoard events go there (extra `tensorboard`).
         on_epoch: called with the epoch (from 1) and its figures, on every rank.
         on_step: called after each step of the optimiser, which a GPU may not have made by then.
@@ -114,7 +114,8 @@ def fit(
         "sparsity": sparsity,
         "computing": Computing(sparse, compile, diagnose),
     }
-    with own_stream() if compile != "off" and next(model.parameters()).is_cuda else nullcontext():
+    device = next(model.parameters()).device
+    with own_stream(device) if compile == "graph" and device.type == "cuda" else nullcontext():
         mask = None if mask is None else mask.broadcast()
         run = Run(model, train, mask=mask, protocol=protocol, first_step=first_step, file=checkpoint_file)
         with run.leaving:

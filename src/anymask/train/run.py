@@ -28,8 +28,6 @@ from anymask.train.settings import Protocol, autocast_dtype, set_lr
 from anymask.train.sparsity import SparseLayers, slots_loaded, slots_stored, sparse_possible
 from anymask.train.spread import Spread
 
-_MOMENT = 0.05  # seconds
-
 
 @dataclass(frozen=True)
 class Result:
@@ -69,7 +67,7 @@ class Run:
     ) -> None:
         self.model, self.protocol = model, protocol
         self.file = None if file is None else Path(file)
-        self.spread, self.probe = Spread(model), next(iter(train))
+        self.spread, self.probe = Spread(model), _cloned(next(iter(train)))
         self.example, _, _ = self.spread.part(*self.probe)
         self.device = str(self.example.device)
         self.dtype = autocast_dtype(protocol.precision)
@@ -83,11 +81,10 @@ class Run:
             "best": None,
             "curves": {"epoch": [], "train_loss": [], "validation_accuracy": [], "lr": [], "strength": {}},
         }
-        self.optimizer = protocol.make_optimizer(model)
+        self.optimizer, self.rate = protocol.make_optimizer(model), protocol.lr
         self.hold = None if mask is None else hold(mask, model, self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device, enabled=protocol.precision == "float16")
         self.layers = SparseLayers(model, self.optimizer)
-        self.saved = 0.0, 0.0  # when, and what it took
         # Whatever stops a training (Ctrl-C in a forward pass, too), the model is plain and dense after it, without a hook.
         self.leaving = ExitStack()
         if self.hold is not None:
@@ -133,9 +130,9 @@ class Run:
         self.diagnose, self.watch = diagnose, self._watched(diagnose, saved)
         self.spread.begin()
         network = self.spread.network
-        records = computing.records(p, device=self.device, moves=moves)
-        self.forward = compiled(network, recorded=records, accumulate=p.accumulate) if computing.compile == "on" else network
-        self.recorder = Recorder(self._make, device=self.device) if records else None
+        self.forward = compiled(network, accumulate=p.accumulate) if computing.compile == "on" else network
+        self.recorder = Recorder(self._make, device=self.device) if computing.compile == "graph" else None
+        self.leaving.callback(self._forget)
         self.seed = seed
         self.spread.draw(seed, self.step)
         self.strengths = self.recipe.strengths
@@ -160,7 +157,8 @@ class Run:
         """Add the gradients of one batch, and make a step if it is the `last` before one."""
         if self.recorder is not None:
             rates_on_device(self.optimizer)
-        set_lr(self.optimizer, self.protocol.lr_at(self.step, total=self.total, per_epoch=self.per_epoch))
+        self.rate = self.protocol.lr_at(self.step, total=self.total, per_epoch=self.per_epoch)
+        set_lr(self.optimizer, self.rate)
         if self.recorder is not None:
             if self.recorder.make(x, y, phase=self.recipe.recording):
                 self.recipe.replayed()
@@ -168,6 +166,12 @@ class Run:
             self._make(x, y, last=last)
         if last:
             self._count()
+
+    def _forget(self) -> None:
+        """Let go of what was recorded; nothing that holds this one is left."""
+        if self.recorder is not None:
+            self.recorder.forget()
+            self.recorder = None
 
     def _make(self, x: Tensor, y: Tensor, *, last: bool = True) -> None:
         """All that the device does."""
@@ -217,14 +221,13 @@ class Run:
             score = None if validation is None else self.spread.accuracy(plain, validation)
             more = {} if self.watch is None else {"diagnostics": self._diagnosed(self.watch)}
         self._remember(score, epoch=epoch + 1)
-        figures = {"epoch": epoch + 1, "train_loss": loss, "validation_accuracy": score, "lr": self._lr()}
+        figures = {"epoch": epoch + 1, "train_loss": loss, "validation_accuracy": score, "lr": self.rate}
         _record(curves, {**figures, "strength": self.strengths, **more})
         if self.rewiring is not None:
             moved = sum(move.dropped for move in self.rewiring.history) - sum(curves.setdefault("moved", []))
             curves["moved"].append(moved)
             curves.setdefault("density", []).append(self.rewiring.mask.density)
-        if not self._dear():
-            self.save()
+        self.save()
 
     def _remember(self, score: float | None, *, epoch: int) -> None:
         """Keep the weights, and a mask that moves, where they are the best so far; not before a mask that shrinks has its sparsity."""
@@ -239,8 +242,7 @@ class Run:
     def finish(self, *, stop: int, validation: Batches | None, test: Batches | None) -> Result:
         """The plain model with the chosen checkpoint's weights, and what it is worth."""
         self.spread.end()
-        if self.recorder is not None:
-            self.recorder.forget()
+        self._forget()
         self.recipe.finish(early=stop < self.total)
         self.layers.leave()
         self._check_shrunk(whole=stop == self.total)
@@ -283,14 +285,7 @@ class Run:
         state = {name: part.state_dict() for name, part in parts.items()}
         state["optimizer"] = slots_stored(self.model, self.optimizer)
         how = {"sparse": self.layers.names, "diagnose": self.diagnose}
-        began = time.monotonic()
         checkpoint.save(self.file, {**state, "loss": self.loss, "progress": self.progress, **how})
-        self.saved = time.monotonic(), time.monotonic() - began
-
-    def _dear(self) -> bool:
-        """Whether one more checkpoint file would make them take over a twentieth of the time; those that take a moment never are."""
-        when, took = self.saved
-        return took > _MOMENT and time.monotonic() - when < 20 * took
 
     def _convert(self, sparse: str, *, moves: bool, known: list[str] | None) -> None:
         where: dict[str, Any] = {"device": self.device, "precision": self.protocol.precision, "model": self.model}
@@ -357,15 +352,17 @@ class Run:
         self.first_batch = self.step % self.per_epoch * self.protocol.accumulate
         checkpoint.restore_random(saved)
 
-    def _lr(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
-
 
 def _remembered(recipe: Recipe, teacher: nn.Module | None, train: Batches) -> Remembered | None:
     """The teacher, to be asked about the images once; None where no technique wants that."""
     if teacher is None or not any(isinstance(t, Distillation) and t.asks == "once" for t in recipe.techniques):
         return None
     return Remembered(teacher, [train.plain(mirrored=mirrored) for mirrored in (False, True)[: 1 + train.mirrors]])
+
+
+def _cloned(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """`batch` by itself: it may be a part of many."""
+    return batch[0].clone(), batch[1].clone()
 
 
 def _record(curves: dict[str, Any], values: dict[str, Any]) -> None:

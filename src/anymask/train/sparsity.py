@@ -106,7 +106,11 @@ def slots_stored(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         return layer.scatter(slot) if slot.shape == layer.weight.shape else slot
 
     stored = _converted(model, optimizer, optimizer.state_dict(), scatter)
-    return {**stored, "param_groups": [group | {"lr": float(group["lr"])} for group in stored["param_groups"]]}
+    plain = {"capturable": False}  # both are of recorded steps, and the next part of a training may be on a CPU
+    return {
+        **stored,
+        "param_groups": [{**g, **{k: plain[k] for k in plain if k in g}, "lr": float(g["lr"])} for g in stored["param_groups"]],
+    }
 
 
 def slots_loaded(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
