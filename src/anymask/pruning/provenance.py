@@ -1,11 +1,12 @@
 """What a mask remembers of the network and the versions that it was made with."""
 
 import hashlib
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import nn
+
+import anymask
 
 
 def made_with(model: nn.Module) -> dict[str, Any]:
@@ -28,4 +29,4 @@ def made_with(model: nn.Module) -> dict[str, Any]:
         "structure": structure.hexdigest()[:16],
         "weights": weights.hexdigest()[:16],
     }
-    return {"model": about, "versions": {"anymask": version("anymask"), "torch": str(torch.__version__)}}
+    return {"model": about, "versions": {"anymask": anymask.__version__, "torch": str(torch.__version__)}}

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from itertools import combinations
 
+import anymask
 from anymask.overlaps import Overlap, overlap, whole
 from anymask.report.mask_figures import by_chance, figures
 from anymask.report.page import Page, listed, save
@@ -62,4 +63,4 @@ def _overlap(first: Seen, second: Seen, shared: Mapping[str, Overlap]) -> Table:
 
 def _facts(seen: Sequence[Seen]) -> dict[str, str]:
     made = {member.name: "; ".join(filter(None, [member.made, member.network])) or "it does not say" for member in seen}
-    return {**made, "Written by": f"anymask {version('anymask')}, torch {version('torch')}"}
+    return {**made, "Written by": f"anymask {anymask.__version__}, torch {version('torch')}"}
