@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -67,7 +68,7 @@ def test_an_unknown_name_is_an_attribute_error():
 
 def test_the_import_does_no_work():
     code = "import sys, anymask; dir(anymask); print([m for m in sys.modules if m.startswith('anymask')])"
-    assert python(code) == "['anymask']"
+    assert python(code) == "['anymask', 'anymask.version']"
 
 
 def test_the_import_brings_nothing_heavy():
@@ -77,3 +78,8 @@ def test_the_import_brings_nothing_heavy():
 def test_holding_a_mask_needs_torch_only():
     code = "import sys; from anymask import Hold, Mask, hold, prunable; print([m for m in {} if m in sys.modules])"
     assert python(code.format([name for name in HEAVY if name not in {"torch", "numpy"}])) == "[]"
+
+
+def test_the_version_is_that_of_the_project():
+    lines = (Path(__file__).parent.parent / "pyproject.toml").read_text().splitlines()
+    assert f'version = "{anymask.__version__}"' in lines

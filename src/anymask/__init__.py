@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from anymask.sparse import to_dense, to_semi_structured, to_sparse
     from anymask.train import fit
 
-__version__ = "0.1.0"
+from anymask.version import __version__
 
 _HOME = {
     "Diagnostics": "diagnostics",

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-import anymask
+from anymask.version import __version__
 
 
 def made_with(model: nn.Module) -> dict[str, Any]:
@@ -29,4 +29,4 @@ def made_with(model: nn.Module) -> dict[str, Any]:
         "structure": structure.hexdigest()[:16],
         "weights": weights.hexdigest()[:16],
     }
-    return {"model": about, "versions": {"anymask": anymask.__version__, "torch": str(torch.__version__)}}
+    return {"model": about, "versions": {"anymask": __version__, "torch": str(torch.__version__)}}

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from itertools import combinations
 
-import anymask
 from anymask.overlaps import Overlap, overlap, whole
 from anymask.report.mask_figures import by_chance, figures
 from anymask.report.page import Page, listed, save
 from anymask.report.seen import Seen
 from anymask.report.table import NONE, Table
+from anymask.version import __version__
 
 UNREACHABLE_NOTE = (
     "Unreachable: kept weights on no path of kept weights from the input to the output; effective sparsity counts them as zeros."
@@ -63,4 +63,4 @@ def _overlap(first: Seen, second: Seen, shared: Mapping[str, Overlap]) -> Table:
 
 def _facts(seen: Sequence[Seen]) -> dict[str, str]:
     made = {member.name: "; ".join(filter(None, [member.made, member.network])) or "it does not say" for member in seen}
-    return {**made, "Written by": f"anymask {anymask.__version__}, torch {version('torch')}"}
+    return {**made, "Written by": f"anymask {__version__}, torch {version('torch')}"}
