@@ -5,6 +5,8 @@
 #   benchmarks/gpu.sh --data-only  unpack what is there, say what is missing, and stop
 #   benchmarks/gpu.sh [option]...  other options go to `anymask sweep`, after --compile graph --streams 4
 #
+# For a quarter of an hour of a GPU: PLAN=plans/gpu.toml RUN=runs/gpu LEDGER=results/gpu/ledger.jsonl benchmarks/gpu.sh
+#
 # Finished trainings are in results/paper/ledger.jsonl, which is what gets committed. What belongs to the machine (masks,
 # checkpoints of stopped trainings) is in runs/paper, which git ignores. A run begins by bringing together the rows of both, so
 # that neither an older ledger from another machine nor a lost runs/paper costs a finished training.
@@ -50,6 +52,7 @@ declare -A LAST=( # what unpack.py writes last, so that half a set is not taken 
     [cifar10-10k]=cifar-10-10k/batches.meta
     [tiny-10k]=tiny-imagenet-200/wnids.txt
 )
+declare -A NAMES=([cifar100]=cifar100 [cifar10-10k]=cifar10 [tiny-10k]=tiny-imagenet) # as plans have them
 declare -A PARTS=(
     [cifar100]="cifar100_labels.npz cifar100_train_a.wpk cifar100_train_b.wpk cifar100_test.wpk"
     [cifar10-10k]="cifar10_10k2k_labels.npz cifar10_10k2k_train.wpk cifar10_10k2k_test.wpk"
@@ -85,6 +88,7 @@ prepare_data() {
     folder=$(packs_folder)
     absent=()
     for name in cifar100 cifar10-10k tiny-10k; do # in the order of the plan's blocks
+        grep -q "^data = .*\"${NAMES[$name]}\"" "$PLAN" || continue
         unpack "$name" "$folder" || absent+=("$name")
     done
 }
