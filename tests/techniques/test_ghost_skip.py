@@ -69,6 +69,23 @@ def test_a_learned_shortcut_learns_and_leaves(case):
     assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
 
 
+def test_guests_of_a_fused_optimiser_that_has_made_steps_take_theirs():
+    model = Flow("b(a(h(x)))", a=conv(4, 4), b=nn.BatchNorm2d(4), h=nn.Tanh())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+
+    def step() -> None:
+        model(IMAGES).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # all have momentum now, which PyTorch wants of all of a group or of none
+    attached = GhostSkip(kind="learned").attach(Context(model, optimizer, F.cross_entropy, example=IMAGES))
+    step()
+    attached.detach()
+    step()
+    assert len(optimizer.state) == len(list(model.parameters()))
+
+
 def test_auto_takes_convolutions_that_look_around_and_all_where_there_are_none():
     wide, narrow = conv(4, 4), nn.Conv2d(4, 4, 1)
     modules = {"h": nn.Tanh(), "a": wide, "b": nn.BatchNorm2d(4), "c": narrow, "d": nn.BatchNorm2d(4)}

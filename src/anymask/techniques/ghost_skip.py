@@ -187,6 +187,9 @@ class _Joined:
             (g for g in optimizer.param_groups if any(p is layer.weight for p in g["params"])),
             optimizer.param_groups[0],
         )
+        if any("momentum_buffer" in optimizer.state.get(p, {}) for p in self.group["params"]):
+            for guest in self.guests:  # a fused SGD wants momentum of all in a group, or of none
+                optimizer.state[guest]["momentum_buffer"] = torch.zeros_like(guest)
         self.group["params"].extend(self.guests)
         if "param_names" in self.group:
             self.group["param_names"].extend(f"{_CHILD}.{id(ghost)}.{i}" for i in range(len(self.guests)))
