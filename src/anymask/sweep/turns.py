@@ -1,6 +1,7 @@
 """Several trainings in one process: threads that take turns in telling a GPU what to do, each in a stream of its own."""
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -68,7 +69,7 @@ class Turns:
         drawn = torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
         self.__exit__()
         if seconds:
-            threading.Event().wait(seconds)
+            time.sleep(seconds)
         self.__enter__()
         torch.set_rng_state(drawn[0])
         if drawn[1] is not None:

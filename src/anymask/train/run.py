@@ -133,6 +133,8 @@ class Run:
         self.forward = compiled(network, accumulate=p.accumulate) if computing.compile == "on" else network
         self.recorder = Recorder(self._make, device=self.device) if computing.compile == "graph" else None
         self.leaving.callback(self._forget)
+        if self.recorder is not None:
+            rates_on_device(self.optimizer)  # after a checkpoint, which has numbers; ghosts join groups that are there
         self.seed = seed
         self.spread.draw(seed, self.step)
         self.strengths = self.recipe.strengths
@@ -155,8 +157,6 @@ class Run:
 
     def take(self, x: Tensor, y: Tensor, *, last: bool) -> None:
         """Add the gradients of one batch, and make a step if it is the `last` before one."""
-        if self.recorder is not None:
-            rates_on_device(self.optimizer)
         self.rate = self.protocol.lr_at(self.step, total=self.total, per_epoch=self.per_epoch)
         set_lr(self.optimizer, self.rate)
         if self.recorder is not None:

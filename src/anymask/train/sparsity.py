@@ -106,11 +106,9 @@ def slots_stored(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         return layer.scatter(slot) if slot.shape == layer.weight.shape else slot
 
     stored = _converted(model, optimizer, optimizer.state_dict(), scatter)
-    plain = {"capturable": False}  # both are of recorded steps, and the next part of a training may be on a CPU
-    return {
-        **stored,
-        "param_groups": [{**g, **{k: plain[k] for k in plain if k in g}, "lr": float(g["lr"])} for g in stored["param_groups"]],
-    }
+    for group in stored["param_groups"]:  # as `rates_on_device` found them: the next part of a training may be on a CPU
+        group |= {"lr": float(group["lr"])} | ({"capturable": False} if "capturable" in group else {})
+    return stored
 
 
 def slots_loaded(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
