@@ -6,6 +6,8 @@ Importing this package does no work: each name below is loaded when it is first 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from anymask.version import __version__
+
 if TYPE_CHECKING:
     from anymask.diagnostics import Diagnostics
     from anymask.formats import load_mask
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
     from anymask.shipping.runtime import load
     from anymask.sparse import to_dense, to_semi_structured, to_sparse
     from anymask.train import fit
-
-from anymask.version import __version__
 
 _HOME = {
     "Diagnostics": "diagnostics",

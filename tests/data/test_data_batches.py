@@ -170,3 +170,19 @@ def test_pad_epoch_and_start_out_of_range_are_refused_at_once():
     for number, start in [(-1, 0), (0, -1), (0, 3)]:
         with pytest.raises(SettingError, match="start from 0 to 2"):
             batches.epoch(number, start=start)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_batches_that_are_cropped_together_as_on_a_gpu_are_the_same(drop_last, monkeypatch):
+    split = Split(torch.randint(256, (23, 1, 4, 4), dtype=torch.uint8), torch.arange(23))
+    made = Batches(split, batch_size=3, shuffle=True, augment=Augment(pad=1), drop_last=drop_last, channels_last=True)
+    apart = list(made.epoch(2))
+    assert len(apart) == len(made)
+    for together in (1, 3, 8, 15, 100):
+        monkeypatch.setattr("anymask.data.batches._together", lambda _images, n=together: n)
+        for start in range(len(made) + 1):
+            found = list(made.epoch(2, start=start))
+            assert len(found) == len(made) - start
+            for (x, y), (images, labels) in zip(found, apart[start:], strict=True):
+                assert torch.equal(x, images)
+                assert torch.equal(y, labels)

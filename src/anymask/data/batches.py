@@ -34,9 +34,6 @@ class Augment:
             raise SettingError(f"pad came as {self.pad}", allowed="0 or more pixels", fix="give 4, the usual for 32 x 32, or 0 for no crop")
 
 
-_TOGETHER = 2**24  # values, on a GPU: 64 MB in float32, 5,000 images of CIFAR
-
-
 class Batches:
     """Batches of a split that lies in memory as uint8, augmented and normalised on its device.
 
@@ -144,9 +141,7 @@ class Batches:
 
     def _epoch(self, number: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         order, top, left, mirrored = self._drawing(number)
-        # A GPU is told of several batches at once: 15 launches take longer than what they do for one.
-        room = 0 if self._images.device.type == "cpu" else _TOGETHER // self._images[0].numel()
-        many = max(1, room // self._batch_size) * self._batch_size
+        many = max(1, _together(self._images) // self._batch_size) * self._batch_size
         for first in range(start * self._batch_size, min(len(order), len(self) * self._batch_size), many):
             here = slice(first, first + many)
             images = self._images[order[here]]
@@ -171,6 +166,11 @@ class Batches:
         mirrored = (torch.rand(count, generator=generator) < 0.5) & augment.flip
         device = self._images.device
         return order.to(device), edges[0].to(device), edges[1].to(device), mirrored.to(device)
+
+
+def _together(images: Tensor) -> int:
+    """How many images are cropped at once. A GPU is told of several batches: 15 launches take longer than what they do for one."""
+    return 0 if images.device.type == "cpu" else 2**24 // images[0].numel()  # 64 MB in float32, 5,000 images of CIFAR
 
 
 def _crop(images: Tensor, *, top: Tensor, left: Tensor, mirrored: Tensor, pad: int) -> Tensor:
