@@ -154,6 +154,7 @@ def ways(plan: Plan) -> dict[str, Callable[[str, Plan], list[float]]]:
         there["fit, bfloat16"] = lambda name, p: by_fit(name, p, precision="bfloat16")
         there["fit, bfloat16, compiled"] = lambda name, p: by_fit(name, p, precision="bfloat16", compile="on")
         there["fit, bfloat16, recorded"] = lambda name, p: by_fit(name, p, precision="bfloat16", compile="graph")
+        there["fit, bfloat16, compiled and recorded"] = lambda name, p: by_fit(name, p, precision="bfloat16", compile="fused")
     else:
         there["fit"] = lambda name, p: by_fit(name, p, sparse="auto")
         there["fit, compiled"] = lambda name, p: by_fit(name, p, sparse="auto", compile="on")

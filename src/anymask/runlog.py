@@ -118,6 +118,10 @@ class Ledger:
             )
         return row
 
+    def size(self) -> int:
+        """How many bytes there are: as many as before where nothing was added."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
     def ids(self) -> set[str]:
         """The ids of all finished runs."""
         return {row["id"] for row in self.rows() if "id" in row}

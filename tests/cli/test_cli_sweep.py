@@ -217,7 +217,8 @@ def test_masks_only_makes_masks_and_streams_train_with_them(anymask, plan, tmp_p
     said = anymask("sweep", plan, "--out", out, "--sparse", "off", "--compile", "graph", "--streams", "2")
     assert said.code == 0
     assert "3 of 3 trainings are finished" in said.err
-    assert json.loads((out / "ledger.jsonl").read_text().splitlines()[0])["machine"]["streams"] == 2
+    machine = json.loads((out / "ledger.jsonl").read_text().splitlines()[0])["machine"]
+    assert (machine["compile"], machine["streams"]) == ("graph", 2)
     assert anymask("sweep", plan, "--out", out, "--masks-only", "--budget", "9m").code == 2
     said = anymask("sweep", plan, "--out", out, "--streams", "2")
     assert (said.code, "Traceback" in said.err) == (2, False)

@@ -37,7 +37,7 @@ Compile = Annotated[
     Parameter(
         group=RUN,
         help="off; on trains through torch.compile, which takes its time at the start and whenever ghosts go; graph records each step as a "
-        "CUDA graph, for small networks on a GPU. The results are the same but for rounding (and, with on, dropout).",
+        "CUDA graph, for small networks on a GPU; fused does both. The results are the same but for rounding (compiled, dropout too).",
     ),
 ]
 Diagnose = Annotated[

@@ -27,7 +27,7 @@ def sweep(
     out: Annotated[Path, Parameter(group=RUN, help="The run folder; trainings that it holds already are not run again.")],
     workers: Annotated[int, Parameter(group=RUN, help="How many processes train beside each other; they share the cores.")] = 1,
     streams: Annotated[
-        int, Parameter(group=RUN, help="How many trainings each process has beside each other, on a GPU; needs --compile graph.")
+        int, Parameter(group=RUN, help="How many trainings each process has beside each other, on a GPU; needs --compile graph or fused.")
     ] = 1,
     ray: Annotated[
         str | None, Parameter(group=RUN, help="Train on the Ray cluster of this address, such as 10.0.0.1:6379, instead of here.")

@@ -231,7 +231,7 @@ class Runner:
             "settings": self.settings(cell),
             "techniques": wanted.recipe.settings(),
             "versions": versions(),
-            "machine": machine(self.bench.device) | ({"streams": self.streams} if self.streams > 1 else {}),
+            "machine": machine(self.bench.device) | self._computed(),
             "accuracy": result.accuracies(),
             "parameters": sum(p.numel() for p in model.parameters()),
             "density": self.density(result.mask, model),
@@ -242,6 +242,11 @@ class Runner:
             "sparse_layers": result.sparse_layers,
         }
         return Trained(row, model, result.mask)
+
+    def _computed(self) -> dict[str, Any]:
+        """What else makes times and roundings differ, where it is not as usual."""
+        compiled = {"compile": self.computing.compile} if self.computing.compile != "off" else {}
+        return compiled | ({"streams": self.streams} if self.streams > 1 else {})
 
     def checkpoint_file(self, name: str) -> Path:
         """Where the training of the row `name` is kept until it is finished."""

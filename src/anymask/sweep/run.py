@@ -130,8 +130,8 @@ def sweep(
         budget: "25m", "2h", "90s" or seconds; then the training that runs stops at the end of its epoch, or one epoch earlier
             where the last epoch took longer than what is left. A lottery ticket stops after its round. On Ray all stop at once.
         workers: how many processes train beside each other, >= 1; they share the cores.
-        streams: how many trainings each process has beside each other, >= 1; more than one with compile="graph", each in a stream of
-            its own on a GPU, which a small network does not fill.
+        streams: how many trainings each process has beside each other, >= 1; more than one with compile="graph" or "fused", each in a
+            stream of its own on a GPU, which a small network does not fill.
         ray: the address of a Ray cluster to train on, instead of here: see `anymask.sweep.on_ray`.
         computing: how.
         watcher: told of progress; with several workers or streams of finished trainings only.
@@ -147,10 +147,10 @@ def sweep(
         raise SettingError(
             f"{name} came as {number} with ray", allowed="one of the two", fix=f"leave {name} out: the cluster says how many"
         )
-    if streams < 1 or (streams > 1 and (computing or Computing()).compile != "graph"):
+    if streams < 1 or (streams > 1 and not (computing or Computing()).records):
         raise SettingError(
-            f"streams came as {streams}" + (" without compile='graph'" if streams > 1 else ""),
-            allowed="1, or more with compile='graph'",
+            f"streams came as {streams}" + (" without compile='graph' or 'fused'" if streams > 1 else ""),
+            allowed="1, or more with compile='graph' or 'fused'",
             fix="give --compile graph, or leave streams out",
         )
     seconds = budget_seconds(budget) if isinstance(budget, str) else budget

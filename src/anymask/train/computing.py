@@ -13,7 +13,7 @@ from anymask.registry import unknown
 from anymask.train.sparsity import sparse_possible
 
 DIAGNOSE = ("off", "on", "sharpness")
-COMPILE = ("off", "on", "graph")
+COMPILE = ("off", "on", "graph", "fused")
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,27 @@ class Computing:
     compile: str = "off"
     diagnose: str = "off"
 
+    @property
+    def compiles(self) -> bool:
+        """Whether the network goes through torch.compile."""
+        return self.compile in ("on", "fused")
+
+    @property
+    def records(self) -> bool:
+        """Whether steps are recorded as CUDA graphs."""
+        return self.compile in ("graph", "fused")
+
     def check(self, *, device: str, precision: str, accumulate: int = 1, masked: bool = True, moves: bool = False) -> None:
         """Raise before any work what `fit` would raise after some of it.
 
         Raises:
             UnknownName: for a value that there is not.
-            SettingError: for sparse="on", compile="on" or compile="graph" where it cannot be.
+            SettingError: for sparse="on", or a `compile` other than "off", where it cannot be.
         """
         check_diagnose(self.diagnose)
         check_compile(self.compile)
-        if self.compile == "graph":
-            _check_graph(precision=precision, accumulate=accumulate, moves=moves)
+        if self.records:
+            _check_graph(self.compile, precision=precision, accumulate=accumulate, moves=moves)
         sparse_possible(self.sparse, device=device, precision=precision, masked=masked, moves=moves)
 
 
@@ -52,7 +62,7 @@ def check_compile(mode: str) -> None:
         raise SettingError(f"compile={mode!r} came on {ranks()} ranks", allowed="one process", fix="leave compile at 'off'")
 
 
-def _check_graph(*, precision: str, accumulate: int, moves: bool) -> None:
+def _check_graph(mode: str, *, precision: str, accumulate: int, moves: bool) -> None:
     """Raise where steps cannot be recorded: what they do depends on numbers on the device, or several batches make one."""
     reasons = {
         "a mask that moves": moves,
@@ -62,25 +72,31 @@ def _check_graph(*, precision: str, accumulate: int, moves: bool) -> None:
     for reason, there in reasons.items():
         if there:
             raise SettingError(
-                f"compile='graph' came with {reason}",
+                f"compile={mode!r} came with {reason}",
                 allowed="a mask that stays, float32 or bfloat16, and one batch for each step",
                 fix="leave compile at 'off', or change that",
             )
 
 
-def compiled(model: nn.Module, *, accumulate: int) -> Callable[[Tensor], Any]:
-    """`model` by torch.compile for training: once for each phase of a recipe and each size of a batch, in CUDA graphs on a GPU."""
-    cuda = next(model.parameters()).is_cuda
-    # CUDA graphs write each gradient where the last one is, which is wrong where several are added up.
-    mode = "reduce-overhead" if cuda and accumulate == 1 else None
+def compiled(model: nn.Module, *, whole: int, graphs: bool) -> Callable[[Tensor], Any]:
+    """`model` by torch.compile for training: once for each phase of a recipe.
+
+    Args:
+        whole: the size of a whole batch. One of another size, the last of an epoch, goes through the model as it is: to compile for it
+            takes as long, and pays in one step of hundreds.
+        graphs: let PyTorch record what it compiles as CUDA graphs, on a GPU.
+    """
+    graphs = graphs and next(model.parameters()).is_cuda
 
     def run(x: Tensor) -> Any:  # torch.compile would leave an attribute in the model itself
         return model(x)
 
-    call = torch.compile(run, dynamic=False, mode=mode)
+    call = torch.compile(run, dynamic=False, mode="reduce-overhead" if graphs else None)
 
     def forward(x: Tensor) -> Any:
-        if cuda:
+        if len(x) != whole:
+            return model(x)
+        if graphs:
             torch.compiler.cudagraph_mark_step_begin()
         try:
             return call(x)
@@ -88,7 +104,7 @@ def compiled(model: nn.Module, *, accumulate: int) -> Callable[[Tensor], Any]:
             reason = " ".join(str(error).split("\n\n")[0].split())
             raise SettingError(
                 f"torch.compile failed ({reason})",
-                allowed="compile='on' where PyTorch's compiler works: with a C++ compiler on a CPU, with Triton on a GPU",
+                allowed="compile='on' or 'fused' where PyTorch's compiler works: with a C++ compiler on a CPU, with Triton on a GPU",
                 fix="leave compile at 'off'",
             ) from error
 

@@ -75,7 +75,7 @@ def fit(
             each kind of step (forward, backward, mask and optimiser) as one CUDA graph: for small networks on a GPU, which else waits for
             Python. cuDNN chooses its algorithms by timing them then (not with torch.use_deterministic_algorithms), so numbers differ
             by rounding. Steps of techniques that look at their numbers stay as they are. For one batch a step, in float32 or
-            bfloat16; on a CPU it changes nothing.
+            bfloat16; on a CPU it changes nothing. "fused" does both: what torch.compile makes of the network, in recorded steps.
         diagnose: "on" records each epoch what `anymask.Diagnostics` says of the plain network, for the first training batch, in
             `Result.curves["diagnostics"]`; "sharpness" adds `anymask.diagnostics.sharpness` on that batch, which costs as much as up to
             a few hundred dense steps; "off" nothing. The training is the same, bit for bit.
@@ -112,10 +112,10 @@ def fit(
         "teacher": teacher,
         "moving": moving,
         "sparsity": sparsity,
-        "computing": Computing(sparse, compile, diagnose),
+        "computing": (computing := Computing(sparse, compile, diagnose)),
     }
     device = next(model.parameters()).device
-    with own_stream(device) if compile == "graph" and device.type == "cuda" else nullcontext():
+    with own_stream(device) if computing.records and device.type == "cuda" else nullcontext():
         mask = None if mask is None else mask.broadcast()
         run = Run(model, train, mask=mask, protocol=protocol, first_step=first_step, file=checkpoint_file)
         with run.leaving:

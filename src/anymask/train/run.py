@@ -130,8 +130,10 @@ class Run:
         self.diagnose, self.watch = diagnose, self._watched(diagnose, saved)
         self.spread.begin()
         network = self.spread.network
-        self.forward = compiled(network, accumulate=p.accumulate) if computing.compile == "on" else network
-        self.recorder = Recorder(self._make, device=self.device) if computing.compile == "graph" else None
+        # CUDA graphs of PyTorch's own write each gradient where the last one is, which is wrong where several are added up.
+        how: dict[str, Any] = {"whole": len(self.example), "graphs": not computing.records and p.accumulate == 1}
+        self.forward = compiled(network, **how) if computing.compiles else network
+        self.recorder = Recorder(self._make, device=self.device) if computing.records else None
         self.leaving.callback(self._forget)
         if self.recorder is not None:
             rates_on_device(self.optimizer)  # after a checkpoint, which has numbers; ghosts join groups that are there
