@@ -138,12 +138,33 @@ def test_finish_finds_what_somebody_left_in_the_model_and_weights_that_came_back
     model, optimizer = net()
     running = Recipe((LabelSmoothing(),)).attach(model, optimizer, total_steps=9)
     handle = model[2].register_forward_hook(lambda *_: None)
-    with pytest.raises(TechniqueError, match="module 2"):
+    with pytest.raises(TechniqueError, match=r"module 2 is changed.*the recipe has left"):
         running.finish()
     handle.remove()
     running = Recipe((LabelSmoothing(),)).attach(model, optimizer, total_steps=9, mask=anymask.prune(model, "random", sparsity=0.5))
     with pytest.raises(TechniqueError, match="pruned weights are not 0"):
         running.finish()
+
+
+def test_finish_lets_a_loop_compile_freeze_and_keep_what_it_likes() -> None:
+    """It looks for what a recipe may leave behind; these are no reason to fail after a whole training."""
+    model, optimizer = net()
+    running = Recipe((LabelSmoothing(),)).attach(model, optimizer, total_steps=9)
+    model.compile(backend="eager")
+    torch.compile(model, backend="eager")
+    model.last = torch.zeros(1)
+    next(model.parameters()).requires_grad_(False)
+    assert running.finish() is model
+
+
+def test_an_average_of_the_weights_computes_the_plain_network() -> None:
+    model, optimizer = net()
+    running = Recipe((GhostActivation(),)).attach(model, optimizer, total_steps=9)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    running.finish(early=True)
+    x, _ = loader()[0]
+    assert torch.equal(average.eval()(x), model.eval()(x))
 
 
 def test_a_technique_that_cannot_join_leaves_no_other_behind() -> None:

@@ -18,6 +18,7 @@ from anymask.prunables import bare
 from anymask.registry import lookup, unknown
 from anymask.running import MARK, RunningRecipe, settings_of
 from anymask.techniques import TECHNIQUES, Context, Loss, Technique
+from anymask.techniques.base import shed
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -177,12 +178,14 @@ class Recipe:
                 fix="use DistributedDataParallel, or attach to the model inside and train it on one device",
             )
         inner = bare(model)
-        if MARK in vars(inner):
+        if vars(inner).get(MARK):
             raise TechniqueError(
                 f"{type(inner).__name__} carries the recipe {vars(inner)[MARK]!r} already",
                 allowed="one recipe at a time",
                 fix="call finish() on the first one, or compose both into one Recipe",
             )
+        vars(inner).pop(MARK, None)  # it is the copy of one that carried a recipe
+        shed(inner)
         carried = held(optimizer)
         mask = mask if mask is not None else (carried.mask if carried is not None else None)
         steps: dict[str, Any] = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch, "start": start}

@@ -15,11 +15,16 @@ from anymask.holding import held
 from anymask.interrupts import uninterrupted
 from anymask.mask import Mask, local, shard
 from anymask.prunables import bare
-from anymask.surgery import Cost, fingerprint, logits_of
+from anymask.surgery import Cost, changes, form, logits_of
 from anymask.techniques import Attached, Context, Technique
 
 _STATE_HOOKS = re.compile(r"'_(load_)?state_dict_\w+': \d+(, )?")  # in a fingerprint
-MARK = "_anymask_recipe"  # an attribute of the model while a recipe is attached to it
+MARK = "_anymask_recipe"  # an attribute of the model while a recipe is attached to it; empty in copies, which carry none
+
+
+class _Name(str):
+    def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
+        return str, ()
 
 
 class RunningRecipe:
@@ -42,7 +47,7 @@ class RunningRecipe:
         self.found: dict[str, str] = dict(state["found"]) if state else {}  # those that are gone already are not found again
         self.added = Cost()
         self._given, context = context.model, replace(context, model=bare(context.model))
-        self._context, self._before = context, fingerprint(context.model)
+        self._context, self._before = context, form(context.model)
         self._hold = held(context.optimizer) if context.optimizer is not None else None
         self._live: dict[str, tuple[Technique, Attached]] = {}
         self._handles: list[Any] = []  # of the optimiser's hooks
@@ -50,7 +55,7 @@ class RunningRecipe:
         self._strengths = {t.name: self.strength(t, self.position) for t in techniques if t.seam != "init"}
         weights: list[tuple[nn.Parameter, Tensor]] = []
         try:
-            vars(context.model)[MARK] = name
+            vars(context.model)[MARK] = _Name(name)
             if state is None and any(t.seam == "init" for t in techniques):
                 weights = self._weights()
             self._join_all(remedy, fresh=state is None)
@@ -309,15 +314,14 @@ class RunningRecipe:
                     _forget_graphs()
 
     def _check_plain(self) -> None:
-        before, after = self._before, fingerprint(self._context.model)
+        before, after = self._before, form(self._context.model)
         if how_spread(self._given).startswith("cut"):  # fully_shard adds its hooks to state dicts in the first forward pass
             before, after = ({key: _STATE_HOOKS.sub("", line) for key, line in found.items()} for found in (before, after))
-        changed = sorted(key for key in {*after, *before} if after.get(key) != before.get(key))
-        if changed:
+        if changed := changes(before, after):
             raise TechniqueError(
                 f"the model is not what it was before attach: {', '.join(changed[:8])}",
                 allowed="the same modules, parameters, buffers and hooks",
-                fix="undo what was changed in between, or report this as a bug",
+                fix="undo what the loop changed in between, if it did; the recipe has left, and the weights are as they were trained",
             )
         mask = self._mask_now()
         kept = {} if mask is None else mask.as_stored(self.model)

@@ -25,17 +25,49 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
         >>> fingerprint(nn.ReLU())["module "].startswith("torch.nn.modules.activation.ReLU")
         True
     """
+    found = form(model)
+    for name, module in model.named_modules(remove_duplicate=False):
+        plain = sorted(key for key in vars(module) if not key.endswith("hooks"))
+        found[f"module {name}"] += f" attributes {plain} {module.extra_repr()}"
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found[f"parameter {name}"] += f" {parameter.requires_grad}"
+    return found
+
+
+def form(model: nn.Module) -> dict[str, str]:
+    """As `fingerprint`, without what a loop may change in the middle of a training: attributes, and which parameters are frozen.
+
+    Example:
+        >>> from torch import nn
+        >>> list(form(nn.Linear(1, 1)))
+        ['module ', 'parameter weight', 'parameter bias']
+    """
     found: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         hooks = {key: len(value) for key, value in vars(module).items() if key.endswith("hooks") and value}
-        plain = sorted(key for key in vars(module) if not key.endswith("hooks"))
-        found[f"module {name}"] = f"{kind} id {id(module)} attributes {plain} hooks {hooks} {module.extra_repr()}"
+        found[f"module {name}"] = f"{kind} id {id(module)} hooks {hooks}"
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        found[f"parameter {name}"] = f"{tuple(parameter.shape)} {parameter.dtype} {parameter.requires_grad} id {id(parameter)}"
+        found[f"parameter {name}"] = f"{tuple(parameter.shape)} {parameter.dtype} id {id(parameter)}"
     for name, buffer in model.named_buffers(remove_duplicate=False):
         found[f"buffer {name}"] = f"{tuple(buffer.shape)} {buffer.dtype}"
     return found
+
+
+def changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """What is new, gone or changed between two forms of a model.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Sequential()
+        >>> before = form(net)
+        >>> net = net.append(nn.ReLU())
+        >>> changes(before, form(net))
+        ['module 0 is new']
+    """
+    keys = sorted(key for key in {*after, *before} if after.get(key) != before.get(key))
+    how = {key: "new" if key not in before else "gone" if key not in after else "changed" for key in keys}
+    return [f"{'the model itself' if key == 'module ' else key} is {what}" for key, what in how.items()]
 
 
 @contextmanager

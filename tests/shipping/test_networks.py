@@ -11,11 +11,12 @@ from torch import nn
 from torch.nn.utils import prune
 
 import anymask
-from anymask import Mask, data, models
+from anymask import Mask, Recipe, data, models
 from anymask.errors import AnymaskError, MaskError, SettingError
 from anymask.shipping import Program, load, making, rebuilt, runtime, ship
 from anymask.shipping.tracing import plain
 from anymask.sparse import to_sparse
+from anymask.techniques import GhostActivation, GhostSkip
 from anymask.train import Protocol, accuracy
 from tests.shipping.nets import both, close, network, said
 
@@ -283,3 +284,17 @@ def test_without_onnx_it_is_said_what_to_install(batch, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(SettingError, match=r"pip install 'anymask\[onnx\]'"):
         ship(plain(network("demonet")), None, example=batch, to=tmp_path / "net.onnx")
+
+
+def test_a_model_whose_ghosts_still_act_is_shipped_without_them(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+    optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(3, 1, 8, 8)
+    recipe = Recipe((GhostActivation(), GhostSkip(kind="learned")))
+    running = recipe.attach(model, optimizer, total_steps=9, example=x)
+    for suffix in (".anymask", ".safetensors"):
+        ship(model, None, example=x, to=tmp_path / f"early{suffix}", values="float32")
+    running.finish(early=True)
+    for suffix in (".anymask", ".safetensors"):
+        ship(model, None, example=x, to=tmp_path / f"late{suffix}", values="float32")
+        assert (tmp_path / f"early{suffix}").read_bytes() == (tmp_path / f"late{suffix}").read_bytes()

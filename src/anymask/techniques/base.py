@@ -172,14 +172,29 @@ class Technique:
 
 
 class Ghost(nn.Module):
-    """A module that adds something to another while it is attached; never part of a state dict by itself."""
+    """A module that adds something to another while it is attached; never part of a state dict by itself.
+
+    Whoever copies or pickles the model (an average of its weights, the best one so far, an export) wants the plain network, and no
+    recipe would ever fade what is in the copy: there a ghost is `gone`, and its hooks have nothing to do.
+    """
 
     strength: Tensor
+    gone = False
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         # A 0-D tensor, so that a compiled graph does not change when the strength does.
         self.register_buffer("strength", torch.ones((), dtype=torch.float32, device=device), persistent=False)
+
+    def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
+        return _gone, (type(self),)
+
+
+def _gone(kind: type[Ghost]) -> Ghost:
+    ghost = kind.__new__(kind)
+    nn.Module.__init__(ghost)
+    ghost.gone = True
+    return ghost
 
 
 class Haunted(nn.Module):
@@ -187,7 +202,7 @@ class Haunted(nn.Module):
 
     Whoever pairs `model.parameters()` or `buffers()` with those of a copy (torch.optim.swa_utils.AveragedModel, in
     order, chained and counted) would else pair the wrong ones as ghosts come and go. They still move with the model,
-    follow its mode, are in its state dict, and are copied with it.
+    follow its mode, and are in its state dict. A copy of the model has an empty one, which takes in a state dict with ghosts.
     """
 
     def __init__(self) -> None:
@@ -199,6 +214,9 @@ class Haunted(nn.Module):
         if name == "training":  # train() writes it, and so do `evaluating` and Lightning to each module, without train()
             for ghost in self.ghosts:
                 ghost.train(value)
+
+    def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
+        return Haunted, ()
 
     def share_strength(self) -> None:
         """One tensor is the strength of all ghosts."""
@@ -254,6 +272,16 @@ class AttachedGhosts(Attached):
         for handle in self._handles:
             handle.remove()
         self._host, self._haunted, self._handles = None, Haunted(), []
+
+
+def shed(model: nn.Module) -> None:
+    """Take away what a copy of a model with ghosts still has of them: hooks without work, and empty places."""
+    for module in list(model.modules()):
+        for name in [name for name, child in module._modules.items() if isinstance(child, Haunted) and not child.ghosts]:
+            del module._modules[name]
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(getattr(hook, "__self__", None), "gone", False) is True]:
+                del hooks[key]
 
 
 def _host(model: nn.Module) -> nn.Module:

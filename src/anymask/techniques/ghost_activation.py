@@ -218,6 +218,8 @@ class _SoftReLU(Ghost, layers.Softens):
         self.modes: list[_Softened] = []
 
     def enter(self, owner: nn.Module, _args: Any) -> None:
+        if self.gone:
+            return
         if not torch.compiler.is_compiling():
             self._exit_dead(begun=owner)
         # Known before it is entered, until after it is left: Ctrl-C may come between any two steps.
@@ -225,7 +227,7 @@ class _SoftReLU(Ghost, layers.Softens):
         self.modes[-1].__enter__()
 
     def leave(self, *_: Any) -> None:  # nothing by name: compiled by itself, its frame is searched for tensors, which warns of their .grad
-        if self.modes:
+        if not self.gone and self.modes:
             self.modes[-1].__exit__(None, None, None)
             self.modes.pop()
 

@@ -111,22 +111,24 @@ def _make(chosen: list[Unit], settings: GhostSkip, context: Context) -> list[tup
             fix='use kind="free"',
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(context.seed)
+        torch.default_generator.manual_seed(context.seed)  # torch.manual_seed would seed every GPU's, too
         return [(unit, _Skip(settings, unit, device=device_of(context.model))) for unit in chosen]
 
 
 class _Skip(Ghost):
+    entered: Tensor | None = None
+
     def __init__(self, settings: GhostSkip, unit: Unit, *, device: torch.device) -> None:
         super().__init__(device)
         self.scale, self.size, self.channels = settings.scale, unit.output_shape[2:], unit.output_shape[1]
         self.entry_dim, self.exit_dim = unit.entry_dim, unit.exit_dim
-        self.entered: Tensor | None = None
         self.branch: nn.Module | None = None
         if settings.kind == "learned":
             self.branch = _learned(unit.input_shape[1], self.channels, dims=len(self.size)).to(device)
 
     def enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.entered = args[0] if args else next(iter(kwargs.values()))
+        if not self.gone:
+            self.entered = args[0] if args else next(iter(kwargs.values()))
 
     def leave(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:
         x, self.entered = self.entered, None  # not kept: the graph would outlive the step
