@@ -109,12 +109,12 @@ for row in source.rows():
 PY
 }
 
-# take_home: rows and tickets into $OUT; not the weights that tickets start from, which the seed gives
+# take_home: rows and tickets into $OUT; not the weights that tickets start from, which the seed gives, nor a round that was stopped
 take_home() {
     [[ -n ${OUT:-} && -d ${OUT:-} ]] || return 0
     if [[ -f $LEDGER ]]; then cp "$LEDGER" "$OUT/ledger.jsonl"; fi
     if compgen -G "$RUN/masks/lottery*" >/dev/null; then
-        (cd "$RUN" && tar -czf - --exclude='*.safetensors' masks/lottery*) >"$OUT/tickets.tar.gz"
+        (cd "$RUN" && tar -czf - --exclude='*.safetensors' --exclude='*.pt' masks/lottery*) >"$OUT/tickets.tar.gz"
         if (($(stat -c %s "$OUT/tickets.tar.gz") > MOST)); then
             rm "$OUT/tickets.tar.gz"
             echo "gpu.sh: the lottery tickets are too large to take home; another machine would find them anew" >&2

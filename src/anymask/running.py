@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -381,10 +381,17 @@ def how_spread(model: nn.Module) -> str:
     return "cut by fully_shard" if any(hasattr(parameter, "to_local") for parameter in model.parameters()) else ""
 
 
+class Compiled:
+    """What torch.compile made in this process."""
+
+    forgotten: ClassVar[int] = 0  # how often all of it was
+
+
 def _forget_graphs() -> None:
     """Let torch.compile look again: its graphs do not notice a hook that came or went (skip_nnmodule_hook_guards)."""
     if "torch._dynamo.eval_frame" in sys.modules:
         torch.compiler.reset()
+        Compiled.forgotten += 1
 
 
 def settings_of(techniques: Iterable[Technique]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The paired comparison."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,14 +146,14 @@ def test_the_lottery_goes_on_between_rounds(experiment: Experiment, tmp_path: Pa
     runner = Runner(bench, tmp_path / "cut")
     fits = 0
 
-    def stop_in_third(*arguments: Any) -> None:
+    def stop_in_third(*arguments: Any, folder: Path) -> None:
         nonlocal fits
         fits += 1
         if fits == 3:
             raise KeyboardInterrupt
-        Masks.trainer(runner.masks, 0)(*arguments)
+        Masks.trainer(runner.masks, 0, folder=folder)(*arguments)
 
-    runner.masks.trainer = lambda seed: stop_in_third  # type: ignore[method-assign]
+    runner.masks.trainer = lambda seed, folder: partial(stop_in_third, folder=folder)  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         runner.start(cell, bench.model(0))
     assert Runner(bench, tmp_path / "cut").start(cell, bench.model(0)).mask == whole

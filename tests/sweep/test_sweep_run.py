@@ -228,25 +228,28 @@ def test_a_budget_stops_between_epochs_and_the_next_call_goes_on_to_the_same_num
     assert settled(rows(tmp_path)) == settled(whole[0])
 
 
-def test_a_budget_stops_the_search_for_a_lottery_ticket_between_its_rounds(plan: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [2, 3, 4])  # after an epoch of the first round, before the second one, in it
+def test_a_budget_stops_the_search_for_a_lottery_ticket_anywhere(stop: int, plan: Path, tmp_path: Path) -> None:
     (task, *_) = tasks(read_plan(plan), tmp_path)
     runner, rounds = Benches().runner(task.part, tmp_path, computing=DENSELY), []
 
-    def between() -> None:
-        rounds.append(len(rounds))
-        if len(rounds) == 2:
+    def between(**needs: float) -> None:
+        rounds.append("epoch" if needs else "round")
+        if len(rounds) == stop:
             Clock(time.monotonic()).check()
 
     runner.masks.between = between
     cell = Cell("lottery", 0.3, "default", 0)
     with pytest.raises(Stopped):
         runner.start(cell, runner.bench.model(0))
-    assert len(list((tmp_path / "masks").rglob("round-*.mask"))) == 1
+    assert len(list((tmp_path / "masks").rglob("round-*.mask"))) == rounds.count("round") - 1
+    assert bool(list((tmp_path / "masks").rglob("unfinished.pt"))) == (rounds[-1] == "epoch")
     assert not list((tmp_path / "masks").glob("*.lock"))
-    runner.masks.between = lambda: None
+    runner.masks.between = lambda **_: None
     ours = runner.start(cell, runner.bench.model(0)).mask
     theirs = Runner(runner.bench, tmp_path / "whole", computing=DENSELY).start(cell, runner.bench.model(0)).mask
     assert ours == theirs
+    assert not list(tmp_path.rglob("unfinished.pt"))
 
 
 def test_a_mask_that_was_made_while_this_process_waited_is_not_made_again(plan: Path, tmp_path: Path) -> None:

@@ -53,11 +53,11 @@ def test_what_one_raises_ends_the_others() -> None:
     ended: list[str] = []
 
     def work(turns: Turns) -> None:
-        turns.rest(0.1)
-        if not ended:
-            ended.append("first")
-            raise MemoryError
         try:
+            turns.rest(0.1)
+            if not ended:
+                ended.append("first")
+                raise MemoryError
             while True:
                 turns.step()
         except Stopped:

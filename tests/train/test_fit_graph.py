@@ -1,9 +1,11 @@
 """Trainings by recorded steps. On a CPU what is recorded is called again, so all but the CUDA graph itself is held here, bit for bit."""
 
 import gc
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -15,7 +17,7 @@ from anymask.errors import SettingError
 from anymask.kernels import available
 from anymask.surgery import fingerprint
 from anymask.techniques import DensityLR, GhostActivation, Preconditioning
-from anymask.train import graphs
+from anymask.train import checkpoint, graphs
 from anymask.train.graphs import WARM, NotRecordedError, Recorder
 from anymask.train.run import Run
 from tests.train.test_fit_compile import stop_in_epoch
@@ -188,7 +190,7 @@ def _places(run: Run, kind: object) -> dict[str, int]:
 class _Graph:
     """Stands in for torch.cuda.CUDAGraph in what happens when recording fails, for which there has to be no GPU."""
 
-    def capture_begin(self, *_: object) -> None:
+    def capture_begin(self, *_: object, capture_error_mode: str) -> None:
         pass
 
     def capture_end(self) -> None:
@@ -199,6 +201,7 @@ class _Graph:
 def test_a_step_that_cannot_be_recorded_says_why(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
     monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3, 4))
     steps: list[int] = []
 
     def step(_x: Tensor, _y: Tensor) -> None:
@@ -214,6 +217,44 @@ def test_a_step_that_cannot_be_recorded_says_why(error: RuntimeError, monkeypatc
     assert str(error).split("\n", maxsplit=1)[0] in str(raised.value)
     assert gc.isenabled()
     assert not torch.backends.cudnn.benchmark
+
+
+def test_what_compiles_anew_is_not_recorded() -> None:
+    """Another training of this process may make torch.compile forget all, between two steps of this one."""
+    made, compiled = [], [0]
+    recorder = Recorder(lambda _x, _y: made.append(compiled[0]), device="cpu", compiled=lambda: compiled[0])
+    recorded = []
+    record = recorder._record
+    recorder._record = lambda x, y: recorded.append(compiled[0]) or record(x, y)
+    for step in range(10):
+        if step == WARM:
+            compiled[0] += 1
+        recorder.make(torch.ones(2), torch.ones(2), phase=())
+    assert len(made) == 10
+    assert recorded == [1]
+    assert made[WARM] == 1
+
+
+def test_on_a_gpu_checkpoints_take_a_twentieth_of_the_time_and_one_is_there_when_it_is_stopped(tmp_path: Path) -> None:
+    saved, epochs = [], []
+
+    def stop(epoch: int, _: object) -> None:
+        epochs.append(epoch)
+        if epoch == 4:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_dear", lambda self: len(saved) > 0)
+        save = checkpoint.save
+        patch.setattr(checkpoint, "save", lambda path, state: (saved.append(state["progress"]["step"]), save(path, state))[1])
+        with pytest.raises(KeyboardInterrupt):
+            train_once(Net(), protocol=SINGLE, file=tmp_path / "c.pt", on_epoch=stop)
+    assert saved == [7, 28]
+    result = train_once(Net(seed=9), protocol=SINGLE, file=tmp_path / "c.pt")
+    assert result.curves == train_once(Net(), protocol=SINGLE).curves
+    assert not Run._dear(SimpleNamespace(saved=(time.monotonic(), 1.0, 7), device="cpu"))
+    assert Run._dear(SimpleNamespace(saved=(time.monotonic() - 10, 1.0, 7), device="cuda"))
+    assert not Run._dear(SimpleNamespace(saved=(time.monotonic() - 30, 1.0, 7), device="cuda"))
 
 
 def test_on_step_is_called_after_each_step() -> None:

@@ -76,6 +76,7 @@ def train_once(
     diagnose: str = "off",
     teacher: nn.Module | None = None,
     on_step: Callable[[], None] | None = None,
+    on_epoch: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Result:
     train, validation, test = batches()
     return fit(
@@ -95,6 +96,7 @@ def train_once(
         checkpoint_file=file,
         checkpoint_every=every,
         on_step=on_step,
+        on_epoch=on_epoch,
     )
 
 

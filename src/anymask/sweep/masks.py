@@ -25,6 +25,7 @@ from anymask.ranks import by_rank_0, leads
 from anymask.registry import lookup
 from anymask.runlog import atomic
 from anymask.sweep.claims import clear_halves, make_once
+from anymask.sweep.pace import paced
 from anymask.train import Computing, fit
 
 DENSE = "dense"
@@ -111,7 +112,8 @@ class Masks:
     def __init__(self, bench: Bench, file_of: Callable[[str, float, int], Path], computing: Computing | None = None) -> None:
         self.bench, self.file_of, self.computing = bench, file_of, replace(computing or Computing(), diagnose="off")
         self.wait = True  # for another process that makes the same mask; else Busy is raised
-        self.between: Callable[[], None] = lambda: None  # called before each round of a lottery ticket; it may raise to stop there
+        # Called before each round of a lottery ticket, and after an epoch of one, needs= the seconds of one; it may raise to stop there.
+        self.between: Callable[..., None] = lambda **_: None
         self.on_step: Callable[[], None] | None = None  # called after each step of the trainings in it
 
     def start(self, mask: str, *, sparsity: float, seed: int, model: nn.Module) -> Start:
@@ -161,11 +163,11 @@ class Masks:
         ticket: Ticket = lottery_ticket(
             model,
             sparsity=sparsity,
-            train=self.trainer(seed),
+            train=self.trainer(seed, folder=(folder := file.with_suffix(".rounds"))),
             rewind_step=Duration.parse(REWIND).steps(total=steps) if "rewind_step" in row.needs else 0,
             rewinds=row.rewinds,
             seed=seed,
-            folder=file.with_suffix(".rounds"),  # so that a stopped search goes on with the next round
+            folder=folder,  # so that a stopped search goes on with the next round
             **how,
         )
         if leads() and (ticket.step or not row.rewinds):
@@ -173,15 +175,20 @@ class Masks:
                 out.write(to_bytes(dict(ticket.weights)))
         return ticket.mask
 
-    def trainer(self, seed: int) -> Train:
-        """What trains the rounds of a lottery ticket: the default recipe on the training images."""
+    def trainer(self, seed: int, *, folder: Path) -> Train:
+        """What trains the rounds of a lottery ticket: the default recipe on the training images; one that stopped goes on."""
         train, _, _ = self.bench.batches(seed)
+        unfinished = folder / "unfinished.pt"  # of the round that is not there yet
 
         def trainer(model: nn.Module, mask: Mask | None, first: int, last: int | None) -> None:
             computing = self.computing if mask is not None else replace(self.computing, sparse="auto")
             how: dict[str, Any] = {"recipe": "default", "protocol": self.bench.protocol, "seed": seed, **asdict(computing)}
             self.between()
+            by_rank_0(lambda: clear_halves(unfinished))
+            how |= {"checkpoint_file": unfinished, "on_epoch": paced(self.between, epochs=self.bench.protocol.epochs)}
             fit(model, train, mask=mask, first_step=first, last_step=last, on_step=self.on_step, **how)
+            if leads():
+                unfinished.unlink(missing_ok=True)
 
         return trainer
 

@@ -19,6 +19,7 @@ from anymask.runlog import Ledger
 from anymask.sweep.claims import Busy, claimed, clear_halves
 from anymask.sweep.compare import Cell, Runner, Watcher, cells
 from anymask.sweep.masks import is_dynamic, is_mask_file
+from anymask.sweep.pace import paced
 from anymask.sweep.plan import Part, Plan, naming
 from anymask.train import Computing
 from anymask.train.graphs import NotRecordedError
@@ -128,7 +129,7 @@ def sweep(
         plan: of `read_plan`.
         folder: made when it is not there.
         budget: "25m", "2h", "90s" or seconds; then the training that runs stops at the end of its epoch, or one epoch earlier
-            where the last epoch took longer than what is left. A lottery ticket stops after its round. On Ray all stop at once.
+            where the last epoch took longer than what is left; so do the rounds of a lottery ticket. On Ray all stop at once.
         workers: how many processes train beside each other, >= 1; they share the cores.
         streams: how many trainings each process has beside each other, >= 1; more than one with compile="graph" or "fused", each in a
             stream of its own on a GPU, which a small network does not fill.
@@ -384,12 +385,9 @@ class _Timed(Watcher):
     """Stops a training between two epochs, when the next one would not end in time."""
 
     def __init__(self, watcher: Watcher, clock: Clock, *, epochs: int) -> None:
-        self.watcher, self.clock, self.epochs = watcher, clock, epochs
-        self.last: float | None = None
+        self.watcher, self.epochs = watcher, epochs
+        self.check = paced(clock.check, epochs=epochs)
 
     def epoch(self, epoch: int, figures: dict[str, Any]) -> None:
         self.watcher.epoch(epoch, figures)
-        took = 0.0 if self.last is None else time.monotonic() - self.last  # the first one has the making of the mask in it
-        self.last = time.monotonic()
-        if epoch < self.epochs:
-            self.clock.check(needs=took)
+        self.check(epoch, figures)

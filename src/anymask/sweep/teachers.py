@@ -1,6 +1,5 @@
 """The networks that recipes with distillation learn from."""
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -16,6 +15,7 @@ from anymask.config import Bench
 from anymask.ranks import by_rank_0, leads
 from anymask.runlog import atomic, settings_id
 from anymask.sweep.claims import clear_halves, make_once
+from anymask.sweep.pace import paced
 from anymask.train import Computing, fit
 
 
@@ -49,17 +49,9 @@ class Teachers:
         model, unfinished = self.bench.model(seed), file.with_suffix(".pt")
         for path in (file, unfinished):
             by_rank_0(partial(clear_halves, path))
-        last = time.monotonic()
-
-        def on_epoch(epoch: int, _: dict[str, float]) -> None:
-            nonlocal last
-            took, last = time.monotonic() - last, time.monotonic()
-            if epoch < self.bench.protocol.epochs:
-                self.between(needs=took)
-
         train, validation, _ = self.bench.batches(seed)
         how: dict[str, Any] = {"recipe": "default", "protocol": self.bench.protocol, "seed": seed, **asdict(self.computing)}
-        how |= {"checkpoint_file": unfinished, "on_epoch": on_epoch, "on_step": self.on_step}
+        how |= {"checkpoint_file": unfinished, "on_epoch": paced(self.between, epochs=self.bench.protocol.epochs), "on_step": self.on_step}
         fit(model, train, validation=validation, **how)
         if leads():
             write_weights(model, file)

@@ -71,6 +71,8 @@ class Turns:
         if seconds:
             time.sleep(seconds)
         self.__enter__()
+        if self.stopped:
+            raise Stopped
         torch.set_rng_state(drawn[0])
         if drawn[1] is not None:
             torch.cuda.set_rng_state(drawn[1])

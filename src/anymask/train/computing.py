@@ -1,6 +1,7 @@
 """How a training is computed: what it takes and records, and not what it is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,14 +99,24 @@ def compiled(model: nn.Module, *, whole: int, graphs: bool) -> Callable[[Tensor]
             return model(x)
         if graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        try:
-            return call(x)
-        except torch._dynamo.exc.ShortenTraceback as error:  # BackendCompilerFailed, TritonMissing and their like
-            reason = " ".join(str(error).split("\n\n")[0].split())
-            raise SettingError(
-                f"torch.compile failed ({reason})",
-                allowed="compile='on' or 'fused' where PyTorch's compiler works: with a C++ compiler on a CPU, with Triton on a GPU",
-                fix="leave compile at 'off'",
-            ) from error
+        return call(x)
 
     return forward
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Around what torch.compile may compile in, forward or backward.
+
+    Raises:
+        SettingError: where it cannot.
+    """
+    try:
+        yield
+    except torch._dynamo.exc.ShortenTraceback as error:  # BackendCompilerFailed, TritonMissing and their like
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        raise SettingError(
+            f"torch.compile failed ({reason})",
+            allowed="compile='on' or 'fused' where PyTorch's compiler works: with a C++ compiler on a CPU, with Triton on a GPU",
+            fix="leave compile at 'off'",
+        ) from error

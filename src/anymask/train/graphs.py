@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class _Kind:
 
     x: Tensor
     y: Tensor
+    compiled: Hashable = None
     replay: Callable[[], None] | None = None
 
 
@@ -38,14 +40,15 @@ class Recorder:
     Args:
         step: makes one step of a batch: forward, backward, and the optimiser's.
         device: where the batches lie; on a GPU, the current one, in a stream that is not the default one (`own_stream`).
+        compiled: changes when what torch.compile made is forgotten: a step that compiles cannot be recorded.
     """
 
-    def __init__(self, step: Callable[[Tensor, Tensor], None], *, device: str) -> None:
-        self._step, self._cuda = step, device.startswith("cuda")
+    def __init__(self, step: Callable[[Tensor, Tensor], None], *, device: str, compiled: Callable[[], Hashable] = lambda: None) -> None:
+        self._step, self._cuda, self._compiled = step, device.startswith("cuda"), compiled
         self._kinds: dict[Hashable, _Kind] = {}
         self._made: Counter[Hashable] = Counter()
         self._phase: Hashable = None
-        self._pool: tuple[int, int] | None = None  # of memory, for all recordings of a phase: one of them runs at a time
+        self._pool: Any = None  # of memory, for all recordings of a phase: one of them runs at a time
 
     def make(self, x: Tensor, y: Tensor, *, phase: Hashable | None) -> bool:
         """Make one step; True where only the device knows of it, as it replays a recording.
@@ -69,7 +72,8 @@ class Recorder:
         kind.x.copy_(x)
         kind.y.copy_(y)
         self._made[x.shape] += 1
-        if self._made[x.shape] <= WARM:
+        before, kind.compiled = kind.compiled, self._compiled()
+        if self._made[x.shape] <= WARM or (kind.replay is None and kind.compiled != before):
             self._by_itself(kind.x, kind.y)
             return False
         if kind.replay is not None:
@@ -81,17 +85,13 @@ class Recorder:
 
     def forget(self) -> None:
         """Let go of what was recorded, and of its memory."""
-        if self._kinds and self._cuda:
+        if self._cuda and any(kind.replay is not None for kind in self._kinds.values()):
             torch.cuda.current_stream().synchronize()
         self._kinds, self._made, self._pool = {}, Counter(), None
 
     def _by_itself(self, x: Tensor, y: Tensor) -> None:
-        before = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
-        try:
+        with timing_algorithms():
             self._step(x, y)
-        finally:
-            torch.backends.cudnn.benchmark = before
 
     def _record(self, x: Tensor, y: Tensor) -> Callable[[], None]:
         if not self._cuda:
@@ -101,8 +101,11 @@ class Recorder:
         gc.disable()  # what is collected may call the device, which ends a recording
         try:
             torch.cuda.current_stream().synchronize()
-            torch.cuda.empty_cache()  # which cannot be done while it records
-            graph.capture_begin(*(() if self._pool is None else (self._pool,)))
+            free, whole = torch.cuda.mem_get_info()
+            if free < whole / 4:  # what is kept cannot be let go of while it records; to do so waits for all streams
+                torch.cuda.empty_cache()
+            # Other threads may call the device meanwhile: one that pins memory for a DataLoader, or that ends.
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
                 self._by_itself(x, y)
             except BaseException:
@@ -117,13 +120,24 @@ class Recorder:
             raise NotRecordedError(
                 f"a step could not be recorded as a CUDA graph ({reason})",
                 allowed="networks and losses that do not wait for the device, nor look at numbers on it",
-                fix="leave compile at 'off'",
+                fix="leave compile at 'off'; or, where this came up in a notebook, `del` the losses and outputs of earlier steps",
             ) from error
         finally:
             if collects:
                 gc.enable()
         self._pool = graph.pool()
         return graph.replay
+
+
+@contextmanager
+def timing_algorithms() -> Iterator[None]:
+    """cuDNN chooses its algorithms by timing them in the block, unless they have to be deterministic."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def rates_on_device(optimizer: Optimizer) -> None:
@@ -141,8 +155,11 @@ _streams = threading.local()  # PyTorch keeps memory for each stream: one for ea
 
 @contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """The block with the GPU `device` as the current one, in a stream that is not its default one, in which nothing can be recorded."""
-    with torch.cuda.device(device):
+    """The block with the GPU `device` as the current one, in a stream that is not its default one, in which nothing can be recorded.
+
+    Algorithms are timed in all of it: a thread's first call of a shape, as a mask method makes it, decides for all later ones.
+    """
+    with torch.cuda.device(device), timing_algorithms():
         before = torch.cuda.current_stream()
         if before != torch.cuda.default_stream():
             yield

@@ -80,7 +80,9 @@ def fit(
             `Result.curves["diagnostics"]`; "sharpness" adds `anymask.diagnostics.sharpness` on that batch, which costs as much as up to
             a few hundred dense steps; "off" nothing. The training is the same, bit for bit.
         checkpoint_file: written atomically after every epoch, and every `checkpoint_every` steps; where it exists,
-            training goes on from it, and ends bit-equal to a training that was never stopped. It is the same file whether the
+            training goes on from it, and ends bit-equal to a training that was never stopped (on a GPU, with
+            torch.use_deterministic_algorithms). On a GPU, where an epoch may take less time than that, it is written less often, so
+            that it takes a twentieth of the time, and whenever `on_epoch` stops the training. It is the same file whether the
             layers were sparse; with "auto" those are sparse again that were. It is also the same for any number of ranks.
         log_dir: TensorBoard events go there (extra `tensorboard`).
         on_epoch: called with the epoch (from 1) and its figures, on every rank.
@@ -155,7 +157,11 @@ def _train(
         run.end_epoch(epoch, validation=validation)
         figures = {name: values[-1] for name, values in run.progress["curves"].items() if isinstance(values, list)}
         if on_epoch is not None:
-            on_epoch(epoch + 1, figures)
+            try:
+                on_epoch(epoch + 1, figures)
+            except BaseException:
+                run.save()
+                raise
         if writer is not None:
             for name, value in figures.items():
                 if value is not None:

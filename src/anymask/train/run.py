@@ -18,11 +18,12 @@ from anymask.mask import Mask
 from anymask.prunables import bare
 from anymask.pruning import rewiring
 from anymask.pruning.dynamic import Dynamic
-from anymask.ranks import by_rank_0, leads, on_any_rank
+from anymask.ranks import by_rank_0, leads, on_any_rank, ranks
 from anymask.recipe import Recipe
+from anymask.running import Compiled
 from anymask.techniques.distillation import Distillation, Remembered
 from anymask.train import checkpoint
-from anymask.train.computing import Computing, compiled
+from anymask.train.computing import Computing, compiled, compiling
 from anymask.train.graphs import Recorder, rates_on_device
 from anymask.train.settings import Protocol, autocast_dtype, set_lr
 from anymask.train.sparsity import SparseLayers, slots_loaded, slots_stored, sparse_possible
@@ -85,6 +86,7 @@ class Run:
         self.hold = None if mask is None else hold(mask, model, self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device, enabled=protocol.precision == "float16")
         self.layers = SparseLayers(model, self.optimizer)
+        self.saved = 0.0, 0.0, -1  # when, what it took, after which step
         # Whatever stops a training (Ctrl-C in a forward pass, too), the model is plain and dense after it, without a hook.
         self.leaving = ExitStack()
         if self.hold is not None:
@@ -131,9 +133,10 @@ class Run:
         self.spread.begin()
         network = self.spread.network
         # CUDA graphs of PyTorch's own write each gradient where the last one is, which is wrong where several are added up.
-        how: dict[str, Any] = {"whole": len(self.example), "graphs": not computing.records and p.accumulate == 1}
-        self.forward = compiled(network, **how) if computing.compiles else network
-        self.recorder = Recorder(self._make, device=self.device) if computing.records else None
+        graphs = not computing.records and p.accumulate == 1
+        self.forward = compiled(network, whole=len(self.example), graphs=graphs) if computing.compiles else network
+        self.compiling = compiling if computing.compiles else nullcontext
+        self.recorder = Recorder(self._make, device=self.device, compiled=lambda: Compiled.forgotten) if computing.records else None
         self.leaving.callback(self._forget)
         if self.recorder is not None:
             rates_on_device(self.optimizer)  # after a checkpoint, which has numbers; ghosts join groups that are there
@@ -183,7 +186,7 @@ class Run:
 
     def _add(self, x: Tensor, y: Tensor, *, last: bool) -> None:
         x, y, weight = self.spread.part(x, y)
-        with self.spread.adding(last=last):
+        with self.spread.adding(last=last), self.compiling():
             with self.autocast():
                 with self.recipe.watched():
                     output = self.forward(x)
@@ -229,7 +232,8 @@ class Run:
             moved = sum(move.dropped for move in self.rewiring.history) - sum(curves.setdefault("moved", []))
             curves["moved"].append(moved)
             curves.setdefault("density", []).append(self.rewiring.mask.density)
-        self.save()
+        if not self._dear():
+            self.save()
 
     def _remember(self, score: float | None, *, epoch: int) -> None:
         """Keep the weights, and a mask that moves, where they are the best so far; not before a mask that shrinks has its sparsity."""
@@ -271,13 +275,19 @@ class Run:
             sparse_layers=self.layers.count,
         )
 
+    def _dear(self) -> bool:
+        """Whether to save now would take over a twentieth of the time, as on a GPU, where an epoch may take less than its checkpoint."""
+        at, took, _ = self.saved
+        return self.device.startswith("cuda") and ranks() == 1 and time.monotonic() - at < 20 * took
+
     def save(self) -> None:
-        """Write the checkpoint file, if there is one: the same one for any number of ranks."""
-        if self.file is None:
+        """Write the checkpoint file, if there is one and it is not of this step: the same one for any number of ranks."""
+        if self.file is None or self.saved[2] == self.step:
             return
         self.spread.agree(self.loss)
         if not leads():
             return
+        began = time.monotonic()
         self.progress["seconds"] = time.monotonic() - self.began
         parts: dict[str, Any] = {"model": self.model, "scaler": self.scaler, "recipe": self.recipe}
         if self.rewiring is not None:
@@ -288,6 +298,7 @@ class Run:
         state["optimizer"] = slots_stored(self.model, self.optimizer)
         how = {"sparse": self.layers.names, "diagnose": self.diagnose}
         checkpoint.save(self.file, {**state, "loss": self.loss, "progress": self.progress, **how})
+        self.saved = time.monotonic(), time.monotonic() - began, self.step
 
     def _convert(self, sparse: str, *, moves: bool, known: list[str] | None) -> None:
         where: dict[str, Any] = {"device": self.device, "precision": self.protocol.precision, "model": self.model}
@@ -325,6 +336,7 @@ class Run:
         if diagnose == "off":
             return None
         watch = Diagnostics(self.model, self.optimizer, self.probe[0])  # of the whole batch on every rank
+        self.leaving.callback(watch.remove)
         if saved is not None:
             watch.load_state_dict(saved["diagnostics"])
         return watch
