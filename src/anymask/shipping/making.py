@@ -61,7 +61,7 @@ def ship(
     of any size. `.safetensors`: the plain state dict. The model stays as it is; what is shipped is how it evaluates.
 
     Args:
-        model: takes one tensor (N, C, H, W) or (N, D) and gives one.
+        model: takes one tensor (N, C, H, W) or (N, D) and gives one; of integers (token ids) only to .onnx and .safetensors.
         mask: the mask it was trained with, to be checked: weights outside of it have to be 0. None: the zeros of the model count.
         example: a batch of real inputs, on which the file is compared with the model.
         to: the file; its folder is made when it is not there.
@@ -91,7 +91,8 @@ def ship(
         raise SettingError(f"values came as {values!r}", allowed=allowed, fix="choose one of these, or leave it out")
     if not isinstance(example, Tensor) or example.ndim < 2 or not len(example):
         raise SettingError("the example came without samples", allowed="a tensor (N, C, H, W) or (N, D)", fix="give a batch of inputs")
-    model, example = plain(model), example.detach().to("cpu", torch.float32)
+    model, example = plain(model), example.detach().cpu()
+    example = example.float() if example.is_floating_point() else example  # token ids stay integers
     if mask is not None:
         _check_zeros(model, mask)
     return write(model, example, path, values=values or "float16", info=info or {})

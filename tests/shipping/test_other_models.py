@@ -1,0 +1,70 @@
+"""Models that are no plain image network: those that ship do it right, and the others are refused with what is wrong."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from anymask.errors import SettingError
+from anymask.shipping import ship
+
+
+@pytest.fixture
+def onnx():
+    pytest.importorskip("onnxscript", reason="pip install 'anymask[onnx]'")
+    pytest.importorskip("onnxruntime", reason="pip install 'anymask[onnx]'")
+
+
+class Tokens(nn.Module):
+    """Token ids to scores of classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.last = nn.Embedding(20, 8), nn.Linear(8, 3)
+
+    def forward(self, ids):
+        return self.last(self.embedding(ids).mean(1))
+
+
+class Branching(nn.Module):
+    """Decides by what it computes, which no exporter follows."""
+
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+IDS = torch.randint(0, 20, (4, 6), generator=torch.Generator().manual_seed(0))
+
+
+def refused(model, example, path):
+    with pytest.raises(SettingError) as caught:
+        ship(model, None, example=example, to=path)
+    assert not list(path.parent.iterdir())
+    return caught.value
+
+
+@pytest.mark.usefixtures("onnx")
+def test_a_model_of_token_ids_ships_to_onnx_and_is_compared_there(tmp_path):
+    assert ship(Tokens(), None, example=IDS, to=tmp_path / "net.onnx").difference < 1e-5
+
+
+def test_a_model_of_token_ids_ships_to_safetensors_and_is_refused_as_anymask(tmp_path):
+    error = refused(Tokens(), IDS, tmp_path / "net.anymask")
+    assert "Tokens takes integers (torch.int64)" in error.came
+    assert "ship to .onnx" in error.fix
+    assert ship(Tokens(), None, example=IDS, to=tmp_path / "net.safetensors").kept == 24
+
+
+def test_a_double_example_is_still_taken_as_float32(tmp_path):
+    assert ship(nn.Linear(4, 3), None, example=torch.ones(2, 4).double(), to=tmp_path / "net.anymask").difference < 0.01
+
+
+@pytest.mark.usefixtures("onnx")
+@pytest.mark.parametrize("name", ["net.onnx", "net.anymask"])
+def test_a_failed_export_says_why_in_one_line_and_prints_nothing(name, tmp_path, capfd):
+    error = refused(Branching(), torch.ones(2, 4), tmp_path / name)
+    assert "Branching cannot be exported (Could not guard on data-dependent expression" in error.came
+    assert not any(word in str(error) for word in ("\x1b", "\n", "step 1/3", "Next steps"))
+    assert capfd.readouterr() == ("", "")
+    assert logging.root.manager.disable == 0  # loggers speak again
