@@ -68,3 +68,37 @@ def test_a_failed_export_says_why_in_one_line_and_prints_nothing(name, tmp_path,
     assert not any(word in str(error) for word in ("\x1b", "\n", "step 1/3", "Next steps"))
     assert capfd.readouterr() == ("", "")
     assert logging.root.manager.disable == 0  # loggers speak again
+
+
+# -- several outputs, and examples that do not fit ---------------------------------------------------------------------
+
+
+class Several(nn.Module):
+    """Gives what `outputs` makes of its features and its scores."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.first, self.last, self.outputs = nn.Linear(4, 8), nn.Linear(8, 3), outputs
+
+    def forward(self, x):
+        features = self.first(x)
+        return self.outputs(features, self.last(features))
+
+
+@pytest.mark.parametrize("name", ["net.onnx", "net.anymask"])
+@pytest.mark.parametrize("outputs", [lambda f, s: {"features": f, "logits": s}, lambda f, s: (s, f)], ids=["dict", "tuple"])
+def test_a_model_of_several_outputs_is_refused(name, outputs, tmp_path):
+    assert "Several gives 2 tensors" in refused(Several(outputs), torch.ones(2, 4), tmp_path / name).came
+
+
+@pytest.mark.usefixtures("onnx")
+@pytest.mark.parametrize("outputs", [lambda f, s: {"logits": s}, lambda f, s: (s > 0,)], ids=["dict", "bools"])
+def test_one_output_is_compared_however_it_is_wrapped_and_of_any_type(outputs, tmp_path):
+    assert ship(Several(outputs), None, example=torch.ones(2, 4), to=tmp_path / "net.onnx").difference < 1e-5
+
+
+@pytest.mark.parametrize("name", ["net.onnx", "net.anymask"])
+def test_an_example_that_the_model_cannot_take_is_said_to_be_the_reason(name, tmp_path, capfd):
+    error = refused(nn.Linear(4, 3), torch.ones(2, 5), tmp_path / name)
+    assert "Linear fails with the example, torch.float32 (2, 5) (mat1 and mat2 shapes" in error.came
+    assert capfd.readouterr() == ("", "")
