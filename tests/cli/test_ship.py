@@ -65,6 +65,12 @@ def test_a_checkpoint_is_shipped_with_its_zeros_or_a_mask(anymask, here):
     assert (here / "again.anymask").stat().st_size < (here / "dense.safetensors").stat().st_size
 
 
+def test_a_file_is_only_called_smaller_where_it_is(anymask, here):
+    network = ("--model", "resnet8-0.25x", "--input", "1", "12", "12")
+    assert "times smaller; outputs differ" in anymask("ship", "dense.pt", *network, "--mask", "half.mask", "--to", "net.anymask").out
+    assert anymask("ship", "dense.pt", *network, "--to", "net.safetensors").out.endswith(" MB dense\n")
+
+
 def test_a_dense_run_of_unknown_images_needs_their_size(anymask, here):
     (here / "run/mask.mask").unlink()
     check(anymask("ship", "run", "--to", "net.anymask"), "says how large its images are", "--input 3 32 32")
