@@ -139,7 +139,7 @@ def _called(node: fx.Node, trace: Trace, found: Mapping[fx.Node, Any]) -> Any:
         made = HANDLERS[name](trace, Given(name, held, node))
         _check(made, node, trace)
     except Wrong as error:
-        raise refused(trace.model, name, node, known=HANDLERS, why=str(error)) from None
+        raise refused(trace.model, name, node, why=str(error)) from None
     return made
 
 
