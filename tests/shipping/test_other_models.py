@@ -5,7 +5,9 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
+import anymask
 from anymask.errors import SettingError
 from anymask.shipping import ship
 
@@ -102,3 +104,31 @@ def test_an_example_that_the_model_cannot_take_is_said_to_be_the_reason(name, tm
     error = refused(nn.Linear(4, 3), torch.ones(2, 5), tmp_path / name)
     assert "Linear fails with the example, torch.float32 (2, 5) (mat1 and mat2 shapes" in error.came
     assert capfd.readouterr() == ("", "")
+
+
+# -- what is counted -----------------------------------------------------------------------------------------------------
+
+
+class Kinds(nn.Module):
+    """A module of each kind that a mask may cover, and one twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.three, self.up = nn.Conv1d(2, 4, 3), nn.Conv3d(1, 2, 3), nn.ConvTranspose2d(2, 3, 2)
+        self.attention, self.last = nn.MultiheadAttention(8, 2), nn.Linear(8, 3)
+        self.again = self.last
+
+
+def test_weights_of_all_kinds_count_and_each_once(tmp_path):
+    model = Kinds()
+    mask = anymask.prune(model, "random", sparsity=0.5)
+    mask.apply(model)
+    done = ship(model, mask, example=torch.ones(2, 2), to=tmp_path / "net.safetensors")
+    assert (done.kept, done.total) == (mask.kept, mask.total)
+
+
+def test_zeros_of_torch_prune_count_as_zeros(tmp_path):
+    model = nn.Conv1d(2, 4, 3)
+    prune.random_unstructured(model, "weight", amount=0.75)
+    done = ship(model, None, example=torch.ones(2, 2, 3), to=tmp_path / "net.safetensors")
+    assert (done.kept, done.total) == (6, 24)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from anymask.errors import AnymaskError, MaskError, SettingError
 from anymask.mask import Mask
+from anymask.prunables import effective
 from anymask.runlog import atomic
 from anymask.shipping import file, onnxfile
 from anymask.shipping.fusing import fused
@@ -166,7 +167,7 @@ def _difference(ours: np.ndarray, theirs: np.ndarray, *, exact: bool = True) -> 
 
 
 def _counted(model: nn.Module) -> dict[str, int]:
-    held = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    held = effective(model)
     return {"kept": sum(int((weight != 0).sum()) for weight in held), "total": sum(weight.numel() for weight in held)}
 
 
