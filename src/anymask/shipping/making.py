@@ -34,7 +34,8 @@ class Shipped:
         path: the file.
         bytes: its size.
         dense_bytes: size of the model's parameters and buffers, dense, as they are.
-        kept: number of weights that are not 0, of convolutions and linear layers; in .anymask of those stored.
+        kept: number of weights that are not 0, of convolutions, linear layers and attention; in .anymask of those stored, where each use
+            of a layer has its own.
         total: number of these weights with their zeros.
         difference: largest difference between what the file and the model give for the example; None where the file was not run.
     """
