@@ -6,7 +6,9 @@
     ├── MaskError         a mask that does not fit, or cannot be   (also a ValueError)
     ├── TechniqueError    a technique that cannot do its work here (also a RuntimeError)
     ├── DataError         images or labels that cannot be read     (also a ValueError)
-    └── FileFormatError   a file that is damaged or not ours       (also a ValueError)
+    ├── FileFormatError   a file that is damaged or not ours       (also a ValueError)
+    ├── MissingFile       no file where one was named              (also a FileNotFoundError)
+    └── IsFolder          a folder where a file was named          (also an IsADirectoryError)
 
 Each message has three parts: what came, what is allowed, what to do. The command line prints them without a
 traceback and exits with code 2.
@@ -60,3 +62,11 @@ class DataError(AnymaskError, ValueError):
 
 class FileFormatError(AnymaskError, ValueError):
     """A file that is damaged, truncated or of an unknown format."""
+
+
+class MissingFile(AnymaskError, FileNotFoundError):
+    """No file where one was named."""
+
+
+class IsFolder(AnymaskError, IsADirectoryError):
+    """A folder where a file was named, to read or to write."""

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,18 @@ def prunable(model: nn.Module, *, kinds: Iterable[str] = ("conv", "linear"), exc
             fix="check `kinds` and `exclude`",
         )
     return kept
+
+
+def effective(model: nn.Module) -> list[Tensor]:
+    """The weights of the kinds "conv" and "linear" as `model` computes with them, each once: under masks of `torch.nn.utils.prune`, too.
+
+    Example:
+        >>> [tuple(weight.shape) for weight in effective(nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.Linear(8, 2)))]
+        [(8, 3, 3), (2, 8)]
+    """
+    owned = ((module, name) for kind, module, names in _owners(model) if kind in ("conv", "linear") for name in names)
+    found = (getattr(module, name, None) for module, name in owned)
+    return list({id(weight): weight for weight in found if isinstance(weight, Tensor)}.values())
 
 
 def transposed_groups(model: nn.Module) -> dict[str, int]:
@@ -167,15 +179,21 @@ def bare(model: nn.Module) -> nn.Module:
 def _kinds_of(model: nn.Module) -> dict[int, str]:
     """The kind of each parameter that has one, by the parameter's id."""
     found: dict[int, str] = {}
+    for kind, module, names in _owners(model):
+        for name, parameter in module.named_parameters(recurse=False):
+            if name.startswith(names):
+                found.setdefault(id(parameter), kind)
+    return found
+
+
+def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
+    """The modules that own weights, with their kind and the beginnings of their parameters' names, one kind after the other."""
     for kind, owners in KINDS.items():
         more = tuple((owner, _WEIGHT) for owner in _imported(*_GPT_CONV)) if kind == "linear" else ()
         for module in model.modules():
             for owner, names in (*owners, *more):
                 if isinstance(module, owner):
-                    for name, parameter in module.named_parameters(recurse=False):
-                        if name.startswith(names):
-                            found.setdefault(id(parameter), kind)
-    return found
+                    yield kind, module, names
 
 
 def _imported(module: str, name: str) -> tuple[type[nn.Module], ...]:

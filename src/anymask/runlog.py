@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from anymask.errors import FileFormatError
+from anymask.errors import FileFormatError, IsFolder
 
 
 @contextmanager
@@ -18,6 +18,9 @@ def atomic(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path` and move it there when the block ends well.
 
     Nobody ever sees half a file: an error in the block removes the temporary one and leaves `path` as it was.
+
+    Raises:
+        IsFolder: when `path` is one.
 
     Example:
         >>> import tempfile, pathlib
@@ -28,6 +31,8 @@ def atomic(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
         'whole'
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsFolder(f"{path} is a folder", allowed="the name of a file to write", fix="name a file in it")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:

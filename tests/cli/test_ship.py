@@ -1,5 +1,6 @@
 """`anymask ship` and `anymask bench`: from a run folder or a checkpoint to a file, and its time beside others."""
 
+import itertools
 import json
 import shutil
 
@@ -8,7 +9,7 @@ import torch
 
 import anymask as package
 from anymask import Mask, load_mask, models
-from anymask.shipping import load
+from anymask.shipping import load, timing
 from anymask.shipping.timing import OTHERS, OURS, Result, Timing
 from tests.cli.test_cli_mistakes import check
 
@@ -63,6 +64,12 @@ def test_a_checkpoint_is_shipped_with_its_zeros_or_a_mask(anymask, here):
     assert anymask("ship", "dense.pt", *network, "--to", "dense.safetensors").code == 0
     assert anymask("ship", "dense.safetensors", *network, "--mask", "half.mask", "--to", "again.anymask").code == 0
     assert (here / "again.anymask").stat().st_size < (here / "dense.safetensors").stat().st_size
+
+
+def test_a_file_is_only_called_smaller_where_it_is(anymask, here):
+    network = ("--model", "resnet8-0.25x", "--input", "1", "12", "12")
+    assert "times smaller; outputs differ" in anymask("ship", "dense.pt", *network, "--mask", "half.mask", "--to", "net.anymask").out
+    assert anymask("ship", "dense.pt", *network, "--to", "net.safetensors").out.endswith(" MB dense\n")
 
 
 def test_a_dense_run_of_unknown_images_needs_their_size(anymask, here):
@@ -152,11 +159,24 @@ def test_without_onnx_runtime_a_line_says_so(anymask, here, monkeypatch):
     assert "onnx is left out: onnxruntime is not installed. To do: pip install 'anymask[onnx]'." in said.out
 
 
+@pytest.mark.parametrize("load", [0.5, 1.5])
+@pytest.mark.parametrize("slow", [1.2, 406.0])
+def test_figures_of_a_busy_machine_are_said_not_to_be_trusted(anymask, here, monkeypatch, load, slow):
+    times = itertools.cycle([1.0, 1.0, slow])
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(timing, "_time", lambda call: next(times))
+    out = anymask("bench", "half.anymask", "--batch", 1, "--threads", 2, "--seconds", 0.01, "--against", "eager").out
+    assert ("load 1.5 on 2 processors" in out) == (load > 1)
+    assert ("at batch 1: 1.00 and " in out) == (slow > 2)
+    assert out.count("\nThe machine was busy (") == (load > 1 or slow > 2)
+
+
 def test_a_slower_batch_is_said_to_be_slower():
-    def timing(name, ms):
+    def took(name, ms):
         return Timing(name, 1, ms, ms, ms, 5, 0.0)
 
-    result = Result((timing(OURS, 2.0), timing("eager", 4.0), timing("compiled", 3.0), timing("onnx", 1.0)), ())
+    result = Result((took(OURS, 2.0), took("eager", 4.0), took("compiled", 3.0), took("onnx", 1.0)), ())
     assert result.verdicts() == [
         "batch 1: 1.50 times as fast as PyTorch (compiled, 3.00 ms)",
         "batch 1: SLOWER, 2.00 times as long as ONNX Runtime float32 (onnx, 1.00 ms)",

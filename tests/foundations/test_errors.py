@@ -15,6 +15,8 @@ ALSO = {
     "TechniqueError": RuntimeError,
     "DataError": ValueError,
     "FileFormatError": ValueError,
+    "MissingFile": FileNotFoundError,
+    "IsFolder": IsADirectoryError,
 }
 
 

@@ -8,7 +8,9 @@ import sys
 import threading
 
 import pytest
+import torch
 
+from anymask import Mask
 from anymask.errors import FileFormatError
 from anymask.runlog import Ledger, atomic, settings_id
 
@@ -53,6 +55,15 @@ def test_a_file_is_written_whole_into_new_folders_and_may_be_read_by_others(tmp_
     assert target.read_text("utf-8") == "wörd"
     assert target.stat().st_mode & 0o777 == 0o644
     assert os.listdir(target.parent) == ["ü.txt"]
+
+
+@pytest.mark.parametrize("write", [lambda path: atomic(path).__enter__(), Mask({"weight": torch.eye(2)}).save])
+def test_a_folder_is_no_file_to_write_and_is_named_as_it_was_given(tmp_path, write):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        write(tmp_path / "folder")
+    assert str(caught.value) == f"{tmp_path}/folder is a folder. Allowed: the name of a file to write. To do: name a file in it."
+    assert os.listdir(tmp_path) == ["folder"]
 
 
 # -- the ledger --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from safetensors import numpy as safetensors
 from torch import nn
 
 from anymask import Mask
-from anymask.errors import FileFormatError
+from anymask.errors import AnymaskError, FileFormatError
 from anymask.shipping import file, gaps, load, ship
 from anymask.shipping.ops import OPS, Wrong
 from anymask.shipping.plan import halves, stored, whole
@@ -163,8 +163,11 @@ def test_a_file_cut_off_anywhere_is_refused(blob, tmp_path):
 
 def test_other_files_are_refused_with_what_they_are(tmp_path):
     path = tmp_path / "net.anymask"
-    with pytest.raises(FileNotFoundError):
-        load(path)
+    for kind, named, words in ((FileNotFoundError, path, "no shipped network at"), (IsADirectoryError, tmp_path, "is a folder")):
+        with pytest.raises(kind, match=words) as caught:
+            load(named)
+        assert isinstance(caught.value, AnymaskError)
+        assert str(named) in caught.value.came
     Mask({"weight": torch.eye(2)}).save(path)
     refused(path, "a safetensors file of something else")
     torch.save({"a": torch.eye(2)}, path)

@@ -275,3 +275,16 @@ def test_a_map_that_is_smaller_than_its_pools_window_is_refused_as_before():
     anymask.to_sparse(model, anymask.prune(model, "random-uniform", sparsity=0.3, seed=0), torch.ones(2, 3, 8, 8), measure=False)
     with pytest.raises(RuntimeError, match=r"[Oo]utput size is too small"):
         model(torch.ones(2, 3, 8, 1))
+
+
+class Own(nn.Linear):
+    """Like a Linear, but who knows what its forward does."""
+
+
+def test_where_no_layer_can_become_sparse_a_warning_names_their_kinds():
+    net = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Flatten(), Own(18, 4))
+    mask = prune(net, "random", sparsity=0.5, seed=0)
+    with pytest.warns(UserWarning, match=r"leaves all layers dense: Conv1d, Own\. Only nn\.Conv2d and nn\.Linear"):
+        anymask.to_sparse(net, mask, torch.ones(2, 2, 8), measure=False)
+    anymask.to_sparse(net, mask, torch.ones(2, 2, 8))  # whether it pays was asked, and the answer is no
+    assert not compact(net)

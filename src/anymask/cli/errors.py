@@ -49,11 +49,7 @@ def _mean(name: str, names: list[str], see: str) -> str:
 
 
 def _file(error: OSError) -> tuple[str, str, str]:
-    if error.filename is None:  # some of ours: formats names the file in its text
-        came, _, rest = str(error).partition(". Allowed: ")
-        allowed, _, fix = rest.partition(". To do: ")
-        return came, allowed or "files that can be read and written", fix.rstrip(".") or "check the path and the disk"
-    came = f"{error.strerror}: {error.filename}"
+    came = str(error) if error.filename is None else f"{error.strerror}: {error.filename}"
     if isinstance(error, FileNotFoundError):
         return came, "a file that is there", "check the path"
     if isinstance(error, PermissionError):

@@ -44,9 +44,8 @@ def ship(
         found = of_checkpoint(source, model=model, shape=shape, mask=mask)
     done = ship_model(found.model, found.mask, example=found.example, to=to, values=values, info=dict(found.info))
     off = "" if done.difference is None else f"; outputs differ by at most {done.difference:.2g}"
-    print(
-        f"{done.kept:,} of {done.total:,} weights, {done.bytes / 1e6:.3f} MB of {done.dense_bytes / 1e6:.3f} MB dense, "
-        f"{done.dense_bytes / done.bytes:.1f} times smaller{off}"
-    )
+    times = f"{done.dense_bytes / done.bytes:.1f}"
+    smaller = f", {times} times smaller" if float(times) > 1 else ""  # .onnx and .safetensors hold the zeros
+    print(f"{done.kept:,} of {done.total:,} weights, {done.bytes / 1e6:.3f} MB of {done.dense_bytes / 1e6:.3f} MB dense{smaller}{off}")
     print(f"File: {to}", file=sys.stderr)
     return 0

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from anymask.errors import MissingFile
 from anymask.formats.arrays import read_arrays
 from anymask.formats.leaves import Contents, Leaf, Leaves
 from anymask.formats.packed import read_packed
@@ -65,12 +66,12 @@ def file_in(folder: Path) -> Path:
     """The index or checkpoint in `folder`.
 
     Raises:
-        FileNotFoundError: when there is none of the usual names.
+        MissingFile: when there is none of the usual names.
     """
     for name in IN_A_FOLDER:
         if (folder / name).is_file():
             return folder / name
-    raise FileNotFoundError(f"no mask file at {folder}. Allowed: a file, or a folder with {', '.join(IN_A_FOLDER)}. To do: name the file.")
+    raise MissingFile(f"no mask file at {folder}", allowed=f"a file, or a folder with {', '.join(IN_A_FOLDER)}", fix="name the file")
 
 
 @contextmanager

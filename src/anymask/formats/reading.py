@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from anymask import prunables
+from anymask.errors import MissingFile
 from anymask.formats.families import find, named_leaves, unwrapped, without_marks
 from anymask.formats.names import matched
 from anymask.formats.opening import SAFETENSORS, file_in, kind_of, opened
@@ -29,7 +30,7 @@ def load_mask(path: str | os.PathLike[str], *, model: nn.Module | None = None) -
             Without it such a mask covers every floating-point matrix that holds a zero.
 
     Raises:
-        FileNotFoundError: when there is no such file.
+        MissingFile: when there is no such file; a FileNotFoundError, too.
         FileFormatError: when the file is damaged, truncated, holds no mask, or would run code.
         MaskError: when the mask does not fit `model`; it names each entry that does not, with the nearest ones.
 
@@ -59,7 +60,7 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The weights of a checkpoint under their plain names, without masks and wrappers.
 
     Raises:
-        FileNotFoundError: when there is no such file.
+        MissingFile: when there is no such file; a FileNotFoundError, too.
         FileFormatError: when the file is damaged, truncated, or would run code.
 
     Example:
@@ -80,7 +81,7 @@ def _file(path: Path) -> Path:
     if path.is_dir():
         return file_in(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no mask file at {path}. Allowed: a file that docs/formats.md lists. To do: check the path.")
+        raise MissingFile(f"no mask file at {path}", allowed="a file that docs/formats.md lists", fix="check the path")
     return path
 
 

@@ -1,6 +1,6 @@
 """What is known while the calls of a traced model are read: the steps so far, and the arguments of one call."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,7 +94,7 @@ class Given:
         return shape
 
 
-def refused(model: str, name: str, node: fx.Node, *, known: Iterable[str], why: str = "") -> SettingError:
+def refused(model: str, name: str, node: fx.Node, *, why: str = "") -> SettingError:
     """The error for an operation that cannot be shipped, or not like this."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     path, kind = stack[-1] if stack else ("", model)
@@ -102,6 +102,6 @@ def refused(model: str, name: str, node: fx.Node, *, known: Iterable[str], why: 
     where = f"module {path!r}, a {kind.rpartition('.')[2]}" if path else "its own forward"
     return SettingError(
         f"{model} uses {name} in {where}, which cannot be shipped" + (f" ({why})" if why else ""),
-        allowed=f"in evaluation: {', '.join(sorted(name for name in known if not name.startswith('_')))}",
+        allowed="what convolutional networks of images do in evaluation; docs/speed.md says which operations",
         fix="ship to .onnx, dense, or leave that operation out of what you ship",
     )

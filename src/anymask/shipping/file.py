@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 from safetensors import numpy as safetensors
 
-from anymask.errors import AnymaskError, FileFormatError
+from anymask.errors import AnymaskError, FileFormatError, IsFolder, MissingFile
 from anymask.shipping import gaps
 from anymask.shipping.ops import OPS, VALUES, Layer, Op, Shape, Step, Wrong
 from anymask.shipping.plan import STORED, Array, Arrays, Plan, constants, halves, sizes, whole
@@ -76,10 +76,14 @@ def read(path: str | os.PathLike[str]) -> Plan:
     """The network in a file of `anymask.ship`.
 
     Raises:
+        MissingFile, IsFolder: when there is no such file.
         OSError: when it cannot be read.
         FileFormatError: when it is damaged, truncated, of a newer format, or another kind of file.
     """
     path = Path(path)
+    if not path.is_file():
+        kind, came = (IsFolder, f"{path} is a folder") if path.is_dir() else (MissingFile, f"no shipped network at {path}")
+        raise kind(came, allowed="a file that anymask.ship has written", fix="check the path")
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(_MOST_HEADER, path.stat().st_size - 8):

@@ -10,17 +10,18 @@ import numpy as np
 import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from anymask.errors import AnymaskError, MaskError, SettingError
 from anymask.mask import Mask
+from anymask.prunables import effective
 from anymask.runlog import atomic
 from anymask.shipping import file, onnxfile
 from anymask.shipping.fusing import fused
 from anymask.shipping.ops import VALUES
 from anymask.shipping.plan import stored
 from anymask.shipping.runtime import Program
-from anymask.shipping.tracing import plain, traced
-from anymask.surgery import logits_of
+from anymask.shipping.tracing import plain, reason, traced
 
 _OFF = 1e-3  # of the largest output: what rounding of float32 never comes to
 
@@ -33,7 +34,8 @@ class Shipped:
         path: the file.
         bytes: its size.
         dense_bytes: size of the model's parameters and buffers, dense, as they are.
-        kept: number of weights that are not 0, of convolutions and linear layers; in .anymask of those stored.
+        kept: number of weights that are not 0, of convolutions, linear layers and attention; in .anymask of those stored, where each use
+            of a layer has its own.
         total: number of these weights with their zeros.
         difference: largest difference between what the file and the model give for the example; None where the file was not run.
     """
@@ -61,7 +63,7 @@ def ship(
     of any size. `.safetensors`: the plain state dict. The model stays as it is; what is shipped is how it evaluates.
 
     Args:
-        model: takes one tensor (N, C, H, W) or (N, D) and gives one.
+        model: takes one tensor (N, C, H, W) or (N, D) and gives one; of integers (token ids) only to .onnx and .safetensors.
         mask: the mask it was trained with, to be checked: weights outside of it have to be 0. None: the zeros of the model count.
         example: a batch of real inputs, on which the file is compared with the model.
         to: the file; its folder is made when it is not there.
@@ -91,7 +93,8 @@ def ship(
         raise SettingError(f"values came as {values!r}", allowed=allowed, fix="choose one of these, or leave it out")
     if not isinstance(example, Tensor) or example.ndim < 2 or not len(example):
         raise SettingError("the example came without samples", allowed="a tensor (N, C, H, W) or (N, D)", fix="give a batch of inputs")
-    model, example = plain(model), example.detach().to("cpu", torch.float32)
+    model, example = plain(model), example.detach().cpu()
+    example = example.float() if example.is_floating_point() else example  # token ids stay integers
     if mask is not None:
         _check_zeros(model, mask)
     return write(model, example, path, values=values or "float16", info=info or {})
@@ -110,16 +113,18 @@ def _check_zeros(model: nn.Module, mask: Mask) -> None:
 
 
 def _ship_sparse(model: nn.Module, example: Tensor, path: Path, *, values: str, info: dict[str, Any]) -> Shipped:
+    wanted = _answer(model, example)
     plan = stored(replace(fused(traced(model, example)), info=info), values)
     blob = file.packed(plan)
     program = Program(file.unpacked(blob, path=path))  # what will be read, and not what was meant
-    off = _difference(model, example, program, exact=values == "float32")
+    off = _difference(wanted, program(example.numpy()), exact=values == "float32")
     return _written(blob, path, model, kept=plan.kept, total=plan.total, difference=off)
 
 
 def _ship_onnx(model: nn.Module, example: Tensor, path: Path, *, values: str, info: dict[str, Any]) -> Shipped:
+    wanted = _answer(model, example)
     blob = onnxfile.onnx_bytes(model, example)
-    off = _difference(model, example, onnxfile.Session(blob, threads=1)) if onnxfile.has_runtime() else None
+    off = _difference(wanted, onnxfile.Session(blob, threads=1)(example.numpy())) if onnxfile.has_runtime() else None
     return _written(blob, path, model, **_counted(model), difference=off)
 
 
@@ -132,9 +137,26 @@ _WRITERS: dict[str, Callable[..., Shipped]] = {".anymask": _ship_sparse, ".onnx"
 
 
 @torch.no_grad()
-def _difference(model: nn.Module, example: Tensor, run: Callable[[np.ndarray], np.ndarray], *, exact: bool = True) -> float:
+def _answer(model: nn.Module, example: Tensor) -> np.ndarray:
+    """The one tensor that the model gives for the example, and that the file has to give."""
+    try:
+        given = model(example)
+    except Exception as error:  # its own, of any kind: asked first, or the exporter would be blamed for it
+        raise SettingError(
+            f"{type(model).__name__} fails with the example, {example.dtype} {tuple(example.shape)} ({reason(error)})",
+            allowed="a batch of inputs as the model takes them",
+            fix="give such a batch as the example",
+        ) from error
+    found = [part for part in tree_leaves(given) if isinstance(part, Tensor)]
+    if len(found) != 1:
+        raise SettingError(
+            f"{type(model).__name__} gives {len(found)} tensors", allowed="one output", fix="ship a module whose forward returns one"
+        )
+    return found[0].double().numpy()
+
+
+def _difference(ours: np.ndarray, theirs: np.ndarray, *, exact: bool = True) -> float:
     """The largest difference on the example; with `exact` more than rounding is refused: nothing wrong is ever written."""
-    ours, theirs = logits_of(model(example)).numpy(), run(example.numpy())
     off = float(np.abs(ours - theirs).max(initial=0.0))
     if exact and not off <= _OFF * max(1.0, float(np.abs(ours).max(initial=0.0))):
         raise AnymaskError(
@@ -146,7 +168,7 @@ def _difference(model: nn.Module, example: Tensor, run: Callable[[np.ndarray], n
 
 
 def _counted(model: nn.Module) -> dict[str, int]:
-    held = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    held = effective(model)
     return {"kept": sum(int((weight != 0).sum()) for weight in held), "total": sum(weight.numel() for weight in held)}
 
 

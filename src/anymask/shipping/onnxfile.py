@@ -1,6 +1,5 @@
 """ONNX: a dense file with the zeros in it, and ONNX Runtime to check and to compare with. The one module that imports these."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from anymask.errors import AnymaskError, SettingError
 from anymask.shipping.plan import Array
+from anymask.shipping.tracing import exporting
 
 _INSTALL = "pip install 'anymask[onnx]'"
 
@@ -26,19 +26,11 @@ def onnx_bytes(model: nn.Module, example: Tensor) -> bytes:
     except ImportError as error:
         raise SettingError(f"{error.name} is not installed", allowed=".anymask and .safetensors without it", fix=_INSTALL) from None
     several = example if len(example) > 1 else torch.cat([example, example])
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what the exporter itself uses
-            dynamic = ({0: torch.export.Dim.DYNAMIC},)
-            program: Any = torch.onnx.export(model, (several,), dynamo=True, dynamic_shapes=dynamic, verbose=False)
-            blob: bytes = program.model_proto.SerializeToString()
-            return blob
-    except Exception as error:  # of many kinds, as the compiler's are
-        raise SettingError(
-            f"{type(model).__name__} cannot be exported to ONNX ({' '.join(str(error).split())[:300]})",
-            allowed="a model of one tensor that torch.onnx.export follows, for batches of any size",
-            fix="see the exporter's hints; its weights can be shipped always, to a file .safetensors",
-        ) from error
+    with exporting(model):
+        dynamic = ({0: torch.export.Dim.DYNAMIC},)
+        program: Any = torch.onnx.export(model, (several,), dynamo=True, dynamic_shapes=dynamic, verbose=False)
+        blob: bytes = program.model_proto.SerializeToString()
+        return blob
 
 
 class Session:
@@ -59,7 +51,7 @@ class Session:
         self._input = self._session.get_inputs()[0].name
 
     def __call__(self, batch: Array) -> Array:
-        """(N, ...) for float32 (N, ...)."""
+        """(N, ...) for (N, ...), of the type that the network takes."""
         return np.asarray(self._session.run(None, {self._input: batch})[0])
 
 

@@ -36,7 +36,7 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> "Progra
             compute it.
 
     Raises:
-        OSError: when there is no such file.
+        MissingFile, IsFolder: when there is no such file; a FileNotFoundError and an IsADirectoryError, too.
         FileFormatError: when it is damaged or another kind of file.
 
     Example:

@@ -1,5 +1,6 @@
 """How fast a shipped network is here, beside PyTorch and ONNX Runtime: the same numbers through each, in turns."""
 
+import os
 import tempfile
 import time
 import warnings
@@ -101,6 +102,7 @@ def measured(
         lookup(OTHERS, name, what="runtime to compare with")
     if min(batches, default=0) < 1 or seconds <= 0:
         raise SettingError(f"batches came as {tuple(batches)}, seconds as {seconds}", allowed="numbers over 0", fix="give 1 32 128")
+    load = os.getloadavg()[0]  # before we add to it
     notes: dict[str, None] = {}
     timings: list[Timing] = []
     with tempfile.TemporaryDirectory() as folder, _torch_threads(threads), warnings.catch_warnings():
@@ -117,7 +119,18 @@ def measured(
                     notes[f"{name} is left out: {error.came}. To do: {error.fix}."] = None
             tell(f"batch {batch}: in turns")
             timings += _in_turns(calls, batch, seconds=seconds)
-    return Result(tuple(timings), tuple(notes), _versions())
+    return Result(tuple(timings), (*notes, *_busy(timings, load=load, threads=threads)), _versions())
+
+
+def _busy(timings: Sequence[Timing], *, load: float, threads: int) -> list[str]:
+    """A line where others used the processors: threads that wait for each other take a hundred times as long then."""
+    spread = max(timings, key=lambda timing: timing.high / timing.low)
+    processors, signs = os.cpu_count() or 1, []
+    if processors - load < threads / 2:
+        signs.append(f"load {load:.1f} on {processors} processors before")
+    if spread.high > 2 * spread.low:
+        signs.append(f"quartiles of {spread.name} at batch {spread.batch}: {spread.low:.2f} and {spread.high:.2f} ms")
+    return [f"The machine was busy ({'; '.join(signs)}): do not trust these figures, measure again on a quiet one."] if signs else []
 
 
 def _in_turns(calls: Mapping[str, Call], batch: int, *, seconds: float) -> list[Timing]:

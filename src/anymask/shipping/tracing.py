@@ -1,8 +1,12 @@
 """From a PyTorch model to the steps that are shipped: exported by torch.export, then one operation after the other."""
 
 import copy
+import io
+import logging
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -15,6 +19,8 @@ from anymask.shipping.calls import Given, Trace, Value, refused
 from anymask.shipping.ops import Reshape, Wrong
 from anymask.shipping.plan import Plan
 from anymask.sparse import to_dense
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -33,8 +39,15 @@ def traced(model: nn.Module, example: Tensor) -> Plan:
         example: a batch for it.
 
     Raises:
-        SettingError: when torch.export cannot follow it, or naming the operation that cannot be shipped, and the module it is in.
+        SettingError: when it takes integers, when torch.export cannot follow it, or naming the operation that cannot be shipped, and the
+            module it is in.
     """
+    if not example.is_floating_point():
+        raise SettingError(
+            f"{type(model).__name__} takes integers ({example.dtype})",
+            allowed="floating-point inputs in .anymask",
+            fix="ship to .onnx or .safetensors, dense",
+        )
     program = exported(model, example)
     graph = program.graph_module.graph
     graph.eliminate_dead_code()
@@ -55,17 +68,36 @@ def exported(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
         SettingError: when torch.export cannot follow it.
     """
     several = example if len(example) > 1 else torch.cat([example, example])  # a size of 1 would be taken as fixed
+    with exporting(model):
+        program = torch.export.export(model, (several,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        return program.run_decompositions({}) if any(map(_writes, program.graph.nodes)) else program
+
+
+@contextmanager
+def exporting(model: nn.Module) -> Iterator[None]:
+    """Whatever an exporter raises inside the block becomes one error of ours, and what it logs, prints and warns of is silent."""
+    disabled = logging.root.manager.disable
+    logging.disable()  # torch's own loggers print whole tracebacks
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")  # of what the exporter itself uses
-            program = torch.export.export(model, (several,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-            return program.run_decompositions({}) if any(map(_writes, program.graph.nodes)) else program
+            yield
     except Exception as error:  # the compiler's errors are of many kinds
         raise SettingError(
-            f"{type(model).__name__} cannot be exported ({' '.join(str(error).split())[:300]})",
+            f"{type(model).__name__} cannot be exported ({reason(error)})",
             allowed="a model of one tensor that torch.export follows, for batches of any size",
-            fix="see torch.export's hints above; its weights can be shipped always, to a file .safetensors",
+            fix="take out of its forward what the reason names, or ship its weights alone, to .safetensors",
         ) from error
+    finally:
+        logging.disable(disabled)
+
+
+def reason(error: BaseException) -> str:
+    """What the innermost cause says first; torch's exporters wrap it in reports of their steps."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in _COLOUR.sub("", str(error)).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(" ".join(lines[: 1 + lines[0].endswith(":")]).split())[:300].rstrip(".")
 
 
 def _writes(node: fx.Node) -> bool:
@@ -107,7 +139,7 @@ def _called(node: fx.Node, trace: Trace, found: Mapping[fx.Node, Any]) -> Any:
         made = HANDLERS[name](trace, Given(name, held, node))
         _check(made, node, trace)
     except Wrong as error:
-        raise refused(trace.model, name, node, known=HANDLERS, why=str(error)) from None
+        raise refused(trace.model, name, node, why=str(error)) from None
     return made
 
 

@@ -1,5 +1,6 @@
 """A model's layers to sparse ones, and back."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -13,7 +14,7 @@ from anymask.errors import SettingError
 from anymask.interrupts import uninterrupted
 from anymask.kernels import Gather, available, why_not
 from anymask.mask import Mask
-from anymask.prunables import compact
+from anymask.prunables import bare, compact
 from anymask.sparse import layers, memory, semi_structured
 from anymask.sparse.tuning import times, worth_it
 from anymask.surgery import trace
@@ -104,7 +105,7 @@ def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimize
         mask: what is kept; must fit `model`. Pruned weights become 0; `hold` keeps them so in the layers that stay dense.
         example: inputs as they will come, with their batch size, because that decides what is faster.
         optimizer: one that has made steps already: its slots are converted, too.
-        measure: False converts every layer that can be.
+        measure: False converts every layer that can be; where that is none, a warning names the kinds that stay dense.
 
     Returns:
         `model` itself. Second derivatives are refused. A mask that `rewire` moves takes new tables when it moves, and only then.
@@ -134,6 +135,10 @@ def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimize
         if gather is not None:
             tables[name] = layer, gather
     chosen = set(tables)
+    if not (measure or tables):
+        kinds = sorted({type(bare(model).get_submodule(name.rpartition(".")[0])).__name__ for name in parameters})
+        able = "nn.Conv2d and nn.Linear that the example reaches (no subclasses, no tied weights, no wrapped model) become sparse"
+        warnings.warn(f"to_sparse leaves all layers dense: {', '.join(kinds)}. Only {able}", stacklevel=2)
     if measure:
         chosen = worth_it({name: times(layer, gather, shapes[id(layer)]) for name, (layer, gather) in tables.items()})
     with uninterrupted():
