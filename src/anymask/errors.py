@@ -12,6 +12,9 @@ Each message has three parts: what came, what is allowed, what to do. The comman
 traceback and exits with code 2.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class AnymaskError(Exception):
     """An error in three parts.
@@ -60,3 +63,14 @@ class DataError(AnymaskError, ValueError):
 
 class FileFormatError(AnymaskError, ValueError):
     """A file that is damaged, truncated or of an unknown format."""
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Errors of the block begin with `where` they come from."""
+    try:
+        yield
+    except AnymaskError as error:
+        if error.came.startswith(where):
+            raise
+        raise type(error)(f"{where}: {error.came}", allowed=error.allowed, fix=error.fix) from error

@@ -207,6 +207,16 @@ def test_mistakes_of_report_are_told(anymask, two, monkeypatch, words, says):
     assert said.err.startswith(f"Error: {says}")
 
 
+def test_a_damaged_row_is_told_with_its_ledger(anymask, two):
+    with open(two[1], "a") as file:
+        file.write(json.dumps(made_row("snip", "tost", 9, 3.7156)) + "\n")
+    said = anymask("report", *two)
+    assert said.code == 2
+    assert said.err.startswith(
+        f"Error: {two[1]}: row {len(two[1].read_text().splitlines())} has accuracy.test 3.7156\nAllowed: a share in [0, 1]\n"
+    )
+
+
 def test_masks_only_makes_masks_and_streams_train_with_them(anymask, plan, tmp_path):
     out = tmp_path / "run"
     said = anymask("sweep", plan, "--out", out, "--masks-only")

@@ -129,3 +129,9 @@ def test_overall_leaves_out_and_names_seeds_that_some_mask_lacks():
 def test_a_row_that_lacks_something_is_named_with_what_it_lacks(broken):
     with pytest.raises(FileFormatError, match=r"row 2 lacks .*settings\.seed.*accuracy\.test"):
         paired([made_row("snip", "default", 0, 0.8), broken])
+
+
+@pytest.mark.parametrize("test", [3.7156, -0.1, math.nan, math.inf])
+def test_an_accuracy_that_is_no_share_is_refused(test):
+    with pytest.raises(FileFormatError, match=r"row 2 has accuracy\.test .*\[0, 1\]"):
+        paired([made_row("snip", "default", 0, 0.8), made_row("snip", "tost", 0, test)])

@@ -11,10 +11,10 @@ from rich.markdown import Markdown
 from anymask.cli.errors import explain
 from anymask.cli.outcome import LEDGER, ledger_of
 from anymask.cli.settings import RUN
-from anymask.errors import AnymaskError, SettingError
+from anymask.errors import AnymaskError, SettingError, naming
 from anymask.registry import unknown
 from anymask.report import markdown, overviews, table, write_page
-from anymask.report.cells import latest
+from anymask.report.cells import Row, latest
 from anymask.runlog import atomic
 
 
@@ -41,13 +41,15 @@ def report(
     return 0
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path) -> Sequence[Row]:
     ledger = ledger_of(path)
     if ledger is None:
         raise SettingError(f"{path} came as a ledger", allowed=f"a run folder, or its {LEDGER}", fix="`anymask inspect` shows mask files")
     if not ledger.path.is_file():
         raise FileNotFoundError(2, "no such ledger", str(ledger.path))
-    return ledger.rows()
+    rows = ledger.rows()
+    with naming(str(ledger.path)):
+        return latest(rows)
 
 
 def _write(rows: Sequence[Any], text: str, out: Path, *, baseline: str) -> None:

@@ -169,13 +169,18 @@ def _order(value: Any) -> tuple[int, float, str]:
 
 
 def _check(number: int, row: Row) -> None:
-    settings, accuracy = row.get("settings") or {}, row.get("accuracy") or {}
+    settings: Mapping[str, Any] = row.get("settings") or {}
+    test: Any = (row.get("accuracy") or {}).get("test")
     lacks = [f"settings.{name}" for name in NEEDED if name not in settings]
     lacks += [] if "id" in row else ["id"]
-    lacks += [] if isinstance(accuracy.get("test"), Real) else ["accuracy.test"]
+    lacks += [] if isinstance(test, Real) else ["accuracy.test"]
     if lacks:
         raise FileFormatError(
             f"row {number} lacks {', '.join(lacks)}",
             allowed="rows that the trainer of anymask wrote",
             fix="remove that row, or give another ledger: of a study the confirmation's, since its tuning has no test accuracies",
+        )
+    if not 0 <= test <= 1:  # NaN is not, either
+        raise FileFormatError(
+            f"row {number} has accuracy.test {test}", allowed="a share in [0, 1]", fix="remove that row; the same sweep trains it again"
         )
