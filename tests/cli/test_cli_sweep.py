@@ -207,6 +207,16 @@ def test_mistakes_of_report_are_told(anymask, two, monkeypatch, words, says):
     assert said.err.startswith(f"Error: {says}")
 
 
+def test_a_baseline_whose_name_stands_for_several_recipes_is_asked_for_by_what_it_holds(anymask, tmp_path):
+    held = [[{"name": "label_smoothing", "eps": eps}] for eps in (0.1, 0.9)]
+    rows = [made_row("snip", "my.toml", seed, 0.8) | {"techniques": techniques} for seed, techniques in enumerate(held)]
+    folder = ledger(tmp_path / "run" / "ledger.jsonl", [*rows, made_row("snip", "default", 0, 0.7)]).parent
+    said, name = anymask("report", folder, "--baseline", "my.toml"), "my.toml (label_smoothing.eps=0.1)"
+    assert said.code == 2
+    assert f"Allowed: default, {name}, my.toml (label_smoothing.eps=0.9)" in said.err
+    assert f"| default - {name}, points" in anymask("report", folder, "--baseline", name).out
+
+
 def test_a_damaged_row_is_told_with_its_ledger(anymask, two):
     with open(two[1], "a") as file:
         file.write(json.dumps(made_row("snip", "tost", 9, 3.7156)) + "\n")

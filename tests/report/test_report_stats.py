@@ -88,6 +88,36 @@ def test_of_two_rows_with_one_id_the_later_counts():
     assert [found.mean for found in paired([again, *rows])] == [pytest.approx(-10.0)]
 
 
+def holding(row, *techniques):
+    return {**row, "id": f"{row['id']} {techniques}", "techniques": list(techniques)}
+
+
+def test_a_recipe_file_that_was_edited_between_seeds_is_two_recipes_named_by_what_differs():
+    smooth = {"name": "label_smoothing", "eps": 0.1, "schedule": {"shape": "step", "end": "100%"}}
+    edited = {**smooth, "eps": 0.9}
+    rows = [holding(made_row("snip", "default", seed, 0.8)) for seed in (0, 1)]
+    rows += [holding(made_row("snip", "my.toml", seed, 0.9), each) for seed, each in enumerate((smooth, edited))]
+    names = ["my.toml (label_smoothing.eps=0.1)", "my.toml (label_smoothing.eps=0.9)"]
+    assert [(found.recipe, found.n) for found in paired(rows)] == [(name, 1) for name in names]
+    assert [(found.recipe, found.n) for found in paired(rows[::-1])] == [(name, 1) for name in names]
+    assert paired(rows, baseline="my.toml") == []  # there is no such one recipe
+    assert [found.recipe for found in paired(rows, baseline=names[0]) if found.n] == ["default"]
+
+
+def test_recipes_of_one_name_with_other_techniques_are_told_apart_by_them():
+    sam, smooth = {"name": "sam", "rho": 0.1}, {"name": "label_smoothing", "schedule": {"end": "60%"}}
+    shorter = {"name": "label_smoothing", "schedule": {"end": "50%"}}
+    several = [(), (sam,), (sam, smooth), (smooth, sam), (sam, shorter)]
+    rows = [made_row("snip", "default", 0, 0.8), *(holding(made_row("snip", "tost", 0, 0.9), *each) for each in several)]
+    assert [found.recipe for found in paired(rows)] == [
+        "tost (label_smoothing+sam, label_smoothing.schedule.end=60%)",
+        "tost (no technique)",
+        "tost (sam)",
+        "tost (sam+label_smoothing, label_smoothing.schedule.end=50%)",
+        "tost (sam+label_smoothing, label_smoothing.schedule.end=60%)",
+    ]
+
+
 def test_runs_without_partner_are_counted_and_their_partners_named():
     rows = [*pair_rows([(0.8, 0.9), (0.8, 0.9)]), made_row("snip", "default", 7, 0.8), made_row("snip", "tost", 8, 0.9)]
     [found] = paired(rows)

@@ -6,6 +6,7 @@ from numbers import Real
 from typing import Any
 
 from anymask.errors import FileFormatError
+from anymask.report.contents import told_apart
 from anymask.runlog import settings_id
 
 Row = Mapping[str, Any]
@@ -105,7 +106,7 @@ def groups(rows: Iterable[Row]) -> list[Group]:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """`rows` without those that a later row of the same id replaces.
+    """`rows` without those that a later row of the same id replaces; recipes of one name and several contents told apart.
 
     Raises:
         FileFormatError: naming what a row lacks.
@@ -115,7 +116,7 @@ def latest(rows: Iterable[Row]) -> list[Row]:
         _check(number, row)
         kept.pop(row["id"], None)
         kept[row["id"]] = row
-    return list(kept.values())
+    return told_apart(list(kept.values()))
 
 
 def percent(share: float) -> str:
