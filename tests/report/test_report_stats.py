@@ -148,6 +148,14 @@ def test_overall_keeps_sparsities_and_recipes_apart_and_counts_verdicts():
     assert (high.settings["sparsity"], high.cells, high.won, high.lost, high.tied) == (0.98, 3, 1, 1, 1)
 
 
+def test_overall_is_over_masks_alone_and_never_over_learning_rates_or_other_data():
+    one, other = {"lr": 0.1, "data_hash": "a"}, {"lr": 0.2, "data_hash": "b"}
+    rows = pair_rows([(0.8, 0.9)], **one) + pair_rows([(0.8, 0.7)], **other) + pair_rows([(0.8, 0.86)], mask="grasp", **one)
+    rows += pair_rows([(0.8, 0.88)], mask="my.mask", mask_hash="c", **one)
+    found = {(each.settings["lr"], each.settings["data_hash"]): (each.cells, each.mean) for each in overall(paired(rows))}
+    assert found == {(0.1, "a"): (3, pytest.approx(8.0)), (0.2, "b"): (1, pytest.approx(-10.0))}
+
+
 def test_overall_leaves_out_and_names_seeds_that_some_mask_lacks():
     rows = pair_rows([(0.8, 0.9), (0.8, 0.9), (0.8, 0.9)]) + pair_rows([(0.8, 0.7), (0.8, 0.7)], mask="synflow")
     [found] = overall(paired(rows))

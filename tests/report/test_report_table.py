@@ -77,6 +77,15 @@ def test_one_mask_at_two_learning_rates_gives_two_lines_that_say_which():
     assert "| snip (lr=0.2) |" in text
 
 
+def test_masks_are_averaged_and_counted_at_one_learning_rate_at_a_time():
+    rows = [row for lr in (0.1, 0.2) for row in made_rows(masks=("snip", "grasp"), lr=lr)]
+    text = table(rows)
+    assert re.findall(r"\| (all masks[^|]*) \|", text) == ["all masks (lr=0.1)", "all masks (lr=0.2)"]
+    said = re.findall(r"tost against default at 98% sparsity \((.*)\): .*; of (\d) masks", text)
+    assert sorted(said) == [("lr=0.1", "2"), ("lr=0.2", "2")]
+    assert "all masks" not in table([row for row in rows if row["settings"]["mask"] == "snip"])
+
+
 def test_a_baseline_that_nobody_ran_is_said_with_the_recipes_there_are():
     assert "No differences" in table(made_rows(), baseline="tots")
     assert "'tots'" in table(made_rows(), baseline="tots")

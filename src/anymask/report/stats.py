@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from anymask.report.cells import Cell, Row, cells
+from anymask.report.cells import Cell, Row, but_the_mask, cells
 from anymask.runlog import settings_id
 
 
@@ -175,8 +175,8 @@ def _lacking(cell: Cell, baseline: str) -> dict[str, set[Any]]:
     return {baseline: set().union(*after.values()) - before, **{recipe: before - seeds for recipe, seeds in after.items()}}
 
 
-def overall(comparisons: Iterable[Comparison], *, by: Sequence[str] = ("data", "model", "epochs", "sparsity")) -> list[Overall]:
-    """Each recipe against the baseline over all cells that share the settings `by`.
+def overall(comparisons: Iterable[Comparison], *, by: Sequence[str] | None = None) -> list[Overall]:
+    """Each recipe against the baseline over all cells that share the settings `by`: all but the mask if left out.
 
     The cells (masks) of one seed share initialisation and data order, so they are not independent: the differences are
     first averaged over the cells within each seed, and the interval is over seeds. Only seeds with a pair in every
@@ -189,11 +189,11 @@ def overall(comparisons: Iterable[Comparison], *, by: Sequence[str] = ("data", "
     return [_across(members, by) for members in found.values()]
 
 
-def _shared(comparison: Comparison, by: Sequence[str]) -> dict[str, Any]:
-    return {name: comparison.settings.get(name) for name in by}
+def _shared(comparison: Comparison, by: Sequence[str] | None) -> dict[str, Any]:
+    return but_the_mask(comparison.settings) if by is None else {name: comparison.settings.get(name) for name in by}
 
 
-def _across(members: Sequence[Comparison], by: Sequence[str]) -> Overall:
+def _across(members: Sequence[Comparison], by: Sequence[str] | None) -> Overall:
     full = [member for member in members if member.n]
     seeds = sorted({seed for member in full for seed in member.pairs})
     whole = [seed for seed in seeds if all(seed in member.pairs for member in full)]

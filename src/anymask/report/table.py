@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from anymask.report.cells import Cell, Group, Row, count, groups, names, percent
+from anymask.report.cells import Cell, Group, Row, all_masks, count, differing, groups, names, percent
 from anymask.report.stats import Overall, Pairs, compare, missing, overall, paired
 
 NOTHING = "No finished runs."
@@ -99,7 +99,7 @@ def _table(group: Group, baseline: str) -> Table:
 
 def _lines(members: Sequence[Cell], baseline: str, others: Sequence[str]) -> list[list[str]]:
     lines = [_cell_line(cell, name, baseline, others) for cell, name in zip(members, names(members), strict=True)]
-    return lines if len(lines) < 2 else [*lines, _all_line(members, baseline, others)]
+    return [*lines, *(_all_line(alike, name, baseline, others) for name, alike in all_masks(members).items())]
 
 
 def _cell_line(cell: Cell, name: str, baseline: str, others: Sequence[str]) -> list[str]:
@@ -111,11 +111,11 @@ def _cell_line(cell: Cell, name: str, baseline: str, others: Sequence[str]) -> l
     return line
 
 
-def _all_line(members: Sequence[Cell], baseline: str, others: Sequence[str]) -> list[str]:
+def _all_line(members: Sequence[Cell], name: str, baseline: str, others: Sequence[str]) -> list[str]:
     """The baseline is shown where all recipes are judged against the same of its runs."""
     here = {member.recipe: member for member in overall(c for cell in members for c in compare(cell, baseline=baseline))}
     befores = {spread(member.baseline_accuracies) for member in here.values()}
-    line = [percent(members[0].settings["sparsity"]), "all masks", befores.pop() if len(befores) == 1 else NONE]
+    line = [percent(members[0].settings["sparsity"]), name, befores.pop() if len(befores) == 1 else NONE]
     for recipe in others:
         line += [spread(here[recipe].recipe_accuracies) if recipe in here else NONE, *_difference(here.get(recipe))]
     return line
@@ -162,16 +162,22 @@ def _notes(group: Group, baseline: str) -> list[str]:
         return [
             f"No differences: no mask has runs of both the baseline {baseline!r} and another of these recipes: {', '.join(group.recipes)}."
         ]
-    averaged = [f"{verdicts(member)}." for member in across if member.cells > 1]
+    averaged = verdicts([member for member in across if member.cells > 1])
     return [INTERVAL_NOTE, *([ALL_NOTE, *averaged] if averaged else []), *_gaps(missing(group.rows, baseline=baseline))]
 
 
-def verdicts(member: Overall) -> str:
-    """One sentence: how a recipe did over the masks of one sparsity."""
+def verdicts(members: Sequence[Overall]) -> list[str]:
+    """A sentence each: how a recipe did over the masks of one sparsity, and with which settings where they differ."""
+    every = [member.settings for member in members]
+    return [_verdict(member, differing(member.settings, every, alike=("sparsity",))) for member in members]
+
+
+def _verdict(member: Overall, apart: str) -> str:
     left_out = f"; seeds left out because a mask lacks them: {', '.join(map(str, member.left_out))}" if member.left_out else ""
+    where = f"{percent(member.settings['sparsity'])} sparsity{apart}"
     return (
-        f"{member.recipe} against {member.baseline} at {percent(member.settings['sparsity'])} sparsity: {interval(member)} points over "
-        f"{count(member.n, 'seed')}; of {count(member.cells, 'mask')}, won {member.won}, lost {member.lost}, tied {member.tied}{left_out}"
+        f"{member.recipe} against {member.baseline} at {where}: {interval(member)} points over "
+        f"{count(member.n, 'seed')}; of {count(member.cells, 'mask')}, won {member.won}, lost {member.lost}, tied {member.tied}{left_out}."
     )
 
 
