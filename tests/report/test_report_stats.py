@@ -81,6 +81,16 @@ def test_runs_that_differ_in_another_setting_are_never_paired():
     assert [(gap["recipe"], gap["lr"]) for gap in missing(rows)] == [("default", 0.2)]
 
 
+@pytest.mark.parametrize("part", ["digest", "weights"])
+def test_runs_that_began_with_other_masks_or_weights_are_no_pair_and_those_that_do_not_say_are(part):
+    begun = {("default", 0): "a", ("tost", 0): "a", ("default", 1): "a", ("tost", 1): "b", ("default", 2): None, ("tost", 2): "b"}
+    rows = [made_row("snip", recipe, seed, 0.8) for recipe, seed in begun]
+    rows = [row if said is None else {**row, "mask": {part: said}} for row, said in zip(rows, begun.values(), strict=True)]
+    [found] = paired(rows)
+    assert (list(found.pairs), found.unlike, found.unpaired) == ([0, 2], (1,), 2)
+    assert missing(rows) == []
+
+
 def test_of_two_rows_with_one_id_the_later_counts():
     rows = pair_rows([(0.8, 0.7)])
     again = made_row("snip", "tost", 0, 0.9)

@@ -44,6 +44,14 @@ def test_missing_pairs_and_left_out_seeds_are_said():
     assert "No pair is incomplete." in table(made_rows())
 
 
+def test_pairs_that_are_none_because_their_masks_differ_are_said():
+    rows = [made_row("snip", recipe, seed, 0.8) | {"mask": {"digest": recipe * seed}} for recipe in ("default", "tost") for seed in (0, 1)]
+    said = "Pairs left out because they began with other masks or weights: 1 (tost on snip at 98%, seed 1)."
+    assert said in table(rows)
+    assert said in grid(rows)
+    assert "Pairs left out" not in table(small_rows())
+
+
 def test_every_difference_and_interval_of_the_statistics_is_in_the_table():
     rows = made_rows(seeds=4)
     text = table(rows)

@@ -95,9 +95,11 @@ class Comparison(Pairs):
 
     Args:
         unpaired: how many runs of either recipe have no partner of the same seed, and so are in no difference.
+        unlike: the seeds whose runs are no partners because they began with other masks, or other weights.
     """
 
     unpaired: int = 0
+    unlike: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,15 +147,20 @@ def compare(cell: Cell, *, baseline: str) -> list[Comparison]:
     before = cell.accuracies(baseline)
     if not before:
         return []
-    others = {recipe: cell.accuracies(recipe) for recipe in cell.recipes if recipe != baseline}
-    return [_comparison(cell.settings, recipe, baseline, before, after) for recipe, after in others.items()]
+    return [_comparison(cell, recipe, baseline, before, cell.accuracies(recipe)) for recipe in cell.recipes if recipe != baseline]
 
 
-def _comparison(
-    settings: Mapping[str, Any], recipe: str, baseline: str, before: Mapping[Any, float], after: Mapping[Any, float]
-) -> Comparison:
-    pairs = {seed: (before[seed], after[seed]) for seed in before if seed in after}
-    return Comparison(settings, recipe, baseline, pairs, unpaired=len(before) + len(after) - 2 * len(pairs))
+def _comparison(cell: Cell, recipe: str, baseline: str, before: Mapping[Any, float], after: Mapping[Any, float]) -> Comparison:
+    both = [seed for seed in before if seed in after]
+    unlike = tuple(seed for seed in both if not _begin_alike(cell.runs[baseline, seed], cell.runs[recipe, seed]))
+    pairs = {seed: (before[seed], after[seed]) for seed in both if seed not in unlike}
+    return Comparison(cell.settings, recipe, baseline, pairs, unpaired=len(before) + len(after) - 2 * len(pairs), unlike=unlike)
+
+
+def _begin_alike(one: Row, other: Row) -> bool:
+    """Whether two runs began with the same mask and weights, as far as both say."""
+    here, there = one.get("mask") or {}, other.get("mask") or {}
+    return all(here[name] == there[name] for name in here if name in there)
 
 
 def missing(rows: Iterable[Row], *, baseline: str = "default") -> list[dict[str, Any]]:

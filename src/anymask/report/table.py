@@ -153,7 +153,7 @@ def _grid(group: Group, baseline: str) -> Table:
     places = [f"{name}, {percent(cell.settings['sparsity'])}" for cell, name in zip(columns, names(columns), strict=True)]
     others = [recipe for recipe in group.recipes if recipe != baseline]
     lines = [[recipe, *(_half_width(here[cell.key].get(recipe)) for cell in columns)] for recipe in others]
-    return Table(group.title, [f"recipe - {baseline}, points", *places], lines, [GRID_NOTE, *_gaps(missing(group.rows, baseline=baseline))])
+    return Table(group.title, [f"recipe - {baseline}, points", *places], lines, [GRID_NOTE, *_left_out(group, baseline)])
 
 
 def _notes(group: Group, baseline: str) -> list[str]:
@@ -163,7 +163,7 @@ def _notes(group: Group, baseline: str) -> list[str]:
             f"No differences: no mask has runs of both the baseline {baseline!r} and another of these recipes: {', '.join(group.recipes)}."
         ]
     averaged = verdicts([member for member in across if member.cells > 1])
-    return [INTERVAL_NOTE, *([ALL_NOTE, *averaged] if averaged else []), *_gaps(missing(group.rows, baseline=baseline))]
+    return [INTERVAL_NOTE, *([ALL_NOTE, *averaged] if averaged else []), *_left_out(group, baseline)]
 
 
 def verdicts(members: Sequence[Overall]) -> list[str]:
@@ -181,11 +181,20 @@ def _verdict(member: Overall, apart: str) -> str:
     )
 
 
-def _gaps(gaps: Sequence[Mapping[str, Any]]) -> list[str]:
-    if not gaps:
-        return ["No pair is incomplete."]
-    listed = "; ".join(map(_gap, gaps[:20])) + (f"; and {len(gaps) - 20} more" if len(gaps) > 20 else "")
-    return [f"Runs that are missing beside a finished partner, which is in no difference: {len(gaps)} ({listed})."]
+def _left_out(group: Group, baseline: str) -> list[str]:
+    """What is in no difference, and why."""
+    gaps = missing(group.rows, baseline=baseline)
+    unlike = [{**c.settings, "recipe": c.recipe, "seed": seed} for c in paired(group.rows, baseline=baseline) for seed in c.unlike]
+    return [
+        f"Runs that are missing beside a finished partner, which is in no difference: {_counted(gaps)}."
+        if gaps
+        else "No pair is incomplete.",
+        *([f"Pairs left out because they began with other masks or weights: {_counted(unlike)}."] if unlike else []),
+    ]
+
+
+def _counted(runs: Sequence[Mapping[str, Any]]) -> str:
+    return f"{len(runs)} ({'; '.join(map(_gap, runs[:20]))}{f'; and {len(runs) - 20} more' if len(runs) > 20 else ''})"
 
 
 def _gap(settings: Mapping[str, Any]) -> str:
