@@ -52,6 +52,23 @@ def test_pairs_that_are_none_because_their_masks_differ_are_said():
     assert "Pairs left out" not in table(small_rows())
 
 
+def test_pairs_that_were_trained_on_unlike_machines_are_counted():
+    rows = small_rows()
+    assert "trained with another" not in table(rows)
+    for row in rows:
+        if (row["settings"]["recipe"], row["settings"]["mask"]) == ("tost", "snip"):
+            row["machine"] = {"device": "cuda:1", "threads": 2}
+        if (row["settings"]["recipe"], row["settings"]["mask"]) == ("tost", "synflow"):
+            row["versions"] = {"torch": "2.12.0"}
+            del row["machine"]  # not known is not unlike
+    said = "Of 3 pairs, the recipe was trained with another device in 2, another version of torch in 1."
+    assert said in table(rows)
+    assert said in grid(rows)
+    for row in rows:
+        row |= {"machine": {"device": f"cuda:{row['settings']['seed']}"}, "versions": {}}
+    assert "trained with another" not in table(rows)
+
+
 def test_every_difference_and_interval_of_the_statistics_is_in_the_table():
     rows = made_rows(seeds=4)
     text = table(rows)

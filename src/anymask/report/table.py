@@ -23,6 +23,8 @@ ALL_NOTE = (
     "lost when it lies below 0, else tied."
 )
 
+MADE = (("device", "machine", "device"), ("number of threads", "machine", "threads"), ("version of torch", "versions", "torch"))
+
 
 @dataclass(frozen=True)
 class Table:
@@ -190,7 +192,24 @@ def _left_out(group: Group, baseline: str) -> list[str]:
         if gaps
         else "No pair is incomplete.",
         *([f"Pairs left out because they began with other masks or weights: {_counted(unlike)}."] if unlike else []),
+        *_mixed(group, baseline),
     ]
+
+
+def _mixed(group: Group, baseline: str) -> list[str]:
+    """How many pairs differ in what they were made with, which rounds otherwise."""
+    compared = [(cell, c) for cell in group.cells for c in compare(cell, baseline=baseline)]
+    pairs = [(cell.runs[c.baseline, seed], cell.runs[c.recipe, seed]) for cell, c in compared for seed in c.pairs]
+    numbers = {what: sum(_differ(one, other, *where) for one, other in pairs) for what, *where in MADE}
+    said = ", ".join(f"another {what} in {number}" for what, number in numbers.items() if number)
+    return [f"Of {count(len(pairs), 'pair')}, the recipe was trained with {said}."] if said else []
+
+
+def _differ(one: Row, other: Row, part: str, name: str) -> bool:
+    here, there = ((row.get(part) or {}).get(name) for row in (one, other))
+    if name == "device":  # cuda:0 and cuda:1 are one kind
+        here, there = (str(value).partition(":")[0] if value else None for value in (here, there))
+    return None not in (here, there) and here != there
 
 
 def _counted(runs: Sequence[Mapping[str, Any]]) -> str:
