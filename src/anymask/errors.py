@@ -14,6 +14,9 @@ Each message has three parts: what came, what is allowed, what to do. The comman
 traceback and exits with code 2.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class AnymaskError(Exception):
     """An error in three parts.
@@ -70,3 +73,14 @@ class MissingFile(AnymaskError, FileNotFoundError):
 
 class IsFolder(AnymaskError, IsADirectoryError):
     """A folder where a file was named, to read or to write."""
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Errors of the block begin with `where` they come from."""
+    try:
+        yield
+    except AnymaskError as error:
+        if error.came.startswith(where):
+            raise
+        raise type(error)(f"{where}: {error.came}", allowed=error.allowed, fix=error.fix) from error

@@ -67,8 +67,8 @@ def settings_id(settings: Mapping[str, Any]) -> str:
 class Ledger:
     """The append-only file of finished runs, one JSON object a line.
 
-    A row is added under a lock and in one write, so that several processes may share a ledger; a last line without its
-    newline (a machine that lost power in the middle) is left out by `rows` and dropped by the next `append`.
+    A row is added under a lock and in one write, so that several processes may share a ledger; half a last line (a machine
+    that lost power in the middle) is left out by `rows` and dropped by the next `append`.
 
     Example:
         >>> import tempfile, pathlib
@@ -92,10 +92,11 @@ class Ledger:
         with open(self.path, "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
-            whole = file.read()
-            if whole and not whole.endswith(b"\n"):
-                file.truncate(whole.rfind(b"\n") + 1)
-            file.write(line.encode())
+            there = file.read()
+            whole = _whole(there)
+            if len(whole) < len(there):
+                file.truncate(len(whole))
+            file.write(whole[len(there) :] + line.encode())
             file.flush()
             os.fsync(file.fileno())
 
@@ -107,15 +108,12 @@ class Ledger:
         """
         if not self.path.exists():
             return []
-        lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is not whole
+        lines = _whole(self.path.read_bytes()).split(b"\n")
         return [self._row(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
     def _row(self, number: int, line: bytes) -> dict[str, Any]:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
+        row = _object(line)
+        if row is None:
             raise FileFormatError(
                 f"line {number} of {self.path} is not a JSON object",
                 allowed="one JSON object a line",
@@ -130,3 +128,18 @@ class Ledger:
     def ids(self) -> set[str]:
         """The ids of all finished runs."""
         return {row["id"] for row in self.rows() if "id" in row}
+
+
+def _whole(content: bytes) -> bytes:
+    """The lines of `content` that are whole: a last row that lacks its newline alone (an editor took it) gets it back, half a row goes."""
+    end = content.rfind(b"\n") + 1
+    return content[:end] if _object(content[end:]) is None else content + b"\n"
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    """The JSON object in `line`; None for anything else."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None

@@ -207,6 +207,63 @@ def test_mistakes_of_report_are_told(anymask, two, monkeypatch, words, says):
     assert said.err.startswith(f"Error: {says}")
 
 
+def test_a_baseline_whose_name_stands_for_several_recipes_is_asked_for_by_what_it_holds(anymask, tmp_path):
+    held = [[{"name": "label_smoothing", "eps": eps}] for eps in (0.1, 0.9)]
+    rows = [made_row("snip", "my.toml", seed, 0.8) | {"techniques": techniques} for seed, techniques in enumerate(held)]
+    other = ledger(tmp_path / "other" / "ledger.jsonl", [made_row("snip", "my.toml", 2, 0.8) | {"techniques": held[0]}])
+    folder = ledger(tmp_path / "run" / "ledger.jsonl", [*rows, made_row("snip", "default", 0, 0.7)]).parent
+    said, name = anymask("report", folder, other, "--baseline", "my.toml"), "my.toml (label_smoothing.eps=0.1)"
+    assert said.code == 2
+    assert f"Allowed: default, {name}, my.toml (label_smoothing.eps=0.9)\n" in said.err
+    assert f"| default - {name}, points" in anymask("report", folder, "--baseline", name).out
+
+
+def failure(recipe, seed, name):
+    reason = {"type": "TechniqueError", "message": "the loss became nan. Allowed: a finite loss. To do: lower lr."}
+    return {"id": name, "training": f"fashion-mnist-5k, demonet, snip 0.98, {recipe}, seed {seed}", "block": "block 1", **reason}
+
+
+def test_what_failed_is_in_the_report_with_its_reason_and_no_empty_table_before_it(anymask, tmp_path):
+    rows = [made_row("snip", recipe, seed, 0.8) for recipe, seed in (("default", 0), ("default", 1), ("tost", 1))]
+    folder = ledger(tmp_path / "run" / "ledger.jsonl", rows).parent
+    failures = [
+        failure("tost", 0, "a"),
+        failure("tost", 0, "a"),
+        failure("best", 0, "b"),
+        failure("best", 1, "c"),
+        failure("tost", 1, rows[2]["id"]),
+    ]
+    (folder / "failures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in failures))
+    said = anymask("report", folder, "--out", tmp_path / "out")
+    assert said.code == 0, said.err
+    assert said.out.startswith("### Failed trainings\n")
+    assert said.out.split("\n\n")[1].splitlines()[2:] == [
+        "| fashion-mnist-5k, demonet, snip 0.98, tost | 0 | 1 | TechniqueError: the loss became nan |",
+        "| fashion-mnist-5k, demonet, snip 0.98, best | 0, 1 | - | TechniqueError: the loss became nan |",
+    ]
+    assert "over the seeds that finished alone" in said.out
+    assert "<h3>Failed trainings</h3>" in (tmp_path / "out" / "report.html").read_text()
+    assert anymask("report", folder, "--baseline", "best").code == 0  # of which there is nothing but failures
+    (folder / "ledger.jsonl").unlink()
+    assert "| fashion-mnist-5k, demonet, snip 0.98, best | 0, 1 | - |" in anymask("report", folder).out
+
+
+def test_where_nothing_is_compared_no_empty_table_stands_above_what_is_finished(anymask, tmp_path):
+    said = anymask("report", ledger(tmp_path / "run" / "ledger.jsonl", [made_row("snip", "default", 0, 0.8)]))
+    assert said.out.startswith("### fashion-mnist-5k, demonet, 12 epochs, 1 seed\n")
+    assert "No finished runs." not in said.out
+
+
+def test_a_damaged_row_is_told_with_its_ledger(anymask, two):
+    with open(two[1], "a") as file:
+        file.write(json.dumps(made_row("snip", "tost", 9, 3.7156)) + "\n")
+    said = anymask("report", *two)
+    assert said.code == 2
+    assert said.err.startswith(
+        f"Error: {two[1]}: row {len(two[1].read_text().splitlines())} has accuracy.test 3.7156\nAllowed: a share in [0, 1]\n"
+    )
+
+
 def test_masks_only_makes_masks_and_streams_train_with_them(anymask, plan, tmp_path):
     out = tmp_path / "run"
     said = anymask("sweep", plan, "--out", out, "--masks-only")

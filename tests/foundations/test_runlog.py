@@ -102,10 +102,19 @@ def test_a_file_cut_anywhere_keeps_its_whole_rows_and_heals(tmp_path):
     whole = ledger.path.read_bytes()
     for cut in range(len(whole)):
         ledger.path.write_bytes(whole[:cut])
-        left = ROWS[: whole[:cut].count(b"\n")]
+        left = ROWS[: whole[: cut + 1].count(b"\n")]  # of a row that lacks its newline alone nothing is lost
         assert ledger.rows() == left
         ledger.append({"id": "next"})
         assert ledger.rows() == [*left, {"id": "next"}]
+
+
+def test_a_last_row_whose_newline_an_editor_took_stays_and_gets_it_back(tmp_path):
+    ledger = ledger_of(tmp_path)
+    whole = ledger.path.read_bytes()
+    ledger.path.write_bytes(whole[:-1])
+    assert ledger.rows() == ROWS
+    ledger.append({"id": "next"})
+    assert ledger.path.read_bytes() == whole + b'{"id": "next"}\n'
 
 
 @pytest.mark.parametrize("damaged", [b'{"id": "b"', b"3", b"[1]", b"\xff\xfe", b"null"])

@@ -101,6 +101,13 @@ def test_a_recipe_has_one_colour_in_all_figures():
     assert len(set.union(*colours.values())) == 3
 
 
+def test_differences_are_averaged_over_masks_at_one_learning_rate_at_a_time():
+    rows = [row for lr in (0.1, 0.2) for row in made_rows(masks=("snip", "grasp"), lr=lr)]
+    _, differences, *_ = figures(groups(rows), baseline="default")
+    labels = differences.options[0][1]["layout"]["yaxis"]["ticktext"]
+    assert [label for label in labels if "all" in label] == [f"<b>all masks (lr={lr}), 98%</b>" for lr in (0.1, 0.2)]
+
+
 def test_accuracy_figure_shows_every_run_and_differences_every_pair():
     accuracy, differences, *_ = (figure.options[0][1]["data"] for figure in figures(groups(made_rows()), baseline="default"))
     shown = sorted(value for trace in accuracy if trace["mode"] == "markers" and "showlegend" not in trace for value in trace["x"])

@@ -81,11 +81,51 @@ def test_runs_that_differ_in_another_setting_are_never_paired():
     assert [(gap["recipe"], gap["lr"]) for gap in missing(rows)] == [("default", 0.2)]
 
 
+@pytest.mark.parametrize("part", ["digest", "weights"])
+def test_runs_that_began_with_other_masks_or_weights_are_no_pair_and_those_that_do_not_say_are(part):
+    begun = {("default", 0): "a", ("tost", 0): "a", ("default", 1): "a", ("tost", 1): "b", ("default", 2): None, ("tost", 2): "b"}
+    rows = [made_row("snip", recipe, seed, 0.8) for recipe, seed in begun]
+    rows = [row if said is None else {**row, "mask": {part: said}} for row, said in zip(rows, begun.values(), strict=True)]
+    [found] = paired(rows)
+    assert (list(found.pairs), found.unlike, found.unpaired) == ([0, 2], (1,), 2)
+    assert missing(rows) == []
+
+
 def test_of_two_rows_with_one_id_the_later_counts():
     rows = pair_rows([(0.8, 0.7)])
     again = made_row("snip", "tost", 0, 0.9)
     assert [found.mean for found in paired([*rows, again])] == [pytest.approx(10.0)]
     assert [found.mean for found in paired([again, *rows])] == [pytest.approx(-10.0)]
+
+
+def holding(row, *techniques):
+    return {**row, "id": f"{row['id']} {techniques}", "techniques": list(techniques)}
+
+
+def test_a_recipe_file_that_was_edited_between_seeds_is_two_recipes_named_by_what_differs():
+    smooth = {"name": "label_smoothing", "eps": 0.1, "schedule": {"shape": "step", "end": "100%"}}
+    edited = {**smooth, "eps": 0.9}
+    rows = [holding(made_row("snip", "default", seed, 0.8)) for seed in (0, 1)]
+    rows += [holding(made_row("snip", "my.toml", seed, 0.9), each) for seed, each in enumerate((smooth, edited))]
+    names = ["my.toml (label_smoothing.eps=0.1)", "my.toml (label_smoothing.eps=0.9)"]
+    assert [(found.recipe, found.n) for found in paired(rows)] == [(name, 1) for name in names]
+    assert [(found.recipe, found.n) for found in paired(rows[::-1])] == [(name, 1) for name in names]
+    assert paired(rows, baseline="my.toml") == []  # there is no such one recipe
+    assert [found.recipe for found in paired(rows, baseline=names[0]) if found.n] == ["default"]
+
+
+def test_recipes_of_one_name_with_other_techniques_are_told_apart_by_them():
+    sam, smooth = {"name": "sam", "rho": 0.1}, {"name": "label_smoothing", "schedule": {"end": "60%"}}
+    shorter = {"name": "label_smoothing", "schedule": {"end": "50%"}}
+    several = [(), (sam,), (sam, smooth), (smooth, sam), (sam, shorter)]
+    rows = [made_row("snip", "default", 0, 0.8), *(holding(made_row("snip", "tost", 0, 0.9), *each) for each in several)]
+    assert [found.recipe for found in paired(rows)] == [
+        "tost (label_smoothing+sam, label_smoothing.schedule.end=60%)",
+        "tost (no technique)",
+        "tost (sam)",
+        "tost (sam+label_smoothing, label_smoothing.schedule.end=50%)",
+        "tost (sam+label_smoothing, label_smoothing.schedule.end=60%)",
+    ]
 
 
 def test_runs_without_partner_are_counted_and_their_partners_named():
@@ -118,6 +158,14 @@ def test_overall_keeps_sparsities_and_recipes_apart_and_counts_verdicts():
     assert (high.settings["sparsity"], high.cells, high.won, high.lost, high.tied) == (0.98, 3, 1, 1, 1)
 
 
+def test_overall_is_over_masks_alone_and_never_over_learning_rates_or_other_data():
+    one, other = {"lr": 0.1, "data_hash": "a"}, {"lr": 0.2, "data_hash": "b"}
+    rows = pair_rows([(0.8, 0.9)], **one) + pair_rows([(0.8, 0.7)], **other) + pair_rows([(0.8, 0.86)], mask="grasp", **one)
+    rows += pair_rows([(0.8, 0.88)], mask="my.mask", mask_hash="c", **one)
+    found = {(each.settings["lr"], each.settings["data_hash"]): (each.cells, each.mean) for each in overall(paired(rows))}
+    assert found == {(0.1, "a"): (3, pytest.approx(8.0)), (0.2, "b"): (1, pytest.approx(-10.0))}
+
+
 def test_overall_leaves_out_and_names_seeds_that_some_mask_lacks():
     rows = pair_rows([(0.8, 0.9), (0.8, 0.9), (0.8, 0.9)]) + pair_rows([(0.8, 0.7), (0.8, 0.7)], mask="synflow")
     [found] = overall(paired(rows))
@@ -129,3 +177,9 @@ def test_overall_leaves_out_and_names_seeds_that_some_mask_lacks():
 def test_a_row_that_lacks_something_is_named_with_what_it_lacks(broken):
     with pytest.raises(FileFormatError, match=r"row 2 lacks .*settings\.seed.*accuracy\.test"):
         paired([made_row("snip", "default", 0, 0.8), broken])
+
+
+@pytest.mark.parametrize("test", [3.7156, -0.1, math.nan, math.inf])
+def test_an_accuracy_that_is_no_share_is_refused(test):
+    with pytest.raises(FileFormatError, match=r"row 2 has accuracy\.test .*\[0, 1\]"):
+        paired([made_row("snip", "default", 0, 0.8), made_row("snip", "tost", 0, test)])

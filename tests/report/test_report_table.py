@@ -44,6 +44,31 @@ def test_missing_pairs_and_left_out_seeds_are_said():
     assert "No pair is incomplete." in table(made_rows())
 
 
+def test_pairs_that_are_none_because_their_masks_differ_are_said():
+    rows = [made_row("snip", recipe, seed, 0.8) | {"mask": {"digest": recipe * seed}} for recipe in ("default", "tost") for seed in (0, 1)]
+    said = "Pairs left out because they began with other masks or weights: 1 (tost on snip at 98%, seed 1)."
+    assert said in table(rows)
+    assert said in grid(rows)
+    assert "Pairs left out" not in table(small_rows())
+
+
+def test_pairs_that_were_trained_on_unlike_machines_are_counted():
+    rows = small_rows()
+    assert "trained with another" not in table(rows)
+    for row in rows:
+        if (row["settings"]["recipe"], row["settings"]["mask"]) == ("tost", "snip"):
+            row["machine"] = {"device": "cuda:1", "threads": 2}
+        if (row["settings"]["recipe"], row["settings"]["mask"]) == ("tost", "synflow"):
+            row["versions"] = {"torch": "2.12.0"}
+            del row["machine"]  # not known is not unlike
+    said = "Of 3 pairs, the recipe was trained with another device in 2, another version of torch in 1."
+    assert said in table(rows)
+    assert said in grid(rows)
+    for row in rows:
+        row |= {"machine": {"device": f"cuda:{row['settings']['seed']}"}, "versions": {}}
+    assert "trained with another" not in table(rows)
+
+
 def test_every_difference_and_interval_of_the_statistics_is_in_the_table():
     rows = made_rows(seeds=4)
     text = table(rows)
@@ -75,6 +100,15 @@ def test_one_mask_at_two_learning_rates_gives_two_lines_that_say_which():
     text = table([made_row("snip", "default", 0, 0.8, lr=lr) for lr in (0.1, 0.2)])
     assert "| snip (lr=0.1) |" in text
     assert "| snip (lr=0.2) |" in text
+
+
+def test_masks_are_averaged_and_counted_at_one_learning_rate_at_a_time():
+    rows = [row for lr in (0.1, 0.2) for row in made_rows(masks=("snip", "grasp"), lr=lr)]
+    text = table(rows)
+    assert re.findall(r"\| (all masks[^|]*) \|", text) == ["all masks (lr=0.1)", "all masks (lr=0.2)"]
+    said = re.findall(r"tost against default at 98% sparsity \((.*)\): .*; of (\d) masks", text)
+    assert sorted(said) == [("lr=0.1", "2"), ("lr=0.2", "2")]
+    assert "all masks" not in table([row for row in rows if row["settings"]["mask"] == "snip"])
 
 
 def test_a_baseline_that_nobody_ran_is_said_with_the_recipes_there_are():

@@ -1,6 +1,7 @@
 """The paired comparison."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from PIL import Image
 
 from anymask import load_mask, prune
 from anymask.config import Bench, Experiment
-from anymask.errors import MaskError, SettingError, UnknownName
+from anymask.errors import FileFormatError, MaskError, SettingError, UnknownName
 from anymask.recipe import Recipe
 from anymask.sweep import Cell, Grid, Runner, Watcher, cells, compare
-from anymask.sweep.masks import Masks, dynamic_named
+from anymask.sweep.masks import Masks, digests, dynamic_named
 from anymask.train import Protocol
 
 PROTOCOL = Protocol(epochs=2, batch_size=16, lr=0.05)
@@ -120,6 +121,28 @@ def test_a_row_says_what_was_done(experiment: Experiment, tmp_path: Path) -> Non
     assert set(row["versions"]) == {"anymask", "torch", "python", "commit"}
 
 
+def test_a_row_says_which_mask_it_began_with_and_the_same_to_recipes_of_one_seed(whole: list[dict]) -> None:
+    said = {(row["settings"]["mask"], row["settings"]["seed"], row["settings"]["recipe"]): row["mask"] for row in whole}
+    assert said["dense", 0, "default"] == {}
+    for mask in GRID.masks:
+        first, second = ({str(said[mask, seed, recipe]) for recipe in GRID.recipes} for seed in (0, 1))
+        assert len(first) == len(second) == 1
+        assert first != second
+
+
+@pytest.mark.parametrize("there", [("snip", 0.9, 1), ("snip", 0.8, 0), ("random-erk", 0.9, 0), ("snip+erk", 0.9, 0)])
+def test_a_mask_file_in_place_of_another_is_not_trained_with(there: tuple[str, float, int], experiment: Experiment, tmp_path: Path) -> None:
+    bench = Bench(experiment, PROTOCOL)
+    runner, (mask, sparsity, seed) = Runner(bench, tmp_path), there
+    runner.start(Cell(mask, sparsity, "default", seed), bench.model(seed))
+    file = runner.mask_file("snip", 0.9, 0)
+    runner.mask_file(mask, sparsity, seed).rename(file)
+    with pytest.raises(FileFormatError, match=r"snip-0\.9-seed0-.*\.mask holds another mask than its name says: "):
+        runner.start(Cell("snip", 0.9, "default", 0), bench.model(0))
+    file.unlink()
+    assert runner.start(Cell("snip", 0.9, "default", 0), bench.model(0)).mask
+
+
 def test_the_id_changes_with_every_setting_and_with_what_a_recipes_name_stands_for(experiment: Experiment, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.toml"
     recipe.write_text('[[technique]]\nname = "label_smoothing"\neps = 0.1')
@@ -209,6 +232,8 @@ def test_a_rewound_ticket_is_trained_from_its_weights_and_step_with_every_recipe
     again = bench.model(0)
     second = runner.start(Cell("lottery-rewind", 0.3, "tost", 0), again)
     assert (second.mask, second.step) == (first.mask, 1)
+    assert digests(first) == digests(second) != digests(replace(first, weights=initial))
+    assert set(digests(first)) == {"digest", "weights"}
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in weights.items())
 
 

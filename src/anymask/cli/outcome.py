@@ -10,7 +10,7 @@ from anymask.errors import AnymaskError
 from anymask.report import table, write_page
 from anymask.runlog import Ledger, atomic
 
-LEDGER = "ledger.jsonl"
+LEDGER, FAILURES = "ledger.jsonl", "failures.jsonl"
 
 
 def show_table(ledger: Ledger, *, baseline: str) -> None:

@@ -1,6 +1,6 @@
 """`anymask report`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,13 +9,14 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from anymask.cli.errors import explain
-from anymask.cli.outcome import LEDGER, ledger_of
+from anymask.cli.outcome import FAILURES, LEDGER, ledger_of
 from anymask.cli.settings import RUN
-from anymask.errors import AnymaskError, SettingError
+from anymask.errors import AnymaskError, SettingError, naming
 from anymask.registry import unknown
-from anymask.report import markdown, overviews, table, write_page
-from anymask.report.cells import latest
-from anymask.runlog import atomic
+from anymask.report import failed_table, markdown, overviews, table, write_page
+from anymask.report.cells import Row, latest
+from anymask.report.table import Table
+from anymask.runlog import Ledger, atomic
 
 
 def report(
@@ -26,36 +27,49 @@ def report(
     """Turn ledgers into tables and a page."""
     if not ledgers:
         raise SettingError("report came without a ledger", allowed="ledgers or run folders", fix="name one: anymask report runs/compare")
-    rows = latest(row for path in ledgers for row in _rows(path))
+    found = [_ledger(path) for path in ledgers]
+    rows = latest(row for ledger in found for row in _rows(ledger))
+    failed = failed_table([row for ledger in found for row in _failures(ledger).rows()], rows)
     recipes = sorted({row["settings"]["recipe"] for row in rows})
-    if rows and baseline not in recipes:
+    if rows and baseline not in recipes and not any(line[0].endswith(f", {baseline}") for member in failed for line in member.lines):
         raise unknown(baseline, recipes, what="recipe in these ledgers:")
-    text = "\n".join([*([markdown(overviews(rows, baseline=baseline))] if rows else []), table(rows, baseline=baseline)])
+    first = {"Failed": failed, "Over all cells": overviews(rows, baseline=baseline)}
+    text = "\n".join([*(markdown(tables) for tables in first.values() if tables), table(rows, baseline=baseline)])
     console = Console()
     if console.is_terminal:
         console.print(Markdown(text))
     else:
         console.out(text, end="", highlight=False)
     if out is not None:
-        _write(rows, text, out, baseline=baseline)
+        _write(rows, text, out, baseline=baseline, first=first)
     return 0
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _ledger(path: Path) -> Ledger:
     ledger = ledger_of(path)
     if ledger is None:
         raise SettingError(f"{path} came as a ledger", allowed=f"a run folder, or its {LEDGER}", fix="`anymask inspect` shows mask files")
-    if not ledger.path.is_file():
+    if not ledger.path.is_file() and not _failures(ledger).path.is_file():
         raise FileNotFoundError(2, "no such ledger", str(ledger.path))
-    return ledger.rows()
+    return ledger
 
 
-def _write(rows: Sequence[Any], text: str, out: Path, *, baseline: str) -> None:
+def _failures(ledger: Ledger) -> Ledger:
+    return Ledger(ledger.path.with_name(FAILURES))
+
+
+def _rows(ledger: Ledger) -> Sequence[Row]:
+    rows = ledger.rows()
+    with naming(str(ledger.path)):
+        latest(rows)  # checks them
+    return rows
+
+
+def _write(rows: Sequence[Any], text: str, out: Path, *, baseline: str, first: Mapping[str, Sequence[Table]]) -> None:
     note = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     with atomic(out / "table.md", "w") as file:
         file.write(text)
     note.print(f"Table: {out / 'table.md'}")
-    first = {"Over all cells": overviews(rows, baseline=baseline)} if rows else {}
     try:
         write_page(rows, out / "report.html", title=f"anymask: {out.resolve().name}", baseline=baseline, first=first)
     except AnymaskError as error:

@@ -6,6 +6,7 @@ from numbers import Real
 from typing import Any
 
 from anymask.errors import FileFormatError
+from anymask.report.contents import told_apart
 from anymask.runlog import settings_id
 
 Row = Mapping[str, Any]
@@ -105,7 +106,7 @@ def groups(rows: Iterable[Row]) -> list[Group]:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """`rows` without those that a later row of the same id replaces.
+    """`rows` without those that a later row of the same id replaces; recipes of one name and several contents told apart.
 
     Raises:
         FileFormatError: naming what a row lacks.
@@ -115,7 +116,7 @@ def latest(rows: Iterable[Row]) -> list[Row]:
         _check(number, row)
         kept.pop(row["id"], None)
         kept[row["id"]] = row
-    return list(kept.values())
+    return told_apart(list(kept.values()))
 
 
 def percent(share: float) -> str:
@@ -145,15 +146,36 @@ def names(members: Sequence[Cell]) -> list[str]:
         >>> names([Cell({"mask": "snip", "sparsity": 0.9, "lr": 0.1}, {}), Cell({"mask": "snip", "sparsity": 0.9, "lr": 0.2}, {})])
         ['snip (lr=0.1)', 'snip (lr=0.2)']
     """
-    return [_name(cell, members) for cell in members]
+    every = [cell.settings for cell in members]
+    return [f"{one['mask']}{differing(one, every, alike=('mask', 'sparsity'))}" for one in every]
 
 
-def _name(cell: Cell, members: Sequence[Cell]) -> str:
-    mask, sparsity = cell.settings["mask"], cell.settings["sparsity"]
-    twins = [other.settings for other in members if (other.settings["mask"], other.settings["sparsity"]) == (mask, sparsity)]
+def all_masks(members: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """Of cells of one sparsity those together that differ in the mask alone, where they are several; by the name of their line."""
+    found: dict[str, list[Cell]] = {}
+    for cell in members:
+        found.setdefault(settings_id(but_the_mask(cell.settings)), []).append(cell)
+    every = [but_the_mask(cells[0].settings) for cells in found.values()]
+    lines = {f"all masks{differing(one, every)}": cells for one, cells in zip(every, found.values(), strict=True)}
+    return {name: cells for name, cells in sorted(lines.items()) if len(cells) > 1}
+
+
+def but_the_mask(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What is equal in cells that differ in the mask alone."""
+    return {name: value for name, value in settings.items() if name not in ("mask", "mask_hash")}
+
+
+def differing(one: Mapping[str, Any], several: Sequence[Mapping[str, Any]], *, alike: Sequence[str] = ()) -> str:
+    """The settings of `one` that are not the same in all of `several` that have equal settings `alike`, to stand behind a name.
+
+    Example:
+        >>> differing({"lr": 0.1}, [{"lr": 0.1}, {"lr": 0.2}]), differing({"lr": 0.1}, [{"lr": 0.1}])
+        (' (lr=0.1)', '')
+    """
+    twins = [other for other in several if all(other.get(name) == one.get(name) for name in alike)]
     keys = sorted({key for twin in twins for key in twin})
-    differing = [f"{key}={cell.settings.get(key)}" for key in keys if len({repr(twin.get(key)) for twin in twins}) > 1]
-    return f"{mask} ({', '.join(differing)})" if differing else str(mask)
+    words = [f"{key}={one.get(key)}" for key in keys if len({repr(twin.get(key)) for twin in twins}) > 1]
+    return f" ({', '.join(words)})" if words else ""
 
 
 def _place(settings: Mapping[str, Any]) -> tuple[tuple[int, float, str], ...]:
@@ -169,13 +191,18 @@ def _order(value: Any) -> tuple[int, float, str]:
 
 
 def _check(number: int, row: Row) -> None:
-    settings, accuracy = row.get("settings") or {}, row.get("accuracy") or {}
+    settings: Mapping[str, Any] = row.get("settings") or {}
+    test: Any = (row.get("accuracy") or {}).get("test")
     lacks = [f"settings.{name}" for name in NEEDED if name not in settings]
     lacks += [] if "id" in row else ["id"]
-    lacks += [] if isinstance(accuracy.get("test"), Real) else ["accuracy.test"]
+    lacks += [] if isinstance(test, Real) else ["accuracy.test"]
     if lacks:
         raise FileFormatError(
             f"row {number} lacks {', '.join(lacks)}",
             allowed="rows that the trainer of anymask wrote",
             fix="remove that row, or give another ledger: of a study the confirmation's, since its tuning has no test accuracies",
+        )
+    if not 0 <= test <= 1:  # NaN is not, either
+        raise FileFormatError(
+            f"row {number} has accuracy.test {test}", allowed="a share in [0, 1]", fix="remove that row; the same sweep trains it again"
         )

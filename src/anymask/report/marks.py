@@ -1,10 +1,9 @@
 """Figures with one line per mask: accuracies and paired differences."""
 
 from collections.abc import Sequence
-from itertools import chain
 from statistics import fmean
 
-from anymask.report.cells import Cell, Group, names
+from anymask.report.cells import Cell, Group, all_masks, names
 from anymask.report.look import GREY, Plot, Style, label, text
 from anymask.report.stats import Pairs, compare, overall
 from anymask.report.table import interval
@@ -107,8 +106,9 @@ def _difference_lines(group: Group, baseline: str) -> list[tuple[str, Sequence[P
         members = group.at(sparsity)
         compared = [compare(cell, baseline=baseline) for cell in members]
         lines += zip(_cell_labels(members), compared, strict=True)
-        across = [member for member in overall(chain.from_iterable(compared)) if member.cells > 1]
-        lines.append((f"<b>{label('all masks', sparsity)}</b>", across))
+        for name, alike in all_masks(members).items():
+            across = overall(pairs for cell in alike for pairs in compare(cell, baseline=baseline))
+            lines.append((f"<b>{label(name, sparsity)}</b>", [member for member in across if member.cells > 1]))
     return [(name, full) for name, pairs in lines if (full := [each for each in pairs if each.n])]
 
 

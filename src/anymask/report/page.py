@@ -91,7 +91,7 @@ def save(path: str | os.PathLike[str], page: Page) -> None:
 
 def _summary(members: Sequence[Group], baseline: str) -> str:
     found = [(group.title, overall(paired(group.rows, baseline=baseline))) for group in members]
-    lists = [f"<h3>{escape(title)}</h3>{listed([f'{verdicts(member)}.' for member in across] or [UNCOMPARED])}" for title, across in found]
+    lists = [f"<h3>{escape(title)}</h3>{listed(verdicts(across) or [UNCOMPARED])}" for title, across in found]
     return f"<p>{LEAD if lists else NOTHING}</p>{''.join(lists)}"
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from anymask.report.cells import Cell, Row, cells
+from anymask.report.cells import Cell, Row, but_the_mask, cells
 from anymask.runlog import settings_id
 
 
@@ -95,9 +95,11 @@ class Comparison(Pairs):
 
     Args:
         unpaired: how many runs of either recipe have no partner of the same seed, and so are in no difference.
+        unlike: the seeds whose runs are no partners because they began with other masks, or other weights.
     """
 
     unpaired: int = 0
+    unlike: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,15 +147,20 @@ def compare(cell: Cell, *, baseline: str) -> list[Comparison]:
     before = cell.accuracies(baseline)
     if not before:
         return []
-    others = {recipe: cell.accuracies(recipe) for recipe in cell.recipes if recipe != baseline}
-    return [_comparison(cell.settings, recipe, baseline, before, after) for recipe, after in others.items()]
+    return [_comparison(cell, recipe, baseline, before, cell.accuracies(recipe)) for recipe in cell.recipes if recipe != baseline]
 
 
-def _comparison(
-    settings: Mapping[str, Any], recipe: str, baseline: str, before: Mapping[Any, float], after: Mapping[Any, float]
-) -> Comparison:
-    pairs = {seed: (before[seed], after[seed]) for seed in before if seed in after}
-    return Comparison(settings, recipe, baseline, pairs, unpaired=len(before) + len(after) - 2 * len(pairs))
+def _comparison(cell: Cell, recipe: str, baseline: str, before: Mapping[Any, float], after: Mapping[Any, float]) -> Comparison:
+    both = [seed for seed in before if seed in after]
+    unlike = tuple(seed for seed in both if not _begin_alike(cell.runs[baseline, seed], cell.runs[recipe, seed]))
+    pairs = {seed: (before[seed], after[seed]) for seed in both if seed not in unlike}
+    return Comparison(cell.settings, recipe, baseline, pairs, unpaired=len(before) + len(after) - 2 * len(pairs), unlike=unlike)
+
+
+def _begin_alike(one: Row, other: Row) -> bool:
+    """Whether two runs began with the same mask and weights, as far as both say."""
+    here, there = one.get("mask") or {}, other.get("mask") or {}
+    return all(here[name] == there[name] for name in here if name in there)
 
 
 def missing(rows: Iterable[Row], *, baseline: str = "default") -> list[dict[str, Any]]:
@@ -175,8 +182,8 @@ def _lacking(cell: Cell, baseline: str) -> dict[str, set[Any]]:
     return {baseline: set().union(*after.values()) - before, **{recipe: before - seeds for recipe, seeds in after.items()}}
 
 
-def overall(comparisons: Iterable[Comparison], *, by: Sequence[str] = ("data", "model", "epochs", "sparsity")) -> list[Overall]:
-    """Each recipe against the baseline over all cells that share the settings `by`.
+def overall(comparisons: Iterable[Comparison], *, by: Sequence[str] | None = None) -> list[Overall]:
+    """Each recipe against the baseline over all cells that share the settings `by`: all but the mask if left out.
 
     The cells (masks) of one seed share initialisation and data order, so they are not independent: the differences are
     first averaged over the cells within each seed, and the interval is over seeds. Only seeds with a pair in every
@@ -189,11 +196,11 @@ def overall(comparisons: Iterable[Comparison], *, by: Sequence[str] = ("data", "
     return [_across(members, by) for members in found.values()]
 
 
-def _shared(comparison: Comparison, by: Sequence[str]) -> dict[str, Any]:
-    return {name: comparison.settings.get(name) for name in by}
+def _shared(comparison: Comparison, by: Sequence[str] | None) -> dict[str, Any]:
+    return but_the_mask(comparison.settings) if by is None else {name: comparison.settings.get(name) for name in by}
 
 
-def _across(members: Sequence[Comparison], by: Sequence[str]) -> Overall:
+def _across(members: Sequence[Comparison], by: Sequence[str] | None) -> Overall:
     full = [member for member in members if member.n]
     seeds = sorted({seed for member in full for seed in member.pairs})
     whole = [seed for seed in seeds if all(seed in member.pairs for member in full)]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from anymask.report.cells import Cell, Group, Row, count, groups, names, percent
+from anymask.report.cells import Cell, Group, Row, all_masks, count, differing, groups, names, percent
 from anymask.report.stats import Overall, Pairs, compare, missing, overall, paired
 
 NOTHING = "No finished runs."
@@ -22,6 +22,8 @@ ALL_NOTE = (
     "of one seed share initialisation and data order and are not independent. A mask is won when its own interval lies above 0, "
     "lost when it lies below 0, else tied."
 )
+
+MADE = (("device", "machine", "device"), ("number of threads", "machine", "threads"), ("version of torch", "versions", "torch"))
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def _table(group: Group, baseline: str) -> Table:
 
 def _lines(members: Sequence[Cell], baseline: str, others: Sequence[str]) -> list[list[str]]:
     lines = [_cell_line(cell, name, baseline, others) for cell, name in zip(members, names(members), strict=True)]
-    return lines if len(lines) < 2 else [*lines, _all_line(members, baseline, others)]
+    return [*lines, *(_all_line(alike, name, baseline, others) for name, alike in all_masks(members).items())]
 
 
 def _cell_line(cell: Cell, name: str, baseline: str, others: Sequence[str]) -> list[str]:
@@ -111,11 +113,11 @@ def _cell_line(cell: Cell, name: str, baseline: str, others: Sequence[str]) -> l
     return line
 
 
-def _all_line(members: Sequence[Cell], baseline: str, others: Sequence[str]) -> list[str]:
+def _all_line(members: Sequence[Cell], name: str, baseline: str, others: Sequence[str]) -> list[str]:
     """The baseline is shown where all recipes are judged against the same of its runs."""
     here = {member.recipe: member for member in overall(c for cell in members for c in compare(cell, baseline=baseline))}
     befores = {spread(member.baseline_accuracies) for member in here.values()}
-    line = [percent(members[0].settings["sparsity"]), "all masks", befores.pop() if len(befores) == 1 else NONE]
+    line = [percent(members[0].settings["sparsity"]), name, befores.pop() if len(befores) == 1 else NONE]
     for recipe in others:
         line += [spread(here[recipe].recipe_accuracies) if recipe in here else NONE, *_difference(here.get(recipe))]
     return line
@@ -153,7 +155,7 @@ def _grid(group: Group, baseline: str) -> Table:
     places = [f"{name}, {percent(cell.settings['sparsity'])}" for cell, name in zip(columns, names(columns), strict=True)]
     others = [recipe for recipe in group.recipes if recipe != baseline]
     lines = [[recipe, *(_half_width(here[cell.key].get(recipe)) for cell in columns)] for recipe in others]
-    return Table(group.title, [f"recipe - {baseline}, points", *places], lines, [GRID_NOTE, *_gaps(missing(group.rows, baseline=baseline))])
+    return Table(group.title, [f"recipe - {baseline}, points", *places], lines, [GRID_NOTE, *_left_out(group, baseline)])
 
 
 def _notes(group: Group, baseline: str) -> list[str]:
@@ -162,24 +164,56 @@ def _notes(group: Group, baseline: str) -> list[str]:
         return [
             f"No differences: no mask has runs of both the baseline {baseline!r} and another of these recipes: {', '.join(group.recipes)}."
         ]
-    averaged = [f"{verdicts(member)}." for member in across if member.cells > 1]
-    return [INTERVAL_NOTE, *([ALL_NOTE, *averaged] if averaged else []), *_gaps(missing(group.rows, baseline=baseline))]
+    averaged = verdicts([member for member in across if member.cells > 1])
+    return [INTERVAL_NOTE, *([ALL_NOTE, *averaged] if averaged else []), *_left_out(group, baseline)]
 
 
-def verdicts(member: Overall) -> str:
-    """One sentence: how a recipe did over the masks of one sparsity."""
+def verdicts(members: Sequence[Overall]) -> list[str]:
+    """A sentence each: how a recipe did over the masks of one sparsity, and with which settings where they differ."""
+    every = [member.settings for member in members]
+    return [_verdict(member, differing(member.settings, every, alike=("sparsity",))) for member in members]
+
+
+def _verdict(member: Overall, apart: str) -> str:
     left_out = f"; seeds left out because a mask lacks them: {', '.join(map(str, member.left_out))}" if member.left_out else ""
+    where = f"{percent(member.settings['sparsity'])} sparsity{apart}"
     return (
-        f"{member.recipe} against {member.baseline} at {percent(member.settings['sparsity'])} sparsity: {interval(member)} points over "
-        f"{count(member.n, 'seed')}; of {count(member.cells, 'mask')}, won {member.won}, lost {member.lost}, tied {member.tied}{left_out}"
+        f"{member.recipe} against {member.baseline} at {where}: {interval(member)} points over "
+        f"{count(member.n, 'seed')}; of {count(member.cells, 'mask')}, won {member.won}, lost {member.lost}, tied {member.tied}{left_out}."
     )
 
 
-def _gaps(gaps: Sequence[Mapping[str, Any]]) -> list[str]:
-    if not gaps:
-        return ["No pair is incomplete."]
-    listed = "; ".join(map(_gap, gaps[:20])) + (f"; and {len(gaps) - 20} more" if len(gaps) > 20 else "")
-    return [f"Runs that are missing beside a finished partner, which is in no difference: {len(gaps)} ({listed})."]
+def _left_out(group: Group, baseline: str) -> list[str]:
+    """What is in no difference, and why."""
+    gaps = missing(group.rows, baseline=baseline)
+    unlike = [{**c.settings, "recipe": c.recipe, "seed": seed} for c in paired(group.rows, baseline=baseline) for seed in c.unlike]
+    return [
+        f"Runs that are missing beside a finished partner, which is in no difference: {_counted(gaps)}."
+        if gaps
+        else "No pair is incomplete.",
+        *([f"Pairs left out because they began with other masks or weights: {_counted(unlike)}."] if unlike else []),
+        *_mixed(group, baseline),
+    ]
+
+
+def _mixed(group: Group, baseline: str) -> list[str]:
+    """How many pairs differ in what they were made with, which rounds otherwise."""
+    compared = [(cell, c) for cell in group.cells for c in compare(cell, baseline=baseline)]
+    pairs = [(cell.runs[c.baseline, seed], cell.runs[c.recipe, seed]) for cell, c in compared for seed in c.pairs]
+    numbers = {what: sum(_differ(one, other, *where) for one, other in pairs) for what, *where in MADE}
+    said = ", ".join(f"another {what} in {number}" for what, number in numbers.items() if number)
+    return [f"Of {count(len(pairs), 'pair')}, the recipe was trained with {said}."] if said else []
+
+
+def _differ(one: Row, other: Row, part: str, name: str) -> bool:
+    here, there = ((row.get(part) or {}).get(name) for row in (one, other))
+    if name == "device":  # cuda:0 and cuda:1 are one kind
+        here, there = (str(value).partition(":")[0] if value else None for value in (here, there))
+    return None not in (here, there) and here != there
+
+
+def _counted(runs: Sequence[Mapping[str, Any]]) -> str:
+    return f"{len(runs)} ({'; '.join(map(_gap, runs[:20]))}{f'; and {len(runs) - 20} more' if len(runs) > 20 else ''})"
 
 
 def _gap(settings: Mapping[str, Any]) -> str:

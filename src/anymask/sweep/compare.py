@@ -20,7 +20,7 @@ from anymask.errors import SettingError
 from anymask.mask import Mask
 from anymask.ranks import by_rank_0, leads, ranks
 from anymask.runlog import Ledger, settings_id
-from anymask.sweep.masks import DENSE, Masks, Start, check_mask, file_hash, file_name, file_sparsity, is_dynamic, is_mask_file
+from anymask.sweep.masks import DENSE, Masks, Start, check_mask, digests, file_hash, file_name, file_sparsity, is_dynamic, is_mask_file
 from anymask.sweep.teachers import Teachers
 from anymask.sweep.variants import variant
 from anymask.train import Computing, Protocol, fit
@@ -235,6 +235,7 @@ class Runner:
             "accuracy": result.accuracies(),
             "parameters": sum(p.numel() for p in model.parameters()),
             "density": self.density(result.mask, model),
+            "mask": digests(start),
             "curves": result.curves,
             "time": {"seconds": result.seconds, "mask_seconds": mask_seconds, **teacher_seconds, "finished": _now()},
             "ghosts": result.added,

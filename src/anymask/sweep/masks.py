@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from anymask.config import Bench
 from anymask.durations import Duration
-from anymask.errors import SettingError
+from anymask.errors import FileFormatError, SettingError
 from anymask.formats import load_mask
 from anymask.mask import Mask
 from anymask.pruning import DYNAMIC, METHODS, Dynamic, Ticket, lottery_ticket, prune
@@ -130,7 +131,7 @@ class Masks:
         if not by_rank_0(file.exists):
             how: dict[str, Any] = {"sparsity": sparsity, "seed": seed, "model": model}
             make_once(file, lambda: self.make_file(file, mask, **how), wait=self.wait)  # the rounds of a ticket share a folder
-        found = by_rank_0(lambda: _read(file))
+        found = by_rank_0(lambda: _read(file, moving.start if moving else mask, sparsity=sparsity, seed=seed))
         return found if moving is None else Start(found.mask, dynamic=moving)
 
     def file(self, mask: str, *, sparsity: float, seed: int) -> Path | None:
@@ -154,7 +155,7 @@ class Masks:
             made = self._ticket(mask, sparsity=sparsity, seed=seed, model=model, **how)
         else:
             made = prune(model, mask, sparsity=sparsity, data=self.bench.batches(seed)[0], seed=seed, **how).broadcast()
-        return Mask(made, info=made.info | {"network": self._network()})
+        return Mask(made, info=made.info | {"method": method_of(mask).name, "network": self._network()})
 
     def _ticket(self, mask: str, *, sparsity: float | None, seed: int, model: nn.Module, **how: Any) -> Mask:
         row, file = method_of(mask), self.file_of(mask, sparsity or 0.0, seed)
@@ -198,10 +199,32 @@ class Masks:
         return {"model": self.bench.experiment.model, "classes": len(self.bench.dataset.classes), "input": list(train.images.shape[1:])}
 
 
-def _read(file: Path) -> Start:
-    """Where a mask that was made leads to, with the weights beside it."""
-    found, weights = load_mask(file), weights_file(file)
+def _read(file: Path, mask: str, *, sparsity: float, seed: int) -> Start:
+    """Where a mask that was made leads to, with the weights beside it; a file of another mask is refused, whatever its name."""
+    found, weights, row = load_mask(file), weights_file(file), method_of(mask)
+    asked = {"method": row.name, "scope": row.scope, "pattern": row.pattern, "sparsity": sparsity, "seed": seed}
+    other = [f"{key} {found.info.get(key)!r}, not {value!r}" for key, value in asked.items() if found.info.get(key) != value]
+    if other:
+        raise FileFormatError(
+            f"{file} holds another mask than its name says: {'; '.join(other)}",
+            allowed="the file that was made there",
+            fix="remove it, and the mask is made anew; a mask file of your own is given by its path",
+        )
     return Start(found, load_file(weights), int(found.info["rewind_step"])) if weights.exists() else Start(found)
+
+
+def digests(start: Start) -> dict[str, str]:
+    """What tells two starts apart: of the mask, and of the weights where they are not the initialisation."""
+    parts: dict[str, Mapping[str, Tensor] | None] = {"digest": start.mask, "weights": start.weights}
+    return {name: _digest(tensors) for name, tensors in parts.items() if tensors is not None}
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:12]
 
 
 def weights_file(mask_file: Path) -> Path:

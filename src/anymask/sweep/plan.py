@@ -3,8 +3,7 @@
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from anymask import models
 from anymask.config import Experiment
 from anymask.data import DATASETS
-from anymask.errors import AnymaskError, FileFormatError, SettingError
+from anymask.errors import FileFormatError, SettingError, naming
 from anymask.registry import lookup, unknown
 from anymask.sweep.compare import Grid
 from anymask.sweep.masks import DENSE
@@ -121,17 +120,6 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
     blocks = [parts_of(block, shared, where=f"block {number} of {path}") for number, block in enumerate(top["block"], 1)]
     with naming(str(path)):
         return Plan(tuple(blocks), retries=top.get("retries", 1), about=top.get("about", ""))
-
-
-@contextmanager
-def naming(where: str) -> Iterator[None]:
-    """Errors of the block begin with `where` they come from."""
-    try:
-        yield
-    except AnymaskError as error:
-        if error.came.startswith(where):
-            raise
-        raise type(error)(f"{where}: {error.came}", allowed=error.allowed, fix=error.fix) from error
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from anymask.config import Bench, Experiment
 from anymask.data import Dataset
-from anymask.errors import SettingError
+from anymask.errors import SettingError, naming
 from anymask.ranks import ranks
 from anymask.runlog import Ledger
 from anymask.sweep.claims import Busy, claimed, clear_halves
 from anymask.sweep.compare import Cell, Runner, Watcher, cells
 from anymask.sweep.masks import is_dynamic, is_mask_file
 from anymask.sweep.pace import paced
-from anymask.sweep.plan import Part, Plan, naming
+from anymask.sweep.plan import Part, Plan
 from anymask.train import Computing
 from anymask.train.graphs import NotRecordedError
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from anymask.errors import SettingError
-from anymask.sweep.plan import NUMBER, naming
+from anymask.errors import SettingError, naming
+from anymask.sweep.plan import NUMBER
 from anymask.sweep.variants import LR, variant, variant_name
 
 _DIGITS = 3  # of a number from a range: finer differences are not seen, and short names are

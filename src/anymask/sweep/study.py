@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from anymask.errors import AnymaskError, SettingError, TechniqueError
-from anymask.report import markdown, overviews, table
+from anymask.report import failed_table, markdown, overviews, table
 from anymask.runlog import Ledger, atomic, settings_id
 from anymask.sweep.claims import claimed
 from anymask.sweep.compare import Watcher
@@ -247,9 +247,10 @@ def _confirm(wanted: Study, winner: Winner, folder: Path, *, computing: Computin
 
 def _report(wanted: Study, winner: Winner, folder: Path) -> None:
     """Write study.md: which numbers chose, and which confirm."""
-    rows = Ledger(folder / "confirm" / "ledger.jsonl").rows()
+    rows, failures = (Ledger(folder / "confirm" / f"{name}.jsonl").rows() for name in ("ledger", "failures"))
+    first = [*failed_table(failures, rows), *overviews(rows, baseline=winner.baseline)]
     confirmed = [
-        markdown(overviews(rows, baseline=winner.baseline)) if rows else "",
+        markdown(first) if first else "",
         table(rows, baseline=winner.baseline),
         "- Both recipes share mask and seed in each pair, and each has the learning rate that tuning chose for it.",
     ]

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from anymask.errors import SettingError
-from anymask.sweep.plan import BLOCK, NUMBER, TABLE, TEXT, WHOLE, Part, checked, naming, parts_of, read_toml
+from anymask.errors import SettingError, naming
+from anymask.sweep.plan import BLOCK, NUMBER, TABLE, TEXT, WHOLE, Part, checked, parts_of, read_toml
 from anymask.sweep.space import Choice, read_space
 from anymask.sweep.variants import variant
 
