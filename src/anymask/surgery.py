@@ -116,7 +116,7 @@ def logits_of(output: Any) -> Tensor:
         raise TechniqueError(
             f"the model's output is a {type(output).__name__}",
             allowed="a tensor, an output with logits, or a tuple with a tensor in it",
-            fix="give recipe.loss the tensor that the loss is of",
+            fix="give the tensor that the loss is of; for anymask.prune, wrap the model in one that returns it",
         )
     return first
 

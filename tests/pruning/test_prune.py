@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import anymask
-from anymask.errors import DataError, MaskError, SettingError, UnknownName
+from anymask.errors import DataError, MaskError, SettingError, TechniqueError, UnknownName
 from anymask.pruning import METHODS, Method, prune
 
 NET = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
@@ -90,6 +90,27 @@ def test_the_loss_is_the_callers_own():
 
     mask = prune(nn.Linear(8, 4), "snip", sparsity=0.75, data=LOADER, loss=last_output)
     assert mask["weight"].tolist() == [[False] * 8] * 3 + [[True] * 8]
+
+
+class Within(nn.Module):
+    """A model whose output is not the bare tensor of logits."""
+
+    def __init__(self, net, wrap):
+        super().__init__()
+        self.net, self.wrap = net, wrap
+
+    def forward(self, x):
+        return self.wrap(self.net(x))
+
+
+@pytest.mark.parametrize("method", ["snip", "force", "taylor", "grasp", "synflow"])
+def test_the_logits_are_found_in_mappings_and_tuples(method):
+    bare = prune(NET, method, sparsity=0.5, data=LOADER)
+    for wrap in (lambda logits: {"loss": None, "logits": logits}, lambda logits: (logits, "hidden")):
+        got = prune(Within(NET, wrap), method, sparsity=0.5, data=LOADER)
+        assert {name.removeprefix("net."): kept.tolist() for name, kept in got.items()} == {n: k.tolist() for n, k in bare.items()}
+    with pytest.raises(TechniqueError, match=r"output is a dict.*wrap the model"):
+        prune(Within(NET, lambda logits: {"out": logits}), method, sparsity=0.5, data=LOADER)
 
 
 def test_more_rounds_never_bring_a_weight_back():
