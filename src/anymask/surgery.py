@@ -1,5 +1,6 @@
 """Looking into models: what they are made of, how data flows through them, what they cost."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from anymask.errors import TechniqueError
-from anymask.prunables import TRANSPOSED, transposed_groups
+from anymask.prunables import TRANSPOSED, bare, transposed_groups
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -36,6 +37,23 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     for name, buffer in model.named_buffers(remove_duplicate=False):
         found[f"buffer {name}"] = f"{tuple(buffer.shape)} {buffer.dtype}"
     return found
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy of `model` without its wrapper, with its hooks, which fire in it too; the model itself stays as it is.
+
+    Weights that a hook computes from others before each call (torch.nn.utils.prune, the older weight_norm) are plain tensors
+    with a graph, which deepcopy refuses: they are copied by value, and the copy computes its own.
+
+    Example:
+        >>> from torch.nn.utils import prune
+        >>> twin = copied(prune.identity(nn.Linear(2, 2), "weight"))
+        >>> twin.weight_orig.requires_grad, twin.weight.requires_grad
+        (True, False)
+    """
+    model = bare(model)
+    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf})
 
 
 @contextmanager
