@@ -1,8 +1,11 @@
 """Weights of every kind of layer: found, pruned, held, and scaled by LRsI."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune as torch_prune
 
 import anymask
 from anymask import Recipe
@@ -125,6 +128,29 @@ def test_embeddings_and_recurrent_weights_are_left_out_unless_asked_for():
     with pytest.raises(MaskError):
         prunable(Words(tied=True), kinds=["embedding"])
     assert list(prunable(nn.Sequential(nn.GRUCell(2, 2), nn.EmbeddingBag(2, 2)), kinds=["recurrent"])) == ["0.weight_ih", "0.weight_hh"]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")  # torch advises the newer one
+def test_of_a_weight_that_hooks_compute_it_is_the_tensor_that_zeros_live_in():
+    def named(layer, wrap, name="weight"):
+        return list(prunable(wrap(layer, name), kinds=KINDS))
+
+    for layer in (nn.Linear(4, 3), nn.Conv2d(4, 3, 1), nn.Embedding(4, 3)):
+        assert named(copy.deepcopy(layer), nn.utils.weight_norm) == ["weight_v"]
+        assert named(copy.deepcopy(layer), nn.utils.spectral_norm) == ["weight_orig"]
+        assert named(layer, torch_prune.identity) == ["weight_orig"]
+    assert named(nn.MultiheadAttention(4, 2), torch_prune.identity, "in_proj_weight") == ["in_proj_weight_orig", "out_proj.weight"]
+    others = ["weight_ih_l0", "weight_ih_l0_reverse", "weight_hh_l0_reverse"]
+    lstm = nn.LSTM(4, 3, bidirectional=True, proj_size=2)
+    assert sorted(named(lstm, nn.utils.weight_norm, "weight_hh_l0")) == sorted([*others, "weight_hh_l0_v"])
+    turned = torch_prune.identity(nn.ConvTranspose2d(4, 2, 3, groups=2), "weight")
+    assert transposed_groups(turned) == {"weight_orig": 2}
+
+
+def test_a_parameter_of_ones_own_beside_the_weight_is_no_weight():
+    layer = nn.Linear(4, 3)
+    layer.weight_scale = nn.Parameter(torch.ones(3))
+    assert list(prunable(layer)) == ["weight"]
 
 
 def test_a_tiny_gpt2_from_its_config():

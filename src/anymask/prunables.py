@@ -1,6 +1,7 @@
 """Which parameters a mask may cover, and of which model: what wraps it does not count."""
 
 import math
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,16 +13,16 @@ from torch.optim import Optimizer
 from anymask.errors import MaskError, SettingError
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_WEIGHT = ("weight",)
-_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_WEIGHT, _PROJECTIONS = "weight", "(in|q|k|v)_proj_weight"
+_COMPUTED = "(_orig|_v)?"  # what hooks make the weight of: torch.nn.utils.prune, spectral_norm; weight_norm's direction, not its length
 _GPT_CONV = ("transformers.pytorch_utils", "Conv1D")  # a linear layer laid out (in, out); known only where it is imported already
 
-Owner = tuple[type[nn.Module], tuple[str, ...]]  # a class of module and the beginnings of its parameters' names
+Owner = tuple[type[nn.Module], str]  # a class of module and a pattern of its weights' names
 KINDS: dict[str, tuple[Owner, ...]] = {
     "conv": tuple((kind, _WEIGHT) for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)),
     "linear": ((nn.Linear, _WEIGHT), (nn.MultiheadAttention, _PROJECTIONS)),
     "embedding": ((nn.Embedding, _WEIGHT), (nn.EmbeddingBag, _WEIGHT)),
-    "recurrent": ((nn.RNNBase, ("weight_ih_", "weight_hh_")), (nn.RNNCellBase, ("weight_ih", "weight_hh"))),
+    "recurrent": ((nn.RNNBase, r"weight_[ih]h_l\d+(_reverse)?"), (nn.RNNCellBase, "weight_[ih]h")),
 }
 
 
@@ -29,7 +30,9 @@ def prunable(model: nn.Module, *, kinds: Iterable[str] = ("conv", "linear"), exc
     """The parameters of `model` that a mask may cover, by name, in the model's own order.
 
     A tensor that several modules share (tied weights) is there once, under its first name; it is of the first of its kinds,
-    so an embedding that a linear layer shares counts as linear. Names are those of the model inside `torch.compile` or
+    so an embedding that a linear layer shares counts as linear. Of a weight that hooks compute it is the tensor that zeros live in:
+    `weight_orig` (torch.nn.utils.prune, the older spectral_norm), `weight_v` (the older weight_norm, whose rows must not be pruned
+    whole: a direction of 0 is divided by its length). Names are those of the model inside `torch.compile` or
     DistributedDataParallel.
 
     Args:
@@ -90,8 +93,8 @@ def transposed_groups(model: nn.Module) -> dict[str, int]:
         {'1.weight': 2}
     """
     model = bare(model)
-    groups = {id(m.weight): m.groups for m in model.modules() if isinstance(m, TRANSPOSED)}
-    groups |= {id(m.weight): 1 for m in model.modules() if isinstance(m, _imported(*_GPT_CONV))}
+    groups = {id(p): m.groups for m in model.modules() if isinstance(m, TRANSPOSED) for p in _own(m, _WEIGHT)}
+    groups |= {id(p): 1 for m in model.modules() if isinstance(m, _imported(*_GPT_CONV)) for p in _own(m, _WEIGHT)}
     return {name: groups[id(p)] for name, p in model.named_parameters() if id(p) in groups}
 
 
@@ -172,10 +175,14 @@ def _kinds_of(model: nn.Module) -> dict[int, str]:
         for module in model.modules():
             for owner, names in (*owners, *more):
                 if isinstance(module, owner):
-                    for name, parameter in module.named_parameters(recurse=False):
-                        if name.startswith(names):
-                            found.setdefault(id(parameter), kind)
+                    for parameter in _own(module, names):
+                        found.setdefault(id(parameter), kind)
     return found
+
+
+def _own(module: nn.Module, names: str) -> list[nn.Parameter]:
+    """The weights of `module` itself whose names are of the pattern `names`, or what hooks compute these from."""
+    return [p for name, p in module.named_parameters(recurse=False) if re.fullmatch(names + _COMPUTED, name)]
 
 
 def _imported(module: str, name: str) -> tuple[type[nn.Module], ...]:
