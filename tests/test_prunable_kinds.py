@@ -147,6 +147,20 @@ def test_of_a_weight_that_hooks_compute_it_is_the_tensor_that_zeros_live_in():
     assert transposed_groups(turned) == {"weight_orig": 2}
 
 
+def test_weights_that_parametrizations_compute_are_left_out_aloud():
+    norms = nn.utils.parametrizations
+    model = nn.Sequential(norms.weight_norm(nn.Linear(4, 3)), norms.spectral_norm(nn.Conv1d(3, 3, 1)), nn.Linear(3, 2))
+    with pytest.warns(UserWarning, match=r"compute: 0\.weight, 1\.weight\. .*remove_parametrizations, .*exclude=\['0\.weight'"):
+        mask = anymask.prune(model, "magnitude", sparsity=0.5)
+    assert list(mask) == ["2.weight"]
+    assert list(prunable(model, exclude=["0", "1.weight"])) == ["2.weight"]  # no warning, which would be an error here
+    with pytest.raises(MaskError, match=r"compute: 0\.weight, 1\.weight\..*remove_parametrizations"):
+        prunable(model[:2])
+    for layer in model[:2]:
+        nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    assert sorted(prunable(model)) == ["0.weight", "1.weight", "2.weight"]
+
+
 def test_a_parameter_of_ones_own_beside_the_weight_is_no_weight():
     layer = nn.Linear(4, 3)
     layer.weight_scale = nn.Parameter(torch.ones(3))

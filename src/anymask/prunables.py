@@ -3,11 +3,13 @@
 import math
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
 from anymask.errors import MaskError, SettingError
@@ -30,10 +32,13 @@ def prunable(model: nn.Module, *, kinds: Iterable[str] = ("conv", "linear"), exc
     """The parameters of `model` that a mask may cover, by name, in the model's own order.
 
     A tensor that several modules share (tied weights) is there once, under its first name; it is of the first of its kinds,
-    so an embedding that a linear layer shares counts as linear. Of a weight that hooks compute it is the tensor that zeros live in:
-    `weight_orig` (torch.nn.utils.prune, the older spectral_norm), `weight_v` (the older weight_norm, whose rows must not be pruned
-    whole: a direction of 0 is divided by its length). Names are those of the model inside `torch.compile` or
+    so an embedding that a linear layer shares counts as linear. Names are those of the model inside `torch.compile` or
     DistributedDataParallel.
+
+    Of a weight that hooks compute it is the tensor that zeros live in: `weight_orig` (torch.nn.utils.prune, the older
+    spectral_norm), `weight_v` (the older weight_norm; a neuron that keeps nothing of it is NaN, as its length is 0). Weights that
+    torch.nn.utils.parametrize computes are left out, with a warning that names them: what they come from may be no place for
+    zeros, and loses its name when they are made plain.
 
     Args:
         model: any module.
@@ -66,13 +71,16 @@ def prunable(model: nn.Module, *, kinds: Iterable[str] = ("conv", "linear"), exc
         )
     kind_of = _kinds_of(model)
     named = {name: p for name, p in model.named_parameters() if kind_of.get(id(p)) in wanted}
-    kept = dict(named)
+    names = [*named, *_parametrized(model, wanted)]
+    out: set[str] = set()
     for skip in exclude:
-        hit = [name for name in named if name == skip or name.startswith(skip + ".")]
+        hit = [name for name in names if name == skip or name.startswith(skip + ".")]
         if not hit:
-            raise SettingError(f"exclude names {skip!r}", allowed=", ".join(named), fix="name a module or parameter of this model")
-        for name in hit:
-            kept.pop(name, None)
+            raise SettingError(f"exclude names {skip!r}", allowed=", ".join(names), fix="name a module or parameter of this model")
+        out |= {*hit}
+    kept = {name: p for name, p in named.items() if name not in out}
+    if computed := [name for name in names if name not in named and name not in out]:
+        _leave_out(computed, model, alone=not kept)
     if not kept:
         raise MaskError(
             f"{type(model).__name__} has no weight that a mask may cover",
@@ -178,6 +186,26 @@ def _kinds_of(model: nn.Module) -> dict[int, str]:
                     for parameter in _own(module, names):
                         found.setdefault(id(parameter), kind)
     return found
+
+
+def _parametrized(model: nn.Module, kinds: Iterable[str]) -> list[str]:
+    """The weights of these kinds that torch.nn.utils.parametrize computes, by the names that they had as parameters."""
+    owners = [owner for kind in kinds for owner in KINDS[kind]]
+    return [
+        f"{name}.{weight}" if name else weight
+        for name, module in model.named_modules()
+        if is_parametrized(module)
+        for weight in module.parametrizations
+        if any(isinstance(module, owner) and re.fullmatch(names, weight) for owner, names in owners)
+    ]
+
+
+def _leave_out(computed: list[str], model: nn.Module, *, alone: bool) -> None:
+    came = f"no mask covers what parametrizations of {type(model).__name__} compute: {', '.join(computed)}"
+    fix = "make them plain with torch.nn.utils.parametrize.remove_parametrizations"
+    if alone:
+        raise MaskError(came, allowed="a model with plain weights", fix=fix)
+    warnings.warn(f"{came}. To do: {fix}, or leave them dense: exclude={computed}", stacklevel=3)
 
 
 def _own(module: nn.Module, names: str) -> list[nn.Parameter]:
