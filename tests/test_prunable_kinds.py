@@ -161,6 +161,16 @@ def test_weights_that_parametrizations_compute_are_left_out_aloud():
     assert sorted(prunable(model)) == ["0.weight", "1.weight", "2.weight"]
 
 
+def test_lazy_layers_have_to_see_a_batch_first():
+    model = nn.Sequential(nn.LazyConv2d(2, 1), nn.Flatten(), nn.LazyLinear(3))
+    mask = anymask.Mask({"2.weight": torch.eye(3)})
+    for use in (lambda: anymask.prune(model, "magnitude", sparsity=0.5), lambda: mask.apply(model)):
+        with pytest.raises(MaskError, match=r"no size yet: 0\.weight, .*2\.weight.*run one batch through the model first"):
+            use()
+    model(torch.zeros(1, 1, 2, 2))
+    assert list(anymask.prune(model, "magnitude", sparsity=0.5)) == ["0.weight", "2.weight"]
+
+
 def test_a_parameter_of_ones_own_beside_the_weight_is_no_weight():
     layer = nn.Linear(4, 3)
     layer.weight_scale = nn.Parameter(torch.ones(3))

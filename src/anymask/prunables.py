@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
@@ -49,7 +50,8 @@ def prunable(model: nn.Module, *, kinds: Iterable[str] = ("conv", "linear"), exc
 
     Raises:
         SettingError: for a kind or an excluded name that is not there.
-        MaskError: when nothing is left to prune, or for a model within FullyShardedDataParallel.
+        MaskError: when nothing is left to prune, or for a model within FullyShardedDataParallel or with lazy layers that have seen
+            no batch.
 
     Example:
         >>> from torch import nn
@@ -152,7 +154,8 @@ def bare(model: nn.Module) -> nn.Module:
     """The model inside `torch.compile`, DistributedDataParallel and DataParallel, which put a prefix before each name.
 
     Raises:
-        MaskError: for FullyShardedDataParallel, whose flat parameters have no shape that a mask could fit.
+        MaskError: for FullyShardedDataParallel, whose flat parameters have no shape that a mask could fit, and for lazy layers that
+            have none yet.
 
     Example:
         >>> import torch
@@ -171,6 +174,12 @@ def bare(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} is sharded by FullyShardedDataParallel, which flattens its parameters",
             allowed="plain modules, torch.compile, DistributedDataParallel, or torch.distributed.fsdp.fully_shard",
             fix="shard it with fully_shard (FSDP2), which keeps each parameter",
+        )
+    if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
+        raise MaskError(
+            f"lazy layers of {type(model).__name__} have no size yet: {', '.join(lazy)}",
+            allowed="parameters with values",
+            fix="run one batch through the model first",
         )
     return model
 
