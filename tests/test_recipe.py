@@ -88,6 +88,18 @@ def test_unknown_names_are_answered_with_the_nearest(name: str, near: str) -> No
         Recipe.preset(name)
 
 
+@pytest.mark.parametrize("name", ["tost:-lrsi,ghost_skip", "tost:ghost_skip,-lrsi"])
+def test_a_minus_before_some_techniques_alone_is_refused(name: str) -> None:
+    with pytest.raises(SettingError, match="all with a minus, or none"):
+        Recipe.preset(name)
+
+
+def test_a_name_that_is_no_text_is_refused() -> None:
+    for name in (None, Path("r.toml")):
+        with pytest.raises(SettingError, match=r"the name of a recipe came as .*`anymask list`.*Recipe\.load"):
+            Recipe.preset(name)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -67,16 +67,30 @@ class Recipe:
 
         Raises:
             UnknownName: with the nearest names.
+            SettingError: when `name` is no text, or picks techniques with and without a minus.
             FileFormatError: when the file is no recipe.
 
         Example:
             >>> [t.name for t in Recipe.preset("tost:-lrsi,-ghost_skip").techniques]
             ['ghost_activation', 'label_smoothing']
         """
+        if not isinstance(name, str):
+            raise SettingError(
+                f"the name of a recipe came as {name!r}",
+                allowed="text: the name of a preset, or a path that ends in .toml",
+                fix="`anymask list` shows the presets; Recipe.load takes a Path",
+            )
         whole, _, part = name.partition(":")
         recipe = cls.load(whole) if whole.endswith(".toml") else cls.load(lookup(presets(), whole, what="recipe"))
         picked = part.split(",") if part else []
-        if picked and all(p.startswith("-") for p in picked):
+        minus = [p for p in picked if p.startswith("-")]
+        if minus and len(minus) < len(picked):
+            raise SettingError(
+                f"recipe {name!r} names techniques to leave out and techniques to keep",
+                allowed="all with a minus, or none",
+                fix="give each a minus to leave them out, or name the techniques to keep alone",
+            )
+        if minus:
             return replace(recipe.without(*(p[1:] for p in picked)), name=name)
         return replace(recipe.only(*picked), name=name) if picked else recipe
 
