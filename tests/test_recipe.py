@@ -111,6 +111,8 @@ def test_a_name_that_is_no_text_is_refused() -> None:
         ('[[technique]]\nname = "label_smoothing"\n[[technique]]\nname = "label_smoothing"', "once"),
         ('[[technique]]\nname = "label_smoothing"\neps = 1.5', "share"),
         ("technique = 3", "list"),
+        ("", r"came as None.*technique = \[\] for none"),
+        ('[[techniqe]]\nname = "label_smoothing"', "unknown key in .*'techniqe'.*did you mean 'technique'"),
         ("technique = [3]", "list"),
         ("[[technique", "TOML"),
     ],

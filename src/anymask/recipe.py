@@ -24,6 +24,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_KEYS = ("technique", "about", "study")  # of a recipe file; `study` says how `anymask study` chose it
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -96,7 +98,7 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path) -> "Recipe":
-        """The recipe in a TOML file: a list `technique` of tables, each with `name` and that technique's settings."""
+        """The recipe in a TOML file: a list `technique` of tables, each with `name` and that technique's settings; and `about`, a text."""
         path = Path(path)
         if not path.is_file():
             raise SettingError(
@@ -106,10 +108,15 @@ class Recipe:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise FileFormatError(f"{path} is not TOML ({error})", allowed="a recipe in TOML", fix="mend the file") from error
-        techniques = table.get("technique", [])
+        for key in table:
+            if key not in _KEYS:
+                raise unknown(key, _KEYS, what=f"key in {path}")
+        techniques = table.get("technique")
         if not isinstance(techniques, list) or not all(isinstance(t, dict) for t in techniques):
             raise FileFormatError(
-                f"technique in {path} came as {techniques!r}", allowed="a list of tables", fix="write [[technique]] before each"
+                f"technique in {path} came as {techniques!r}",
+                allowed="a list of tables",
+                fix="write [[technique]] before each, or technique = [] for none",
             )
         return cls.from_settings(techniques, name=path.stem)
 
