@@ -171,6 +171,14 @@ def test_lazy_layers_have_to_see_a_batch_first():
     assert list(anymask.prune(model, "magnitude", sparsity=0.5)) == ["0.weight", "2.weight"]
 
 
+def test_complex_weights_are_refused_where_they_are_ranked():
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.Linear(4, 3))
+    for method in ("magnitude", "snip", "synflow"):
+        with pytest.raises(MaskError, match=r"Sequential are complex: 0\.weight\. .*exclude=\['0\.weight'\]"):
+            anymask.prune(model, method, sparsity=0.5, data=[(torch.randn(3, 4), torch.arange(3))])
+    assert list(anymask.prune(model, "magnitude", sparsity=0.5, exclude=["0"])) == ["1.weight"]
+
+
 def test_a_parameter_of_ones_own_beside_the_weight_is_no_weight():
     layer = nn.Linear(4, 3)
     layer.weight_scale = nn.Parameter(torch.ones(3))

@@ -50,8 +50,8 @@ def prunable(model: nn.Module, *, kinds: Iterable[str] = ("conv", "linear"), exc
 
     Raises:
         SettingError: for a kind or an excluded name that is not there.
-        MaskError: when nothing is left to prune, or for a model within FullyShardedDataParallel or with lazy layers that have seen
-            no batch.
+        MaskError: when nothing is left to prune, for complex weights, or for a model within FullyShardedDataParallel or with lazy
+            layers that have seen no batch.
 
     Example:
         >>> from torch import nn
@@ -88,6 +88,12 @@ def prunable(model: nn.Module, *, kinds: Iterable[str] = ("conv", "linear"), exc
             f"{type(model).__name__} has no weight that a mask may cover",
             allowed=f"a model with one of: {', '.join(owner.__name__ for kind in wanted for owner, _ in KINDS[kind])}",
             fix="check `kinds` and `exclude`",
+        )
+    if odd := [name for name, p in kept.items() if p.is_complex()]:
+        raise MaskError(
+            f"weights of {type(model).__name__} are complex: {', '.join(odd)}",
+            allowed="real numbers, which scores rank",
+            fix=f"leave them dense: exclude={odd}; or hold an anymask.Mask of your own",
         )
     return kept
 
