@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from anymask import Mask, models, prunable
 from anymask.connectivity import PRODUCTS, RULES, reachable, structure
@@ -355,6 +356,16 @@ def test_model_mode_gradients_and_random_state_stay_as_they_were(dtype):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert [name for name, p in model.named_parameters() if p.grad is not None] == ["fc.bias"]
     assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_weight_under_a_live_mask_of_torch_is_followed():
+    model = two_layers()
+    example, mask = torch.zeros(1, 2), full(model, **{"2_weight": [(0, 0)]})
+    live = Mask({"0.weight_orig": mask["0.weight"], "2.weight": mask["2.weight"]})
+    prune.identity(model[0], "weight")
+    assert [t.tolist() for t in reachable(live, model, example).values()] == [
+        t.tolist() for t in reachable(mask, two_layers(), example).values()
+    ]
 
 
 def test_a_mask_that_does_not_fit_is_refused():

@@ -297,3 +297,12 @@ def test_a_mask_that_does_not_fit_is_refused_and_nothing_is_touched():
         hold(Mask({"weight": torch.zeros(2, 2), "weihgt": torch.ones(1)}), model, optimizer)
     assert model.weight.all()
     assert not any(hooks(model, optimizer))
+
+
+def test_what_is_no_mask_is_refused_and_nothing_is_touched():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for mask in ("ok.mask", {"weight": torch.eye(2)}, None):
+        with pytest.raises(MaskError, match=rf"mask came as {type(mask).__name__}.*load_mask\(path\)"):
+            hold(mask, model, optimizer)
+    assert not any(hooks(model, optimizer))

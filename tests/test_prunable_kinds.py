@@ -1,8 +1,11 @@
 """Weights of every kind of layer: found, pruned, held, and scaled by LRsI."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune as torch_prune
 
 import anymask
 from anymask import Recipe
@@ -125,6 +128,61 @@ def test_embeddings_and_recurrent_weights_are_left_out_unless_asked_for():
     with pytest.raises(MaskError):
         prunable(Words(tied=True), kinds=["embedding"])
     assert list(prunable(nn.Sequential(nn.GRUCell(2, 2), nn.EmbeddingBag(2, 2)), kinds=["recurrent"])) == ["0.weight_ih", "0.weight_hh"]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")  # torch advises the newer one
+def test_of_a_weight_that_hooks_compute_it_is_the_tensor_that_zeros_live_in():
+    def named(layer, wrap, name="weight"):
+        return list(prunable(wrap(layer, name), kinds=KINDS))
+
+    for layer in (nn.Linear(4, 3), nn.Conv2d(4, 3, 1), nn.Embedding(4, 3)):
+        assert named(copy.deepcopy(layer), nn.utils.weight_norm) == ["weight_v"]
+        assert named(copy.deepcopy(layer), nn.utils.spectral_norm) == ["weight_orig"]
+        assert named(layer, torch_prune.identity) == ["weight_orig"]
+    assert named(nn.MultiheadAttention(4, 2), torch_prune.identity, "in_proj_weight") == ["in_proj_weight_orig", "out_proj.weight"]
+    others = ["weight_ih_l0", "weight_ih_l0_reverse", "weight_hh_l0_reverse"]
+    lstm = nn.LSTM(4, 3, bidirectional=True, proj_size=2)
+    assert sorted(named(lstm, nn.utils.weight_norm, "weight_hh_l0")) == sorted([*others, "weight_hh_l0_v"])
+    turned = torch_prune.identity(nn.ConvTranspose2d(4, 2, 3, groups=2), "weight")
+    assert transposed_groups(turned) == {"weight_orig": 2}
+
+
+def test_weights_that_parametrizations_compute_are_left_out_aloud():
+    norms = nn.utils.parametrizations
+    model = nn.Sequential(norms.weight_norm(nn.Linear(4, 3)), norms.spectral_norm(nn.Conv1d(3, 3, 1)), nn.Linear(3, 2))
+    with pytest.warns(UserWarning, match=r"compute: 0\.weight, 1\.weight\. .*remove_parametrizations, .*exclude=\['0\.weight'"):
+        mask = anymask.prune(model, "magnitude", sparsity=0.5)
+    assert list(mask) == ["2.weight"]
+    assert list(prunable(model, exclude=["0", "1.weight"])) == ["2.weight"]  # no warning, which would be an error here
+    with pytest.raises(MaskError, match=r"compute: 0\.weight, 1\.weight\..*remove_parametrizations"):
+        prunable(model[:2])
+    for layer in model[:2]:
+        nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    assert sorted(prunable(model)) == ["0.weight", "1.weight", "2.weight"]
+
+
+def test_lazy_layers_have_to_see_a_batch_first():
+    model = nn.Sequential(nn.LazyConv2d(2, 1), nn.Flatten(), nn.LazyLinear(3))
+    mask = anymask.Mask({"2.weight": torch.eye(3)})
+    for use in (lambda: anymask.prune(model, "magnitude", sparsity=0.5), lambda: mask.apply(model)):
+        with pytest.raises(MaskError, match=r"no size yet: 0\.weight, .*2\.weight.*run one batch through the model first"):
+            use()
+    model(torch.zeros(1, 1, 2, 2))
+    assert list(anymask.prune(model, "magnitude", sparsity=0.5)) == ["0.weight", "2.weight"]
+
+
+def test_complex_weights_are_refused_where_they_are_ranked():
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.Linear(4, 3))
+    for method in ("magnitude", "snip", "synflow"):
+        with pytest.raises(MaskError, match=r"Sequential are complex: 0\.weight\. .*exclude=\['0\.weight'\]"):
+            anymask.prune(model, method, sparsity=0.5, data=[(torch.randn(3, 4), torch.arange(3))])
+    assert list(anymask.prune(model, "magnitude", sparsity=0.5, exclude=["0"])) == ["1.weight"]
+
+
+def test_a_parameter_of_ones_own_beside_the_weight_is_no_weight():
+    layer = nn.Linear(4, 3)
+    layer.weight_scale = nn.Parameter(torch.ones(3))
+    assert list(prunable(layer)) == ["weight"]
 
 
 def test_a_tiny_gpt2_from_its_config():

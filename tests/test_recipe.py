@@ -88,6 +88,38 @@ def test_unknown_names_are_answered_with_the_nearest(name: str, near: str) -> No
         Recipe.preset(name)
 
 
+class Magnitude(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.abs()
+
+
+def test_techniques_that_work_on_weights_refuse_complex_ones_and_the_others_do_not() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), Magnitude(), nn.ReLU(), nn.Linear(4, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = [(torch.randn(5, 4, dtype=torch.complex64), torch.arange(5) % 3)]
+    holding = anymask.hold(anymask.Mask({"0.weight": torch.eye(4)}), model, optimizer)
+    with pytest.raises(TechniqueError, match=r"density_lr on Sequential.* are complex: 0\.weight .*use Recipe\.preset\('best:-density_lr,"):
+        Recipe.preset("best").attach(model, optimizer, total_steps=9, data=data)
+    with pytest.raises(TechniqueError, match=r"lrsi on Sequential.* are complex: 0\.weight, 0\.bias\. .*leave lrsi out"):
+        Recipe.preset("tost:lrsi").attach(model, optimizer, total_steps=9, data=data)
+    Recipe.preset("tost:ghost_activation,label_smoothing").attach(model, optimizer, total_steps=9, data=data).finish(early=True)
+    holding.release()
+    anymask.hold(anymask.Mask({"3.weight": torch.ones(3, 4)}), model, optimizer)  # of real weights
+    Recipe.preset("best").attach(model, optimizer, total_steps=9, data=data).finish(early=True)
+
+
+@pytest.mark.parametrize("name", ["tost:-lrsi,ghost_skip", "tost:ghost_skip,-lrsi"])
+def test_a_minus_before_some_techniques_alone_is_refused(name: str) -> None:
+    with pytest.raises(SettingError, match="all with a minus, or none"):
+        Recipe.preset(name)
+
+
+def test_a_name_that_is_no_text_is_refused() -> None:
+    for name in (None, Path("r.toml")):
+        with pytest.raises(SettingError, match=r"the name of a recipe came as .*`anymask list`.*Recipe\.load"):
+            Recipe.preset(name)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -99,6 +131,8 @@ def test_unknown_names_are_answered_with_the_nearest(name: str, near: str) -> No
         ('[[technique]]\nname = "label_smoothing"\n[[technique]]\nname = "label_smoothing"', "once"),
         ('[[technique]]\nname = "label_smoothing"\neps = 1.5', "share"),
         ("technique = 3", "list"),
+        ("", r"came as None.*technique = \[\] for none"),
+        ('[[techniqe]]\nname = "label_smoothing"', "unknown key in .*'techniqe'.*did you mean 'technique'"),
         ("technique = [3]", "list"),
         ("[[technique", "TOML"),
     ],

@@ -1,6 +1,5 @@
 """What a mask leaves of a network: channels, dead filters, and weights that no path from input to output passes."""
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -15,6 +14,7 @@ from anymask.errors import MaskError, SettingError
 from anymask.interrupts import Mode
 from anymask.mask import Mask
 from anymask.prunables import TRANSPOSED
+from anymask.surgery import copied
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def reachable(mask: Mask, model: nn.Module, example: Tensor) -> Mask:
         (0.5, 0.6666666666666667)
     """
     mask.check(model)
-    twin = copy.deepcopy(model).cpu().float().eval().requires_grad_(True)
+    twin = copied(model).cpu().float().eval().requires_grad_(True)
     _set_weights(twin, mask)
     wanted = mask.check(twin)
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", enabled=False):

@@ -130,7 +130,7 @@ def hold(mask: Mask, model: nn.Module, optimizer: Optimizer) -> Hold:
         optimizer: any `torch.optim.Optimizer` that holds the parameters of `model`.
 
     Raises:
-        MaskError: when the mask does not fit, or `optimizer` holds a mask already or none of the masked parameters.
+        MaskError: when the mask is none or does not fit, or `optimizer` holds a mask already or none of the masked parameters.
 
     Example:
         >>> import torch, anymask
@@ -141,6 +141,12 @@ def hold(mask: Mask, model: nn.Module, optimizer: Optimizer) -> Hold:
         >>> int((model.weight == 0).sum()), int((model.weight.grad == 0).sum())
         (2, 2)
     """
+    if not isinstance(mask, Mask):  # formats, which would read a path, is beside this layer
+        raise MaskError(
+            f"mask came as {type(mask).__name__}",
+            allowed="an anymask.Mask",
+            fix="give anymask.load_mask(path) for a file, anymask.Mask(tensors) for a dict",
+        )
     if held(optimizer) is not None:
         raise MaskError(
             f"this {type(optimizer).__name__} holds a mask already",

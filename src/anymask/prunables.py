@@ -1,27 +1,31 @@
 """Which parameters a mask may cover, and of which model: what wraps it does not count."""
 
 import math
+import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
 from anymask.errors import MaskError, SettingError
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_WEIGHT = ("weight",)
-_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_WEIGHT, _PROJECTIONS = "weight", "(in|q|k|v)_proj_weight"
+_COMPUTED = "(_orig|_v)?"  # what hooks make the weight of: torch.nn.utils.prune, spectral_norm; weight_norm's direction, not its length
 _GPT_CONV = ("transformers.pytorch_utils", "Conv1D")  # a linear layer laid out (in, out); known only where it is imported already
 
-Owner = tuple[type[nn.Module], tuple[str, ...]]  # a class of module and the beginnings of its parameters' names
+Owner = tuple[type[nn.Module], str]  # a class of module and a pattern of its weights' names
 KINDS: dict[str, tuple[Owner, ...]] = {
     "conv": tuple((kind, _WEIGHT) for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)),
     "linear": ((nn.Linear, _WEIGHT), (nn.MultiheadAttention, _PROJECTIONS)),
     "embedding": ((nn.Embedding, _WEIGHT), (nn.EmbeddingBag, _WEIGHT)),
-    "recurrent": ((nn.RNNBase, ("weight_ih_", "weight_hh_")), (nn.RNNCellBase, ("weight_ih", "weight_hh"))),
+    "recurrent": ((nn.RNNBase, r"weight_[ih]h_l\d+(_reverse)?"), (nn.RNNCellBase, "weight_[ih]h")),
 }
 
 
@@ -32,6 +36,11 @@ def prunable(model: nn.Module, *, kinds: Iterable[str] = ("conv", "linear"), exc
     so an embedding that a linear layer shares counts as linear. Names are those of the model inside `torch.compile` or
     DistributedDataParallel.
 
+    Of a weight that hooks compute it is the tensor that zeros live in: `weight_orig` (torch.nn.utils.prune, the older
+    spectral_norm), `weight_v` (the older weight_norm; a neuron that keeps nothing of it is NaN, as its length is 0). Weights that
+    torch.nn.utils.parametrize computes are left out, with a warning that names them: what they come from may be no place for
+    zeros, and loses its name when they are made plain.
+
     Args:
         model: any module.
         kinds: "conv" (1d, 2d, 3d, transposed), "linear" (with the projections of `nn.MultiheadAttention` and the `Conv1D` of
@@ -41,7 +50,8 @@ def prunable(model: nn.Module, *, kinds: Iterable[str] = ("conv", "linear"), exc
 
     Raises:
         SettingError: for a kind or an excluded name that is not there.
-        MaskError: when nothing is left to prune, or for a model within FullyShardedDataParallel.
+        MaskError: when nothing is left to prune, for complex weights, or for a model within FullyShardedDataParallel or with lazy
+            layers that have seen no batch.
 
     Example:
         >>> from torch import nn
@@ -63,18 +73,27 @@ def prunable(model: nn.Module, *, kinds: Iterable[str] = ("conv", "linear"), exc
         )
     kind_of = _kinds_of(model)
     named = {name: p for name, p in model.named_parameters() if kind_of.get(id(p)) in wanted}
-    kept = dict(named)
+    names = [*named, *_parametrized(model, wanted)]
+    out: set[str] = set()
     for skip in exclude:
-        hit = [name for name in named if name == skip or name.startswith(skip + ".")]
+        hit = [name for name in names if name == skip or name.startswith(skip + ".")]
         if not hit:
-            raise SettingError(f"exclude names {skip!r}", allowed=", ".join(named), fix="name a module or parameter of this model")
-        for name in hit:
-            kept.pop(name, None)
+            raise SettingError(f"exclude names {skip!r}", allowed=", ".join(names), fix="name a module or parameter of this model")
+        out |= {*hit}
+    kept = {name: p for name, p in named.items() if name not in out}
+    if computed := [name for name in names if name not in named and name not in out]:
+        _leave_out(computed, model, alone=not kept)
     if not kept:
         raise MaskError(
             f"{type(model).__name__} has no weight that a mask may cover",
             allowed=f"a model with one of: {', '.join(owner.__name__ for kind in wanted for owner, _ in KINDS[kind])}",
             fix="check `kinds` and `exclude`",
+        )
+    if odd := [name for name, p in kept.items() if p.is_complex()]:
+        raise MaskError(
+            f"weights of {type(model).__name__} are complex: {', '.join(odd)}",
+            allowed="real numbers, which scores rank",
+            fix=f"leave them dense: exclude={odd}; or hold an anymask.Mask of your own",
         )
     return kept
 
@@ -86,9 +105,12 @@ def effective(model: nn.Module) -> list[Tensor]:
         >>> [tuple(weight.shape) for weight in effective(nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.Linear(8, 2)))]
         [(8, 3, 3), (2, 8)]
     """
-    owned = ((module, name) for kind, module, names in _owners(model) if kind in ("conv", "linear") for name in names)
-    found = (getattr(module, name, None) for module, name in owned)
-    return list({id(weight): weight for weight in found if isinstance(weight, Tensor)}.values())
+    found: list[Any] = []
+    for kind, module, names in _owners(model):
+        if kind in ("conv", "linear"):
+            stored = (re.sub(_COMPUTED + "$", "", name) for name, _ in module.named_parameters(recurse=False))
+            found += [getattr(module, name) for name in (*stored, *getattr(module, "parametrizations", ())) if re.fullmatch(names, name)]
+    return list({id(weight): weight for weight in found}.values())
 
 
 def transposed_groups(model: nn.Module) -> dict[str, int]:
@@ -102,8 +124,8 @@ def transposed_groups(model: nn.Module) -> dict[str, int]:
         {'1.weight': 2}
     """
     model = bare(model)
-    groups = {id(m.weight): m.groups for m in model.modules() if isinstance(m, TRANSPOSED)}
-    groups |= {id(m.weight): 1 for m in model.modules() if isinstance(m, _imported(*_GPT_CONV))}
+    groups = {id(p): m.groups for m in model.modules() if isinstance(m, TRANSPOSED) for p in _own(m, _WEIGHT)}
+    groups |= {id(p): 1 for m in model.modules() if isinstance(m, _imported(*_GPT_CONV)) for p in _own(m, _WEIGHT)}
     return {name: groups[id(p)] for name, p in model.named_parameters() if id(p) in groups}
 
 
@@ -153,7 +175,8 @@ def bare(model: nn.Module) -> nn.Module:
     """The model inside `torch.compile`, DistributedDataParallel and DataParallel, which put a prefix before each name.
 
     Raises:
-        MaskError: for FullyShardedDataParallel, whose flat parameters have no shape that a mask could fit.
+        MaskError: for FullyShardedDataParallel, whose flat parameters have no shape that a mask could fit, and for lazy layers that
+            have none yet.
 
     Example:
         >>> import torch
@@ -173,6 +196,12 @@ def bare(model: nn.Module) -> nn.Module:
             allowed="plain modules, torch.compile, DistributedDataParallel, or torch.distributed.fsdp.fully_shard",
             fix="shard it with fully_shard (FSDP2), which keeps each parameter",
         )
+    if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
+        raise MaskError(
+            f"lazy layers of {type(model).__name__} have no size yet: {', '.join(lazy)}",
+            allowed="parameters with values",
+            fix="run one batch through the model first",
+        )
     return model
 
 
@@ -180,20 +209,44 @@ def _kinds_of(model: nn.Module) -> dict[int, str]:
     """The kind of each parameter that has one, by the parameter's id."""
     found: dict[int, str] = {}
     for kind, module, names in _owners(model):
-        for name, parameter in module.named_parameters(recurse=False):
-            if name.startswith(names):
-                found.setdefault(id(parameter), kind)
+        for parameter in _own(module, names):
+            found.setdefault(id(parameter), kind)
     return found
 
 
-def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
-    """The modules that own weights, with their kind and the beginnings of their parameters' names, one kind after the other."""
+def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """The modules that own weights, with their kind and the pattern of their weights' names, one kind after the other."""
     for kind, owners in KINDS.items():
         more = tuple((owner, _WEIGHT) for owner in _imported(*_GPT_CONV)) if kind == "linear" else ()
         for module in model.modules():
             for owner, names in (*owners, *more):
                 if isinstance(module, owner):
                     yield kind, module, names
+
+
+def _parametrized(model: nn.Module, kinds: Iterable[str]) -> list[str]:
+    """The weights of these kinds that torch.nn.utils.parametrize computes, by the names that they had as parameters."""
+    owners = [owner for kind in kinds for owner in KINDS[kind]]
+    return [
+        f"{name}.{weight}" if name else weight
+        for name, module in model.named_modules()
+        if is_parametrized(module)
+        for weight in module.parametrizations
+        if any(isinstance(module, owner) and re.fullmatch(names, weight) for owner, names in owners)
+    ]
+
+
+def _leave_out(computed: list[str], model: nn.Module, *, alone: bool) -> None:
+    came = f"no mask covers what parametrizations of {type(model).__name__} compute: {', '.join(computed)}"
+    fix = "make them plain with torch.nn.utils.parametrize.remove_parametrizations"
+    if alone:
+        raise MaskError(came, allowed="a model with plain weights", fix=fix)
+    warnings.warn(f"{came}. To do: {fix}, or leave them dense: exclude={computed}", stacklevel=3)
+
+
+def _own(module: nn.Module, names: str) -> list[nn.Parameter]:
+    """The weights of `module` itself whose names are of the pattern `names`, or what hooks compute these from."""
+    return [p for name, p in module.named_parameters(recurse=False) if re.fullmatch(names + _COMPUTED, name)]
 
 
 def _imported(module: str, name: str) -> tuple[type[nn.Module], ...]:

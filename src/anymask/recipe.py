@@ -25,6 +25,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_KEYS = ("technique", "about", "study")  # of a recipe file; `study` says how `anymask study` chose it
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -68,22 +70,36 @@ class Recipe:
 
         Raises:
             UnknownName: with the nearest names.
+            SettingError: when `name` is no text, or picks techniques with and without a minus.
             FileFormatError: when the file is no recipe.
 
         Example:
             >>> [t.name for t in Recipe.preset("tost:-lrsi,-ghost_skip").techniques]
             ['ghost_activation', 'label_smoothing']
         """
+        if not isinstance(name, str):
+            raise SettingError(
+                f"the name of a recipe came as {name!r}",
+                allowed="text: the name of a preset, or a path that ends in .toml",
+                fix="`anymask list` shows the presets; Recipe.load takes a Path",
+            )
         whole, _, part = name.partition(":")
         recipe = cls.load(whole) if whole.endswith(".toml") else cls.load(lookup(presets(), whole, what="recipe"))
         picked = part.split(",") if part else []
-        if picked and all(p.startswith("-") for p in picked):
+        minus = [p for p in picked if p.startswith("-")]
+        if minus and len(minus) < len(picked):
+            raise SettingError(
+                f"recipe {name!r} names techniques to leave out and techniques to keep",
+                allowed="all with a minus, or none",
+                fix="give each a minus to leave them out, or name the techniques to keep alone",
+            )
+        if minus:
             return replace(recipe.without(*(p[1:] for p in picked)), name=name)
         return replace(recipe.only(*picked), name=name) if picked else recipe
 
     @classmethod
     def load(cls, path: str | Path) -> "Recipe":
-        """The recipe in a TOML file: a list `technique` of tables, each with `name` and that technique's settings."""
+        """The recipe in a TOML file: a list `technique` of tables, each with `name` and that technique's settings; and `about`, a text."""
         path = Path(path)
         if not path.is_file():
             raise SettingError(
@@ -93,10 +109,15 @@ class Recipe:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise FileFormatError(f"{path} is not TOML ({error})", allowed="a recipe in TOML", fix="mend the file") from error
-        techniques = table.get("technique", [])
+        for key in table:
+            if key not in _KEYS:
+                raise unknown(key, _KEYS, what=f"key in {path}")
+        techniques = table.get("technique")
         if not isinstance(techniques, list) or not all(isinstance(t, dict) for t in techniques):
             raise FileFormatError(
-                f"technique in {path} came as {techniques!r}", allowed="a list of tables", fix="write [[technique]] before each"
+                f"technique in {path} came as {techniques!r}",
+                allowed="a list of tables",
+                fix="write [[technique]] before each, or technique = [] for none",
             )
         return cls.from_settings(techniques, name=path.stem)
 

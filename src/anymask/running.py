@@ -254,6 +254,7 @@ class RunningRecipe:
         strength = self._strengths.get(technique.name)
         if strength == 0:
             return
+        self._context.needs_real(technique)
         with nullcontext() if technique.seam == "init" else uninterrupted():  # rescaling takes its time, and leaves nothing but weights
             attached = technique.attach(self._context)
             self.found[technique.name] = attached.found

@@ -1,5 +1,6 @@
 """Looking into models: what they are made of, how data flows through them, what they cost."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from anymask.errors import TechniqueError
-from anymask.prunables import TRANSPOSED, transposed_groups
+from anymask.prunables import TRANSPOSED, bare, transposed_groups
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -68,6 +69,23 @@ def changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
     keys = sorted(key for key in {*after, *before} if after.get(key) != before.get(key))
     how = {key: "new" if key not in before else "gone" if key not in after else "changed" for key in keys}
     return [f"{'the model itself' if key == 'module ' else key} is {what}" for key, what in how.items()]
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy of `model` without its wrapper, with its hooks, which fire in it too; the model itself stays as it is.
+
+    Weights that a hook computes from others before each call (torch.nn.utils.prune, the older weight_norm) are plain tensors
+    with a graph, which deepcopy refuses: they are copied by value, and the copy computes its own.
+
+    Example:
+        >>> from torch.nn.utils import prune
+        >>> twin = copied(prune.identity(nn.Linear(2, 2), "weight"))
+        >>> twin.weight_orig.requires_grad, twin.weight.requires_grad
+        (True, False)
+    """
+    model = bare(model)
+    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf})
 
 
 @contextmanager
@@ -148,7 +166,7 @@ def logits_of(output: Any) -> Tensor:
         raise TechniqueError(
             f"the model's output is a {type(output).__name__}",
             allowed="a tensor, an output with logits, or a tuple with a tensor in it",
-            fix="give recipe.loss the tensor that the loss is of",
+            fix="give the tensor that the loss is of; for anymask.prune, wrap the model in one that returns it",
         )
     return first
 

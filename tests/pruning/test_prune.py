@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.prune import random_unstructured
 
 import anymask
-from anymask.errors import DataError, MaskError, SettingError, UnknownName
+from anymask.errors import DataError, MaskError, SettingError, TechniqueError, UnknownName
 from anymask.pruning import METHODS, Method, prune
+from anymask.surgery import fingerprint
 
 NET = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
 LOADER = [(torch.randn(4, 8), torch.arange(4))]
@@ -90,6 +92,41 @@ def test_the_loss_is_the_callers_own():
 
     mask = prune(nn.Linear(8, 4), "snip", sparsity=0.75, data=LOADER, loss=last_output)
     assert mask["weight"].tolist() == [[False] * 8] * 3 + [[True] * 8]
+
+
+class Within(nn.Module):
+    """A model whose output is not the bare tensor of logits."""
+
+    def __init__(self, net, wrap):
+        super().__init__()
+        self.net, self.wrap = net, wrap
+
+    def forward(self, x):
+        return self.wrap(self.net(x))
+
+
+@pytest.mark.parametrize("method", ["snip", "force", "taylor", "grasp", "synflow"])
+def test_the_logits_are_found_in_mappings_and_tuples(method):
+    bare = prune(NET, method, sparsity=0.5, data=LOADER)
+    for wrap in (lambda logits: {"loss": None, "logits": logits}, lambda logits: (logits, "hidden")):
+        got = prune(Within(NET, wrap), method, sparsity=0.5, data=LOADER)
+        assert {name.removeprefix("net."): kept.tolist() for name, kept in got.items()} == {n: k.tolist() for n, k in bare.items()}
+    with pytest.raises(TechniqueError, match=r"output is a dict.*wrap the model"):
+        prune(Within(NET, lambda logits: {"out": logits}), method, sparsity=0.5, data=LOADER)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")  # torch advises the newer one
+@pytest.mark.parametrize("method", ["magnitude", "snip", "grasp", "synflow"])
+def test_weights_that_hooks_compute_are_pruned_in_the_tensors_that_they_come_from(method):
+    for wrap, name in ((lambda layer: random_unstructured(layer, "weight", 0.25), "weight_orig"), (nn.utils.weight_norm, "weight_v")):
+        net = nn.Sequential(wrap(nn.Linear(8, 6)), nn.ReLU(), nn.Linear(6, 4))
+        before, made = net(LOADER[0][0]), fingerprint(net)
+        mask = prune(net, method, sparsity=0.5, data=LOADER)
+        assert list(mask) == [f"0.{name}", "2.weight"]
+        assert torch.equal(net(LOADER[0][0]), before)
+        assert fingerprint(net) == made
+        if name == "weight_orig" and method == "synflow":  # nothing flows through what is pruned already
+            assert not bool((mask[f"0.{name}"] & (net[0].weight_mask == 0)).any())
 
 
 def test_more_rounds_never_bring_a_weight_back():

@@ -21,7 +21,7 @@ class Batches:
     Args:
         generator: of the CPU; the only source of random numbers of a criterion.
         pairs: a bounded number of (x, y) batches; x `(N, ...)` and y on the model's device. Empty for data-free methods.
-        loss: `loss(model(x), y)` is a scalar.
+        loss: `loss(logits, y)` is a scalar, with the logits of `model(x)` as `logits_of` finds them.
         shape: of one input, without the batch dimension, such as `(C, H, W)`; None where no input is known.
     """
 

@@ -19,6 +19,7 @@ from torch.func import functional_call
 from anymask.errors import MaskError
 from anymask.pruning.batches import Batches, device_of
 from anymask.pruning.select import wide
+from anymask.surgery import logits_of
 
 Weights = Mapping[str, Tensor]
 Criterion = Callable[[nn.Module, Weights, Batches], dict[str, Tensor]]
@@ -124,7 +125,7 @@ def grasp(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Ten
     wanted = _wanted(model, weights)
 
     def gradients(x: Tensor, y: Tensor, *, graph: bool) -> tuple[Tensor, ...]:
-        return _gradients(batches.loss(model(x) / GRASP_TEMPERATURE, y), wanted, graph=graph)
+        return _gradients(batches.loss(logits_of(model(x)) / GRASP_TEMPERATURE, y), wanted, graph=graph)
 
     stopped = [torch.zeros_like(weight) for weight in wanted.values()]
     for x, y in batches.pairs:
@@ -160,7 +161,8 @@ def synflow(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, T
         for tensor in chain(model.parameters(), model.buffers()):
             if tensor.is_floating_point():
                 tensor.abs_()
-    flow = model(torch.ones(1, *(batches.shape or ()), dtype=torch.float64, device=device_of(model))).sum()
+    ones = torch.ones(1, *(batches.shape or ()), dtype=torch.float64, device=device_of(model))
+    flow = logits_of(model(ones)).sum()
     if flow.item() == 0:  # every path is cut: no weight matters
         return _zeros(weights)
     if not math.isfinite(flow.item()):
@@ -196,7 +198,7 @@ def _batch_gradients(model: nn.Module, weights: Weights, batches: Batches) -> It
     model.train()
     wanted = _wanted(model, weights)
     for x, y in batches.pairs:
-        yield dict(zip(wanted, _gradients(batches.loss(model(x), y), wanted), strict=True))
+        yield dict(zip(wanted, _gradients(batches.loss(logits_of(model(x)), y), wanted), strict=True))
 
 
 def _wanted(model: nn.Module, weights: Weights) -> dict[str, Tensor]:

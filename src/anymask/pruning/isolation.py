@@ -1,6 +1,5 @@
 """Leaving the caller's random state and model as they were."""
 
-import copy
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anymask.prunables import bare
+from anymask.surgery import copied
 
 
 @contextmanager
@@ -45,9 +44,9 @@ def isolated_random(seed: int) -> Iterator[None]:
 def masked_copy(model: nn.Module, kept: Mapping[str, Tensor]) -> nn.Module:
     """A deep copy of `model`, without its wrapper and without gradients, its weights 0 where `kept` is False.
 
-    Tied weights stay tied. Hooks are copied too and fire: weight normalisation and the like are hooks.
+    Tied weights stay tied.
     """
-    twin = copy.deepcopy(bare(model))
+    twin = copied(model)
     twin.zero_grad(set_to_none=True)
     parameters = dict(twin.named_parameters())
     with torch.no_grad():

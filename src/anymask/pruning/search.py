@@ -67,7 +67,8 @@ def prune(
         sparsity: share of zeros among the prunable weights, in [0, 1). May be left out where an N:M pattern decides it.
         data: batches (x, y), x `(N, ...)`; snip, grasp, taylor and wanda score on the first few; synflow looks at the first one's shape.
         example: an input `(N, ...)`, of which synflow uses the shape; instead of `data`.
-        loss: `loss(model(x), y)`, a scalar, for snip, grasp and taylor.
+        loss: `loss(logits, y)`, a scalar, for snip, grasp and taylor; the logits are the model's output, or what
+            `RunningRecipe.loss` takes of it where it is a mapping, ModelOutput or tuple.
         train: trains a model, for lottery; see `lottery_ticket`, which also gives the weights to start from, and resumes.
         rewind_step: for lottery-rewind, the optimiser step to whose weights each round returns.
         seed: of random scores, ties, and the random numbers that loaders and dropout draw meanwhile.
@@ -89,6 +90,7 @@ def prune(
         DataError: for data without a batch or without labels.
         MaskError: for scores that are not finite, a collapse that was to be refused, a pattern that does not fit a layer, a budget
             smaller than the floors, or nothing to prune.
+        TechniqueError: for an output of the model without logits.
 
     Example:
         >>> import anymask, torch

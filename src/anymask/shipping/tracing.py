@@ -1,6 +1,5 @@
 """From a PyTorch model to the steps that are shipped: exported by torch.export, then one operation after the other."""
 
-import copy
 import io
 import logging
 import re
@@ -13,22 +12,19 @@ import torch
 from torch import Tensor, fx, nn
 
 from anymask.errors import SettingError
-from anymask.prunables import bare
 from anymask.shipping.aten import HANDLERS, RESHAPES
 from anymask.shipping.calls import Given, Trace, Value, refused
 from anymask.shipping.ops import Reshape, Wrong
 from anymask.shipping.plan import Plan
 from anymask.sparse import to_dense
+from anymask.surgery import copied
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def plain(model: nn.Module) -> nn.Module:
     """A copy of `model` on the CPU in float32 and eval mode, dense where it was sparse; the model itself stays as it is."""
-    model = bare(model)
-    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    computed = {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf}  # weights of torch.nn.utils.prune
-    return to_dense(copy.deepcopy(model, computed).to("cpu", torch.float32)).eval()
+    return to_dense(copied(model).to("cpu", torch.float32)).eval()
 
 
 def traced(model: nn.Module, example: Tensor) -> Plan:

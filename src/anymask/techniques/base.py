@@ -69,6 +69,21 @@ class Context:
             )
         return found
 
+    def needs_real(self, technique: "Technique") -> None:
+        """Raises TechniqueError where a technique that works on weights would work on complex ones: on those of the mask in each step,
+        on any at the beginning.
+        """
+        if technique.seam not in ("init", "step"):
+            return
+        masked = self.mask if technique.seam == "step" else None
+        weights = dict(self.model.named_parameters()) if masked is None else masked.check(self.model)
+        if names := [name for name, weight in weights.items() if weight.is_complex()]:
+            raise TechniqueError(
+                f"{technique.name} on {type(self.model).__name__}, whose weights are complex: {', '.join(names)}",
+                allowed="weights that are real numbers",
+                fix=f"leave {technique.name} out of the recipe",
+            )
+
     def needs_example(self, technique: str) -> Any:
         """The example; raises TechniqueError when there is none."""
         if self.example is None:
