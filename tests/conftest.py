@@ -7,10 +7,13 @@ from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, and for the processes that tests start
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("slow machines", deadline=None)
+hypothesis.settings.load_profile("slow machines")
 
 VISION = None
 if importlib.util.find_spec("torchvision") is not None:

@@ -144,7 +144,7 @@ NETS = {  # how to make it, its graph, an input
 
 
 @pytest.mark.parametrize("net", NETS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 2**32), st.sampled_from([0.03, 0.1, 0.3, 0.6]))
 def test_reachable_weights_are_those_that_a_search_of_the_graph_finds(net, seed, density):
     make, write_out, example = NETS[net]

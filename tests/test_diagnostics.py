@@ -289,7 +289,7 @@ def test_effective_rank_of_known_singular_values(values: list[float], expected: 
     assert effective_rank(left @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ right.T) == pytest.approx(expected, rel=1e-9)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(rows=st.integers(1, 6), columns=st.integers(1, 6), seed=st.integers(0, 1000), scale=st.floats(1e-3, 1e3))
 def test_effective_rank_lies_between_one_and_the_rank_whatever_the_scale(rows: int, columns: int, seed: int, scale: float) -> None:
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

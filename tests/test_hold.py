@@ -153,7 +153,7 @@ def test_the_flat_history_of_lbfgs_is_zero_where_masked():
 # -- any net, any mask -------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(1, 5), min_size=2, max_size=4),
     st.sampled_from(

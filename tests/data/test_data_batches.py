@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from anymask.data import Augment, Batches, Split
@@ -71,7 +71,6 @@ def test_padding_is_black_before_normalisation():
     assert sorted(images.unique().tolist()) == [-0.5, 1.5]
 
 
-@settings(deadline=None)
 @given(
     count=st.integers(1, 40),
     epoch=st.integers(0, 1000),

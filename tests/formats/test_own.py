@@ -53,7 +53,7 @@ def read(path: Path, blob: bytes) -> Mask | None:
         return None
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(kept(), st.dictionaries(st.text(), PLAIN))
 @example({"größe.重み": torch.tensor(True)}, {"method": "ü", "seed": 2**70})
 def test_what_is_saved_is_loaded(file, tensors, info):
@@ -144,7 +144,7 @@ def test_one_flipped_bit_anywhere_is_refused_or_harmless(file, blob):
         assert read(file, bytes(flipped)) in (None, some_mask())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_any_mutation_is_refused_or_harmless(file, blob, data):
     mutated = bytearray(blob)
@@ -154,7 +154,7 @@ def test_any_mutation_is_refused_or_harmless(file, blob, data):
     assert read(file, bytes(mutated)) in (None, some_mask())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=64))
 def test_any_bytes_are_refused(file, noise):
     assert read(file, noise) is None

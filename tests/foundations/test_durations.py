@@ -14,7 +14,7 @@ DURATIONS = st.one_of(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(DURATIONS)
 def test_what_is_written_reads_back(duration):
     assert Duration.parse(str(duration)) == duration
@@ -27,13 +27,13 @@ def test_steps_by_hand(text, steps):
     assert Duration.parse(text).steps(total=1000, per_epoch=100) == steps
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(DURATIONS, st.integers(1, 10**6), st.integers(1, 10**4))
 def test_steps_lie_within_the_training(duration, total, per_epoch):
     assert 0 <= duration.steps(total=total, per_epoch=per_epoch) <= total
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(DURATIONS, DURATIONS, st.integers(1, 10**6))
 def test_a_longer_duration_has_no_fewer_steps(first, second, total):
     short, long = sorted((first.amount, second.amount))

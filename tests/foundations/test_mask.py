@@ -33,7 +33,7 @@ def net():
 # -- a value -----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(kept())
 def test_nothing_that_goes_in_or_comes_out_can_change_it(tensors):
     mask = Mask(tensors)
@@ -46,7 +46,7 @@ def test_nothing_that_goes_in_or_comes_out_can_change_it(tensors):
     assert list(mask) == list(before)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(kept(), st.data())
 def test_equal_means_the_same_weights_kept(tensors, data):
     mask = Mask(tensors)
@@ -69,7 +69,7 @@ def test_a_mask_is_no_dict_and_has_no_hash():
         mask["a"] = torch.ones(2, 2)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(kept())
 def test_counts_are_those_of_the_tensors(tensors):
     mask = Mask(tensors)
@@ -153,7 +153,7 @@ def test_a_mask_may_leave_layers_out():
         Mask({"weigh": torch.ones(1)}).check(nn.BatchNorm2d(2))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32))
 def test_apply_zeroes_what_is_pruned_and_nothing_else(seed):
     model = net()

@@ -35,7 +35,7 @@ def test_at_most_as_many_as_asked_best_first():
     assert nearest("resnet32", ["resnet20", "resnet32x", "vgg11", "resnet30"], most=2) == ["resnet32x", "resnet30"]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.sampled_from("abcdefghijkl"), min_size=3, unique=True), st.data())
 def test_a_dropped_letter_finds_the_name(letters, data):
     name = "".join(letters)  # each once: of repeated ones difflib may pair the wrong ones ("bba" with "baba": 0.57, below the cutoff)

@@ -14,7 +14,7 @@ def schedules(draw):
     return Schedule(draw(st.sampled_from(sorted(SHAPES))), full=f"{full}%", end=f"{end}%")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(schedules(), st.integers(1, 400))
 def test_one_while_full_never_rising_zero_from_the_end(schedule, total):
     begin, end = schedule.span(total=total)

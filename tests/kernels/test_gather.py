@@ -41,7 +41,7 @@ def cases(draw: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=CASES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=CASES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases())
 def test_forward_and_both_gradients_are_those_of_the_dense_convolution(isa, case):
     library.library().am_use(isa.encode())

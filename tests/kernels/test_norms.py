@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not available(), reason="the native kernels were
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=CASES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=CASES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     size=st.integers(1, 9000),
     offset=st.sampled_from([0.0, 1e3]),
@@ -66,7 +66,7 @@ def test_batch_norm_and_its_gradient(isa, size, offset, how, seed):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=CASES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=CASES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(size=st.integers(1, 300), strength=st.floats(0.0, 1.0, width=32), spread=st.sampled_from([1.0, 30.0, 1e4]), seed=st.integers(0, 99))
 def test_the_ghost_of_a_relu_and_its_gradient(isa, size, strength, spread, seed):
     library.library().am_use(isa.encode())
@@ -112,7 +112,7 @@ def test_the_ghost_after_a_norm_of_a_map_that_is_stored_past_the_cache():
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=CASES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=CASES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     size=st.tuples(*[st.integers(1, 7)] * 2, st.sampled_from([1, 3, 16, 33])),
     kernel=st.tuples(*[st.integers(1, 3)] * 2),

@@ -79,7 +79,7 @@ def he_size(n: int, *, widths: list[int], channels: int, classes: int) -> int:
     return 9 * convolutions + norms + (c + 1) * classes
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(n=st.integers(1, 17), width=st.sampled_from([0.25, 0.5, 1, 1.5, 2]), channels=st.sampled_from([1, 3]), classes=st.integers(1, 100))
 def test_resnet_n_has_n_layers_and_the_size_of_the_formula(n: int, width: float, channels: int, classes: int) -> None:
     model = build(f"resnet{6 * n + 2}-{width}x", classes=classes, channels=channels)

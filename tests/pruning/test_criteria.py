@@ -99,6 +99,17 @@ def test_random_is_random_erk_and_keeps_every_weight_equally_often():
     assert bool(((hits - 120).abs() < 46).all()), hits
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_random_masks_know_nothing_of_weights_that_were_drawn_with_their_seed(dtype):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layer = nn.Linear(100, 50, bias=False, dtype=dtype)
+    kept = anymask.prune(layer, "random", sparsity=0.5, seed=0)["weight"]
+    values = layer.weight.detach()
+    assert abs(float(values[kept].mean() / values.std())) < 0.1  # 2,500 weights: 5 standard errors
+    assert abs(float(values[kept].abs().mean() / values.abs().mean()) - 1) < 0.06
+
+
 @pytest.mark.parametrize("method", ["random-uniform", "random-er", "random-erk"])
 def test_random_masks_have_the_densities_their_names_say(method):
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8, 10), nn.Linear(10, 10))  # 288, 80, 100

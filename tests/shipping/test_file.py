@@ -136,7 +136,7 @@ def test_bfloat16_is_that_of_torch(numbers):
     torch.testing.assert_close(torch.from_numpy(whole(halves(array))), torch.from_numpy(array).bfloat16().float(), rtol=0, atol=0)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_a_changed_byte_is_refused_or_changes_nothing(plan, data, tmp_path_factory):
     """Only blanks at the end of the header can be changed so that it reads the same."""

@@ -192,7 +192,7 @@ def test_a_channel_that_its_norm_multiplies_by_0_keeps_no_weight():
 # -- both convolutions over kept weights -------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_a_convolution_over_kept_weights_is_the_dense_one_with_zeros(data):
     def number(low, high):

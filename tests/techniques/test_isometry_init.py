@@ -48,7 +48,7 @@ def towards(w, kept, *, iterations=15, tolerance=0.0):
     return towards_isometry(torch.from_numpy(w), torch.from_numpy(kept), iterations=iterations, tolerance=tolerance)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 9), st.sampled_from([0.0, 0.2, 0.5, 1.0]))
 def test_zeros_stay_and_the_error_is_the_one_written_by_hand_and_never_rises(seed, outputs, inputs, density):
     w, kept = case(seed, outputs, inputs, density=density)
@@ -96,7 +96,7 @@ def test_the_first_step_goes_down_the_slope_by_hand_to_the_least_error_on_that_l
     assert all(here <= error_by_hand(w + moved * t) for t in np.linspace(-1, 3, 41))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000), st.integers(1, 5))
 def test_the_least_value_along_a_line_is_the_least_of_a_fine_grid(seed, size):
     rng = np.random.default_rng(seed)

@@ -27,7 +27,7 @@ def place(kept: Tensor, *, groups: int = 1, block: int = 32, dtype: torch.dtype 
     return Blocks(kept.shape, kept.flatten().nonzero()[:, 0], weight, groups=groups, block=block, compact=False)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     neurons=st.integers(1, 5),
     fan=st.integers(1, 40),
@@ -60,7 +60,7 @@ def test_each_neuron_gets_the_inverse_root_of_its_own_inputs_covariance(neurons,
     assert not gradient.numpy()[~kept].any()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(counts=st.lists(st.integers(0, 30), min_size=1, max_size=6), block=st.integers(1, 12), seed=st.integers(0, 99))
 def test_blocks_hold_each_kept_weight_once_and_no_more_than_they_may(counts, block, seed):
     counts = [*counts, 1]

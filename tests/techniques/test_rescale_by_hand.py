@@ -131,7 +131,7 @@ def test_scales_equal_the_hand_written_ones(gamma, branches, clip):
         np.testing.assert_allclose(parameter.detach().numpy(), scales[name] * start[name] * keep[name], rtol=1e-9)
 
 
-@hypothesis_settings(max_examples=15, deadline=None)
+@hypothesis_settings(max_examples=15)
 @given(st.integers(0, 10_000), st.integers(1, 6), st.integers(1, 6), st.sampled_from([0.3, 1.0, 3.0]), st.sampled_from([0.02, 0.3]))
 def test_scales_equal_the_hand_written_ones_for_any_net(seed, inputs, hidden, gamma, eta):
     net, mask, batches, start, keep, arrays = linear_case(seed, inputs=inputs, hidden=hidden)

@@ -116,7 +116,9 @@ def prune(
     weights = {name: weight.detach() for name, weight in prunable(model, kinds=kinds, exclude=exclude).items()}
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     form, least = pattern_of(pattern), least_kept(floor, on_collapse=on_collapse)
-    count, generator = keep_count(shapes, sparsity, pattern=form), torch.Generator().manual_seed(seed)
+    # Weights in float64 that were drawn with the same seed were drawn from the very numbers that `random` ranks by: it kept the largest.
+    drawn = seed ^ 0x6D61736B if any(weight.dtype == torch.float64 for weight in weights.values()) else seed
+    count, generator = keep_count(shapes, sparsity, pattern=form), torch.Generator().manual_seed(drawn)
     choose = selector(model, shapes, scope=scope, pattern=form, floor=least, generator=generator)
     choose.check(count)
     with isolated_random(seed), torch.enable_grad(), torch.autocast(device_of(model).type, enabled=False):
