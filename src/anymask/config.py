@@ -33,7 +33,7 @@ class Experiment:
     model: str = "demonet"
     """The network: demonet, resnet18, resnet32-2x, vgg16, mobilenet ...; `anymask list` shows all; mine:Net is one of yours, of mine.py."""
     validation: float = 0.1
-    """Share of the training images kept aside to choose the checkpoint on, in (0, 1)."""
+    """Share of the training images kept aside to choose the checkpoint on, in (0, 1); a folder with test and val has its own."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto for the fastest there is."""
     plugins: tuple[str, ...] = ()
@@ -67,7 +67,9 @@ class Bench:
 
     def batches(self, seed: int) -> tuple[Batches, Batches, Batches | None]:
         """Training, validation and test batches (None without `tests`); split, order and augmentation depend on `seed` only."""
-        train, validation = data.split_validation(self.dataset.train, share=self.experiment.validation, seed=seed)
+        train, validation = self.dataset.train, self.dataset.validation
+        if validation is None:
+            train, validation = data.split_validation(train, share=self.experiment.validation, seed=seed)
         augment = Augment() if self.protocol.augment else None
         size = self.protocol.batch_size
         return (
@@ -154,7 +156,7 @@ def _check_one_each(name: str) -> None:
 
 def _hash(dataset: Dataset) -> str:
     digest = hashlib.sha256()
-    for split in (dataset.train, dataset.test):
+    for split in (dataset.train, dataset.test, *([] if dataset.validation is None else [dataset.validation])):
         digest.update(str(tuple(split.images.shape)).encode())
         digest.update(split.images.contiguous().numpy().data)
         digest.update(split.labels.contiguous().numpy().data)
