@@ -15,6 +15,8 @@ from anymask import data, models
 from anymask.data import Augment, Batches, Dataset
 from anymask.errors import SettingError
 from anymask.ranks import first_of_machine, ranks, together
+from anymask.registry import imported
+from anymask.surgery import evaluating
 from anymask.train import Protocol
 
 
@@ -29,11 +31,13 @@ class Experiment:
     download: bool = False
     """Fetch the files into the data folder first, checked against the published checksums."""
     model: str = "demonet"
-    """The network: demonet, resnet18, resnet32-2x, vgg16, mobilenet ...; `anymask list` shows all."""
+    """The network: demonet, resnet18, resnet32-2x, vgg16, mobilenet ...; `anymask list` shows all; mine:Net is one of yours, of mine.py."""
     validation: float = 0.1
-    """Share of the training images kept aside to choose the checkpoint on, in (0, 1)."""
+    """Share of the training images kept aside to choose the checkpoint on, in (0, 1); a folder with test and val has its own."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto for the fastest there is."""
+    plugins: tuple[str, ...] = ()
+    """Modules of yours to import first, which add mask methods or techniques to the tables (CONTRIBUTING.md)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.validation < 1:
@@ -52,6 +56,8 @@ class Bench:
         self, experiment: Experiment, protocol: Protocol, *, cut: Callable[[Dataset], Dataset] | None = None, tests: bool = True
     ) -> None:
         self.experiment, self.protocol, self.tests = experiment, protocol, tests
+        for plugin in experiment.plugins:  # here, because worker processes and Ray's nodes have imported none
+            imported(plugin)
         models.find(experiment.model)  # a name that is not there is told before the data are read
         self.device = pick_device(experiment.device)
         whole = first_of_machine(self._load) if experiment.download else self._load(False)
@@ -61,7 +67,9 @@ class Bench:
 
     def batches(self, seed: int) -> tuple[Batches, Batches, Batches | None]:
         """Training, validation and test batches (None without `tests`); split, order and augmentation depend on `seed` only."""
-        train, validation = data.split_validation(self.dataset.train, share=self.experiment.validation, seed=seed)
+        train, validation = self.dataset.train, self.dataset.validation
+        if validation is None:
+            train, validation = data.split_validation(train, share=self.experiment.validation, seed=seed)
         augment = Augment() if self.protocol.augment else None
         size = self.protocol.batch_size
         return (
@@ -74,8 +82,30 @@ class Bench:
         """The network with the initialisation of `seed`, on the device."""
         channels = self.dataset.train.images.shape[1]
         model = models.build(self.experiment.model, classes=len(self.dataset.classes), channels=channels, seed=seed)
+        if models.is_own(self.experiment.model):
+            self._check_fits(model)
         # oneDNN and cuDNN convolve channels_last without converting it at each layer
         return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _check_fits(self, model: nn.Module) -> None:
+        """Refuse a network of the user's that does not give a number for each class for an image of the data."""
+        image, name = self.dataset.train.images[:1].float(), self.experiment.model
+        try:
+            with evaluating(model), torch.no_grad():
+                given = model(image)
+        except Exception as error:  # it is the user's code
+            raise SettingError(
+                f"model {name!r} does not take images {tuple(image.shape)} ({type(error).__name__}: {error})",
+                allowed="a network for images of that size",
+                fix="mend it, or choose other data",
+            ) from error
+        shape = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
+        if shape != (1, len(self.dataset.classes)):
+            raise SettingError(
+                f"model {name!r} gave {shape} for one image",
+                allowed=f"{(1, len(self.dataset.classes))}, a number for each class",
+                fix="give it an argument classes=, and as many outputs",
+            )
 
     def total_steps(self, seed: int) -> int:
         """Optimiser steps of a whole training."""
@@ -126,7 +156,7 @@ def _check_one_each(name: str) -> None:
 
 def _hash(dataset: Dataset) -> str:
     digest = hashlib.sha256()
-    for split in (dataset.train, dataset.test):
+    for split in (dataset.train, dataset.test, *([] if dataset.validation is None else [dataset.validation])):
         digest.update(str(tuple(split.images.shape)).encode())
         digest.update(split.images.contiguous().numpy().data)
         digest.update(split.labels.contiguous().numpy().data)

@@ -1,7 +1,11 @@
-"""Looking up names in literal tables, with the nearest names suggested."""
+"""Looking up names in literal tables, with the nearest names suggested, and modules of the user's by name."""
 
+import os
+import sys
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from importlib import import_module
+from types import ModuleType
 from typing import TypeVar
 
 from anymask.errors import UnknownName
@@ -45,3 +49,25 @@ def lookup(table: Mapping[str, T], name: str, *, what: str) -> T:
     if name not in table:
         raise unknown(name, table, what=what, listing="`anymask list`")
     return table[name]
+
+
+def imported(name: str) -> ModuleType:
+    """The module called `name`, of the user's; the current folder is looked at last, so that nothing in it hides what is installed.
+
+    Raises:
+        UnknownName: when it is not found, or fails.
+
+    Example:
+        >>> imported("json").__name__
+        'json'
+    """
+    if os.getcwd() not in sys.path:  # a console script has its own folder there instead
+        sys.path.append(os.getcwd())
+    try:
+        return import_module(name)
+    except Exception as error:  # it is the user's code
+        raise UnknownName(
+            f"module {name!r} cannot be imported ({type(error).__name__}: {error})",
+            allowed="a module that is installed, or lies in the current folder",
+            fix=f"""make `python -c "import {name}"` work here""",
+        ) from error

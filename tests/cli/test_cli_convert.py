@@ -44,6 +44,17 @@ def test_ours_becomes_one_of_another_library(anymask, here, to, more, out):
     assert load_mask(out) == load_mask("synflow.mask")
 
 
+def test_layers_without_zeros_are_not_in_the_mask_of_a_checkpoint_and_that_is_said(anymask, here):
+    Mask({"0.weight": torch.eye(4, 8), "2.weight": torch.ones(2, 4)}).save("dense-end.mask")
+    assert anymask("convert", "dense-end.mask", "zeros.pt", "--to", "zeros", "--weights", "dense.pt").err == "Mask: zeros.pt\n"
+    said = anymask("convert", "zeros.pt", "again.mask")
+    assert said.err == "Mask: again.mask\nNote: not in the mask, because they hold no zero: 2.weight\n"
+    assert set(load_mask("again.mask")) == {"0.weight"}
+    model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    assert load_mask("zeros.pt", model=model) == load_mask("dense-end.mask")
+    assert "left_out" not in load_mask("zeros.pt", model=model).info
+
+
 def test_a_file_may_give_the_weights_too(anymask, here):
     assert anymask("convert", "pruned.pth", "sparse.pt", "--to", "zeros", "--weights", "pruned.pth").code == 0
     assert set(torch.load("sparse.pt")) == {"0.weight", "0.bias", "2.weight", "2.bias"}

@@ -10,6 +10,7 @@ import torch
 
 from anymask import Mask
 from anymask.cli.errors import explain, is_out_of_memory
+from anymask.cli.outcome import writable
 
 MISTAKES = [
     ("compar", "compare"),
@@ -80,6 +81,21 @@ def test_a_name_mistyped_is_answered_with_the_nearest(anymask, tmp_path, monkeyp
 def test_a_wrong_value_is_named(anymask, tmp_path, monkeypatch, command, named):
     monkeypatch.chdir(tmp_path)
     check(anymask(*command.split()), named)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["/proc/nothing/new", "a.toml/new"])
+@pytest.mark.parametrize("command", ["sweep a.toml", "compare", "train --mask snip", "prune snip --sparsity 0.5"])
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(anymask, tmp_path, monkeypatch, command, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.toml").write_text("[[block]]\n")
+    file = "/x.mask" if command.startswith("prune") else ""
+    check(anymask(*command.split(), "--out", out + file), f"--out came as {out}, where nothing can be written")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.toml"]
+
+
+def test_a_folder_that_can_be_made_is_left_to_whoever_writes(tmp_path):
+    writable(tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
 
 

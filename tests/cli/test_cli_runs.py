@@ -194,9 +194,11 @@ def test_train_logs_for_tensorboard_when_told_to(anymask, small, tmp_path):
     assert list((tmp_path / "t" / "tensorboard").glob("events*"))
 
 
+@pytest.mark.filterwarnings("always:.*beginning anew")
 def test_a_folder_with_a_finished_training_is_refused_or_left_as_it_is(anymask, small, tmp_path):
     common = ["train", "--mask", "dense", "--recipe", "default", "--out", tmp_path / "t", *small]
-    assert anymask(*common, "--epochs", "1").code == 0
+    said = anymask(*common, "--epochs", "1", "--resume")
+    assert (said.code, f"Note: {tmp_path / 't'} holds nothing yet: beginning anew" in said.err) == (0, True)
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "t").iterdir()}
     assert not (tmp_path / "t" / "mask.mask").exists()
     said = anymask(*common, "--epochs", "1")

@@ -7,23 +7,33 @@ from anymask.errors import DataError
 from tests.data.conftest import write_image
 
 
-def write_classes(root, *, classes=("ant", "bee"), each=2):
+def write_classes(root, *, classes=("ant", "bee"), each=2, last=7):
     for number, name in enumerate(classes):
         for index in range(each):
-            write_image(root / name / f"{index}.png", colour=(number, index, 7))
+            write_image(root / name / f"{index}.png", colour=(number, index, last))
 
 
-@pytest.mark.parametrize("parts", [["test"], ["val"], ["test", "val"]])
+@pytest.mark.parametrize("parts", [["test"], ["val"], ["valid"], ["test", "val"], ["test", "validation"]])
 def test_a_folder_with_test_or_val_is_read_and_test_comes_first(tmp_path, parts):
     write_classes(tmp_path / "train", each=3)
     for part in parts:
-        write_classes(tmp_path / part, each=1 if part == "test" else 2)
+        write_classes(tmp_path / part, each=1 if part == "test" else 2, last=8)
     data = load("folder", dir=tmp_path)
     assert data.classes == ("ant", "bee")
     assert data.train.images.shape == (6, 3, 4, 6)
     assert data.train.images[4, :, 0, 0].tolist() == [1, 1, 7]
     assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert len(data.test) == (2 if "test" in parts else 4)
+    assert (data.validation is None) == (len(parts) == 1)
+    assert data.validation is None or len(data.validation) == 4
+
+
+def test_test_images_that_are_trained_on_are_told(tmp_path):
+    write_classes(tmp_path / "train", each=3)
+    write_classes(tmp_path / "test", each=2, last=8)
+    write_image(tmp_path / "test" / "bee" / "double.png", colour=(0, 2, 7))
+    with pytest.warns(UserWarning, match=r"1 of 5 test images in .* are training images, too"):
+        load("folder", dir=tmp_path)
 
 
 @pytest.mark.parametrize("train", ["train", "."])
@@ -46,7 +56,7 @@ def test_a_test_class_that_has_no_training_images_is_refused(tmp_path):
 
 def test_a_test_folder_may_lack_a_class(tmp_path):
     write_classes(tmp_path / "train")
-    write_classes(tmp_path / "test", classes=("bee",))
+    write_classes(tmp_path / "test", classes=("bee",), last=8)
     assert load("folder", dir=tmp_path).test.labels.tolist() == [1, 1]
 
 
@@ -64,6 +74,15 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
         (tmp_path / "ant" / "1.png").write_bytes(blob)
         with pytest.raises(DataError, match=r"ant/1\.png cannot be read as an image"):
             load("folder", dir=tmp_path)
+
+
+@pytest.mark.parametrize("part", ["test", "val"])
+def test_images_without_class_folders_are_refused(tmp_path, part):
+    """As where the labels of the test images are not published."""
+    write_classes(tmp_path / "train")
+    write_image(tmp_path / part / "0.png")
+    with pytest.raises(DataError, match=f"no class folders in .*{part}"):
+        load("folder", dir=tmp_path)
 
 
 @pytest.mark.parametrize(("empty", "message"), [("ant", "no images in .*ant"), (".", "no class folders in")])

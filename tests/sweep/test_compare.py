@@ -1,6 +1,7 @@
 """The paired comparison."""
 
 import copy
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from anymask.config import Bench, Experiment
 from anymask.errors import FileFormatError, MaskError, SettingError, UnknownName
 from anymask.recipe import Recipe
 from anymask.sweep import Cell, Grid, Runner, Watcher, cells, compare
+from anymask.sweep.compare import versions
 from anymask.sweep.masks import Masks, digests, dynamic_named
 from anymask.train import Protocol
 
@@ -39,6 +41,21 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
 def whole(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """The rows of an undisturbed run."""
     return compare(GRID, tmp_path_factory.mktemp("whole"), experiment=experiment, protocol=PROTOCOL).rows()
+
+
+def test_a_validation_folder_is_what_the_checkpoint_is_chosen_on(experiment: Experiment, tmp_path: Path) -> None:
+    shutil.copytree(str(experiment.data_dir), tmp_path / "images")
+    shutil.copytree(tmp_path / "images" / "test", tmp_path / "images" / "val")
+    bench = Bench(replace(experiment, data_dir=tmp_path / "images"), PROTOCOL)
+    train, validation, _ = bench.batches(0)
+    assert (sum(len(y) for _, y in train), sum(len(y) for _, y in validation)) == (40, 12)
+    assert bench.data_hash != Bench(experiment, PROTOCOL).data_hash
+
+
+def test_a_machine_without_git_says_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("ANYMASK_COMMIT", raising=False)
+    assert versions()["commit"] is None
 
 
 class Log(Watcher):

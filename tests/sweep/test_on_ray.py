@@ -1,5 +1,6 @@
 """A sweep on a real Ray cluster, of two nodes on this machine: what a node takes with it is trained again, and nothing else."""
 
+import importlib
 import os
 import shutil
 import signal
@@ -11,15 +12,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("ray", reason="Ray is not installed", exc_type=ImportError)
 
-from anymask.errors import AnymaskError, DataError, SettingError
+from anymask.config import Bench, Experiment
+from anymask.errors import AnymaskError, DataError, SettingError, UnknownName
 from anymask.runlog import Ledger
 from anymask.sweep import on_ray, read_plan, sweep, tasks
+from anymask.train import Protocol
 from tests.sweep.plans import CELLS, DENSELY, FAILING, PLAN, write_images, write_plan
 from tests.sweep.test_sweep_run import Log, rows, settled
 
@@ -246,6 +250,16 @@ def test_a_node_with_other_data_is_refused(plan: Path, images: Path, whole: Path
     part = replace(away.task.part, experiment=replace(away.task.part.experiment, data_dir=tmp_path / "images"))
     with pytest.raises(DataError, match="has other data, mask files or settings"):
         on_ray.train(replace(away, task=replace(away.task, part=part)))
+
+
+def test_a_node_that_lacks_a_module_of_the_users_stops_the_sweep() -> None:
+    """It would fail all that is left, one by one."""
+    lacking = replace(Experiment(), plugins=("nowhere_to_be_found",))
+    with pytest.raises(UnknownName, match="module 'nowhere_to_be_found' cannot be imported") as caught:
+        Bench(lacking, Protocol())
+    driver = SimpleNamespace(ray=importlib.import_module("ray"))
+    with pytest.raises(UnknownName):
+        on_ray._Driver._reason(driver, caught.value)  # type: ignore[arg-type]
 
 
 def test_cuda_asks_for_a_gpu_and_auto_does_where_there_is_one(plan: Path, whole: Path) -> None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,7 +21,7 @@ from anymask.recipe import Recipe
 from anymask.runlog import Ledger
 from anymask.sweep import Studied, Watcher, read_study, study
 from anymask.sweep.claims import claimed
-from anymask.sweep.halves import tuning_cut
+from anymask.sweep.halves import confirmation_cut, tuning_cut
 from anymask.sweep.space import read_space
 from anymask.sweep.variants import variant
 from tests.sweep.plans import DENSELY, write_images
@@ -293,6 +294,8 @@ def test_images_of_the_confirmation_are_taken_away_from_tuning_whatever_their_da
     images = load("folder", dir=other)
     assert (len(images.train), len(cut(images).train)) == (40, 39)
     assert not set(digests(cut(images).train)) & set(digests(load("folder", dir=mine).test))
+    given = replace(images, validation=images.test)  # would be in both halves
+    assert [half(given).validation for half in (cut, confirmation_cut(read_study(file)))] == [None, None]
 
 
 def test_a_folder_belongs_to_one_study(file: Path, whole: Any, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A sweep loses nothing and does nothing twice, whatever stops it."""
 
 import copy
+import errno
 import json
 import multiprocessing
 import os
@@ -8,18 +9,21 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from anymask.errors import SettingError
+from anymask.errors import AnymaskError, SettingError
 from anymask.runlog import Ledger
 from anymask.sweep import Cell, Outcome, Runner, Watcher, make_masks, read_plan, sweep, tasks
 from anymask.sweep.claims import claimed, make_once
 from anymask.sweep.masks import Masks
-from anymask.sweep.run import Benches, Clock, Stopped
+from anymask.sweep.run import Benches, Clock, Stopped, Worker
 from anymask.train import Computing
 from anymask.train.graphs import NotRecordedError
 from tests.sweep.plans import CELLS, DENSELY, FAILING, PLAN, write_images, write_plan
@@ -293,6 +297,66 @@ def test_a_step_that_cannot_be_recorded_ends_the_sweep_and_is_noted(plan: Path, 
     assert [row["type"] for row in Ledger(tmp_path / "failures.jsonl").rows()] == ["NotRecordedError"]
 
 
+def failing(error: Exception, tried: list[str]) -> Any:
+    """What stands for `Runner.train` where each training fails with `error`."""
+
+    def train(self: Any, cell: Cell, name: str, *_: Any, **__: Any) -> None:
+        tried.append(name)
+        raise error
+
+    return train
+
+
+@pytest.mark.parametrize("file", [None, "/full/ledger.jsonl"])
+def test_a_full_disk_ends_the_sweep_and_is_named(file: str | None, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(Runner, "train", failing(OSError(errno.ENOSPC, "No space left on device", file), tried))
+    with pytest.raises(AnymaskError, match=f"No space left on device: {file or tmp_path}"):
+        sweep(read_plan(plan), tmp_path, computing=DENSELY)
+    assert len(tried) == 1
+    assert not (tmp_path / "failures.jsonl").exists()
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_gpu_that_does_nothing_more_ends_the_sweep(lost: bool, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def synchronize() -> None:
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+
+    tried: list[str] = []
+    monkeypatch.setattr(Runner, "train", failing(RuntimeError("CUDA error"), tried))
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.synchronize", synchronize)
+    if not lost:
+        assert len(sweep(read_plan(plan), tmp_path, computing=DENSELY).failed) == CELLS
+        return
+    with pytest.raises(AnymaskError, match=r"does nothing more in this process \(CUDA error: an illegal memory access was encountered\)"):
+        sweep(read_plan(plan), tmp_path, computing=DENSELY)
+    assert len(tried) == len(Ledger(tmp_path / "failures.jsonl").rows()) == 1
+
+
+def test_what_another_process_failed_at_just_now_counts_among_the_tries(
+    plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It failed between this one's look at failures.jsonl and its claim."""
+    tried: list[str] = []
+    monkeypatch.setattr(Runner, "train", failing(ValueError("ours"), tried))
+    (task, *_) = tasks(read_plan(plan), tmp_path)
+    worker, theirs = (Worker([task], tmp_path, retries=1, computing=DENSELY, clock=Clock()) for _ in range(2))
+
+    @contextmanager
+    def late(path: Path) -> Iterator[bool]:
+        if not theirs.failed():
+            theirs.note(task, ValueError("theirs"))
+        with claimed(path) as mine:
+            yield mine
+
+    monkeypatch.setattr("anymask.sweep.run.claimed", late)
+    worker.work(Watcher())
+    assert worker.failed() == {task.name: ["ValueError: theirs", "ValueError: ours"]}
+    assert len(tried) == 1
+
+
 def test_masks_that_were_made_elsewhere_are_trained_with(plan: Path, whole: Any, tmp_path: Path) -> None:
     told: list[str] = []
     assert make_masks(read_plan(plan), tmp_path / "there", DENSELY, told=lambda task: told.append(str(task.cell))) == 4
@@ -312,6 +376,7 @@ def test_several_trainings_in_one_process_end_as_each_alone(plan: Path, whole: A
     assert (len(outcome.finished), outcome.failed, outcome.left, outcome.died) == (CELLS, (), (), ())
     assert {row["id"]: row["accuracy"] for row in rows(tmp_path)} == {row["id"]: row["accuracy"] for row in whole[0]}
     assert len(rows(tmp_path)) == CELLS
+    assert {row["machine"]["threads"] for row in rows(tmp_path)} == {torch.get_num_threads()} == {1}  # as asked for in tests/conftest.py
 
 
 def test_a_plan_that_fits_nowhere_writes_nothing(plan: Path, tmp_path: Path) -> None:

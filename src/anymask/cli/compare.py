@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from anymask import sweep
-from anymask.cli.outcome import LEDGER, show_table, write_outcome
+from anymask.cli.outcome import LEDGER, show_table, writable, write_outcome
 from anymask.cli.progress import watching
 from anymask.cli.settings import EXPERIMENT, GRID, PROTOCOL, RUN, Compile, ConfigFile, Diagnose, Preset, Sparse
 from anymask.config import Bench, Experiment
@@ -37,6 +37,7 @@ def compare(
     computing = Computing(sparse, compile, diagnose)
     if dry_run:
         return _show_plan(grid, Runner(Bench(experiment, protocol), out, computing))
+    writable(out)
     ledger, code = Ledger(out / LEDGER), 0
     try:
         with watching() as watcher:

@@ -24,4 +24,7 @@ def convert(
     origin = f", from {mask.info['source']}, of format {mask.info['format']}" if "format" in mask.info else ""
     print(f"{source}: {mask}{origin}")
     print(f"Mask: {out}", file=sys.stderr)
+    left_out = mask.info.get("left_out")
+    if isinstance(left_out, list):
+        print(f"Note: not in the mask, because they hold no zero: {', '.join(map(str, left_out))}", file=sys.stderr)
     return 0

@@ -77,8 +77,8 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 
 
 def show_mask(mask: Mask, *, title: str) -> None:
-    """Print what `mask` keeps of each layer, the layers that collapsed, and where it comes from."""
-    _show(look(mask, name=title))
+    """Print what `mask`, which was made here, keeps of each layer, the layers that collapsed, and where it comes from."""
+    _show(look(mask, name=title, trusted=True))
 
 
 def _check_options(masks: Sequence[Path], *, page: bool, out: Path | None, model: str | None, shape: tuple[int, int, int] | None) -> None:

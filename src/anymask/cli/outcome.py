@@ -1,12 +1,15 @@
-"""What a run folder says, as files and on the screen."""
+"""What a run folder says, as files and on the screen; and whether it can be written."""
 
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from rich.console import Console
 from rich.markdown import Markdown
 
 from anymask.cli.errors import explain
-from anymask.errors import AnymaskError
+from anymask.errors import AnymaskError, SettingError
+from anymask.ranks import by_rank_0
 from anymask.report import table, write_page
 from anymask.runlog import Ledger, atomic
 
@@ -42,3 +45,26 @@ def ledger_of(path: Path) -> Ledger | None:
     if path.is_dir():
         return Ledger(path / LEDGER)
     return Ledger(path) if path.suffix == ".jsonl" else None
+
+
+def writable(out: Path) -> None:
+    """Refuse a folder that cannot be made or written to now, not after the work; leaves nothing."""
+    by_rank_0(lambda: _try_to_write(out))
+
+
+def _try_to_write(out: Path) -> None:
+    lacking = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise SettingError(
+            f"--out came as {out}, where nothing can be written ({error.strerror})",
+            allowed="a folder that can be made, or written to",
+            fix="choose another --out",
+        ) from error
+    finally:
+        for folder in lacking:
+            with suppress(OSError):  # not there, or another process writes there by now
+                folder.rmdir()

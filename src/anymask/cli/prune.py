@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from anymask.cli.inspect import show_mask
+from anymask.cli.outcome import writable
 from anymask.cli.settings import EXPERIMENT, METHOD, PROTOCOL, RUN, ConfigFile
 from anymask.config import Experiment
 from anymask.errors import SettingError
@@ -38,6 +39,7 @@ def prune(
     """Make a mask on the initialisation of a seed, and save it."""
     if out.exists() and not force:
         raise SettingError(f"{out} is there already", allowed="a new file", fix="choose another --out, or add --force to replace it")
+    writable(out.parent)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CollapseWarning)  # shown below
         how = {"scope": scope, "pattern": pattern, "rounds": rounds, "floor": floor, "exclude": exclude}

@@ -11,7 +11,7 @@ from cyclopts.argument import Argument, ArgumentCollection
 from cyclopts.config import Dict
 
 from anymask.errors import FileFormatError, SettingError
-from anymask.registry import unknown
+from anymask.registry import imported, unknown
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -62,7 +62,8 @@ Preset = Annotated[
         help="A published protocol by name, such as tost-182; `anymask list protocols` shows them. Other settings override it.",
     ),
 ]
-_LISTS = ("--masks", "--sparsity", "--exclude", "--drops")  # --recipes is none of them: in tost:lrsi,ghost_skip the comma has a meaning
+# --recipes is none of them: in tost:lrsi,ghost_skip the comma has a meaning
+_LISTS = ("--masks", "--sparsity", "--exclude", "--drops", "--plugins")
 _WHOLE = re.compile(r"[+-]?\d+")
 
 
@@ -95,6 +96,9 @@ def read_config(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
                     settings = {**settings, key: "on" if value else "off"}
             Dict(settings, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
     _read_preset(app, commands, arguments)
+    for argument in _named(arguments, ("--plugins",)):  # now, because the settings that follow may be names of theirs
+        for token in argument.tokens:
+            imported(token.value)
 
 
 def _read_preset(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:

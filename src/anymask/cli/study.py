@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from anymask import sweep
+from anymask.cli.outcome import writable
 from anymask.cli.progress import watching
 from anymask.cli.settings import RUN, Budget, Device, Sparse
-from anymask.cli.sweep import FAILED, say, writable
+from anymask.cli.sweep import FAILED, say
 from anymask.sweep import Studied, Study, budget_seconds, read_study
 from anymask.sweep.study import REPORT, WINNER
 from anymask.train import Computing

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from anymask import sweep as sweeping
-from anymask.cli.outcome import LEDGER
+from anymask.cli.outcome import LEDGER, writable
 from anymask.cli.progress import watching
 from anymask.cli.settings import RUN, Budget, Compile, Device, Diagnose, Sparse
 from anymask.errors import SettingError
@@ -101,9 +101,3 @@ def say(lines: Iterable[str]) -> None:
     """Print `lines` on stderr, so that stdout holds results only."""
     for line in lines:
         print(line, file=sys.stderr)
-
-
-def writable(out: Path) -> None:
-    """Fails now, not after the data are read."""
-    if out.exists() and not out.is_dir():
-        raise SettingError(f"--out came as {out}, a file", allowed="a folder", fix="choose another --out")

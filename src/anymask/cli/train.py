@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from anymask.cli.outcome import writable
 from anymask.cli.progress import watching
 from anymask.cli.settings import EXPERIMENT, PROTOCOL, RUN, Compile, ConfigFile, Diagnose, Preset, Sparse
 from anymask.config import Experiment
@@ -38,6 +39,7 @@ def train(
         "computing": Computing(sparse, compile, diagnose),
         "resume": resume,
     }
+    writable(out)
     try:
         with watching() as watcher:
             row = train_one(cell, out, **how, tensorboard=tensorboard, watcher=watcher)

@@ -63,7 +63,7 @@ DATASETS: dict[str, Source] = {
         files=("wnids.txt",),
         inside=("tiny-imagenet-200",),
     ),
-    "folder": Source("any images of one size with one folder a class; 20% are held out where there is no test or val", read_folder),
+    "folder": Source("any images of one size with one folder a class; 20% are held out where there is no test or val folder", read_folder),
 }
 
 
@@ -78,9 +78,9 @@ def load(name: str, *, dir: str | os.PathLike[str] | None = None, download: bool
         download: fetch the published files when they are not there (needs `pip install 'anymask[images]'`).
 
     Notes:
-        "folder" takes FOLDER/train/CLASS/* with FOLDER/test/CLASS/* or FOLDER/val/CLASS/*. Where there is neither test nor
-        val, or where the classes lie directly in FOLDER, 20% of every class are held out as the test split, the same ones
-        each time. "tiny-imagenet" has the publishers' val as its test split. A part of CIFAR-10 may hold fewer data_batch_*.
+        "folder" takes FOLDER/train/CLASS/* with FOLDER/test/CLASS/* or FOLDER/val/CLASS/*; where there are both, val is the validation
+        split. Where there is neither, or where the classes lie directly in FOLDER, 20% of every class are held out as the test split,
+        the same ones each time. "tiny-imagenet" has the publishers' val as its test split. A part of CIFAR-10 may hold fewer data_batch_*.
 
     Raises:
         UnknownName: for a name that is not in `DATASETS`.

@@ -1,36 +1,42 @@
 """Data sets of image files: Tiny-ImageNet as published, and any folder with one folder a class."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from anymask.data.apart import absent, digests
 from anymask.data.images import SUFFIXES, decode
 from anymask.data.splits import Dataset, Split, split_validation
 from anymask.errors import DataError
 
 HELD_OUT = 0.2
+_VALIDATION = ("val", "valid", "validation")
 _LAYOUT = "FOLDER/train/CLASS/* with FOLDER/test/CLASS/* or FOLDER/val/CLASS/*, or FOLDER/CLASS/*"
 
 
 def read_folder(folder: Path) -> Dataset:
     """Any images with one folder a class, decoded as RGB; classes are the folder names in alphabetical order.
 
-    Train and test are FOLDER/train and FOLDER/test, or FOLDER/val where there is no FOLDER/test. Where there is neither, or
-    where the class folders lie directly in FOLDER, 20% of every class are held out as the test split, the same ones each time.
+    Train and test are FOLDER/train and FOLDER/test, and FOLDER/val (or valid, or validation) is the validation split, or the test split
+    where there is no FOLDER/test. Where there is none of these, or where the class folders lie directly in FOLDER, 20% of every class are
+    held out as the test split, the same ones each time.
     """
     train = folder / "train" if (folder / "train").is_dir() else folder
-    classes = tuple(path.name for path in _folders(train))
-    if not classes:
-        raise DataError(f"no class folders in {train}", allowed=_LAYOUT, fix="put the images of each class into a folder of their own")
+    classes = _classes(train)
     whole = _split(train, classes)
-    test = next((folder / name for name in ("test", "val") if train != folder and (folder / name).is_dir()), None)
-    if test is None:
-        return Dataset("folder", classes, *split_validation(whole, share=HELD_OUT, seed=0))
-    unknown = [path.name for path in _folders(test) if path.name not in classes]
-    if unknown:
-        raise DataError(f"{test} has the classes {unknown}, {train} has not", allowed=f"the classes of {train}", fix="name both alike")
-    return Dataset("folder", classes, whole, _split(test, classes))
+    others = [folder / name for name in ("test", *_VALIDATION) if train != folder and (folder / name).is_dir()]
+    for other in others:
+        unknown = [name for name in _classes(other) if name not in classes]
+        if unknown:
+            raise DataError(f"{other} has the classes {unknown}, {train} has not", allowed=f"the classes of {train}", fix="name both alike")
+    held = [_split(other, classes) for other in others[:2]]
+    found = Dataset("folder", classes, *([whole, *held] if held else split_validation(whole, share=HELD_OUT, seed=0)))
+    seen = int((~absent(digests(found.test), digests(found.train))).sum())
+    if seen:
+        warnings.warn(f"{seen} of {len(found.test)} test images in {folder} are training images, too", stacklevel=2)
+    return found
 
 
 def read_tiny_imagenet(folder: Path) -> Dataset:
@@ -66,8 +72,11 @@ def _decode(labelled: Sequence[tuple[Path, int]]) -> Split:
     return Split(decode([path for path, _ in labelled]), torch.tensor([label for _, label in labelled]))
 
 
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _classes(folder: Path) -> tuple[str, ...]:
+    found = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
+    if not found:
+        raise DataError(f"no class folders in {folder}", allowed=_LAYOUT, fix="put the images of each class into a folder of their own")
+    return found
 
 
 def _images(folder: Path) -> list[Path]:

@@ -49,13 +49,14 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A training and a test split of the same classes.
+    """A training and a test split of the same classes, and a validation split where the data come with one.
 
     Args:
         name: the name it was loaded by.
         classes: one name a class; label `k` is `classes[k]`.
         train: what may be trained on.
         test: what is looked at once, at the end.
+        validation: what the checkpoint is chosen on; None where that is to be cut out of `train`.
 
     Raises:
         DataError: for labels without a class, for an empty split, and for splits whose images differ in shape.
@@ -65,11 +66,13 @@ class Dataset:
     classes: tuple[str, ...]
     train: Split
     test: Split
+    validation: Split | None = None
 
     def __post_init__(self) -> None:
-        shapes = {tuple(split.images.shape[1:]) for split in (self.train, self.test)}
-        labels = torch.cat([self.train.labels, self.test.labels])
-        whole = min(len(self.train), len(self.test)) > 0
+        splits = [self.train, self.test, *([] if self.validation is None else [self.validation])]
+        shapes = {tuple(split.images.shape[1:]) for split in splits}
+        labels = torch.cat([split.labels for split in splits])
+        whole = min(map(len, splits)) > 0
         if not whole or len(shapes) > 1 or int(labels.min()) < 0 or int(labels.max()) >= len(self.classes):
             seen = f"{int(labels.min())} to {int(labels.max())}" if len(labels) else "none"
             raise DataError(

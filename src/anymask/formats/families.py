@@ -32,11 +32,13 @@ class Found:
         family: the row, or kind of file, that they come from.
         kept: name of the parameter -> bool tensor.
         loose: whether the names are another framework's, and only resemble those of a model.
+        left_out: weights of a checkpoint without zeros, which nothing says are covered.
     """
 
     family: str
     kept: dict[str, Tensor]
     loose: bool = False
+    left_out: tuple[str, ...] = ()
 
 
 def find(path: Path, contents: Contents, *, model: nn.Module | None) -> Found:
@@ -56,7 +58,11 @@ def find(path: Path, contents: Contents, *, model: nn.Module | None) -> Found:
             return Found(family, _trimmed({name: _checked(path, name, leaf.read()) for name, leaf in targets.items()}))
     if plain := _plain(named):
         return Found(_plain_family(contents, leaves), _trimmed(plain), loose)
-    return Found("zeros", _zeros(path, without_marks(named), model=model, loose=loose), loose)
+    kept = _zeros(path, without_marks(named), model=model, loose=loose)
+    if model is not None:
+        return Found("zeros", kept, loose)
+    left_out = tuple(name for name, tensor in kept.items() if tensor.all())
+    return Found("zeros", {name: tensor for name, tensor in kept.items() if name not in left_out}, loose, left_out)
 
 
 def unwrapped(leaves: Leaves) -> Leaves:
@@ -175,17 +181,16 @@ def _is_binary(tensor: Tensor) -> bool:
 
 
 def _zeros(path: Path, weights: Named, *, model: nn.Module | None, loose: bool) -> dict[str, Tensor]:
-    """Which weights are not exactly 0: of `model`'s prunable weights, or of the matrices that hold a zero at all."""
+    """Which weights are not exactly 0: of `model`'s prunable weights, or of all matrices."""
     if model is None:
         covered = {name: leaf for name, leaf in weights.items() if leaf.floating and len(leaf.shape) > 1}
     else:
         covered = _prunable_among(weights, model, loose=loose)
     kept = {name: leaf.read() != 0 for name, leaf in covered.items()}
-    sparse = {name: tensor for name, tensor in kept.items() if not tensor.all()}
-    if not sparse:
+    if all(tensor.all() for tensor in kept.values()):
         why = f"no mask, and no exact zero in its {len(kept)} matrices of weights" if kept else "no mask, and no matrix of weights"
         raise refusal(path, why, fix="save the masks too, or the weights with the pruned ones set to 0")
-    return sparse if model is None else kept
+    return kept
 
 
 def _prunable_among(weights: Named, model: nn.Module, *, loose: bool) -> dict[str, Leaf]:

@@ -27,7 +27,7 @@ def load_mask(path: str | os.PathLike[str], *, model: nn.Module | None = None) -
         path: the file, the index of a sharded checkpoint, or the folder of one.
         model: the model that the mask is for. Names are then matched with its own, whatever a trainer put before them,
             and the mask is checked against it; of a checkpoint whose mask is its zeros it covers `prunable(model)`.
-            Without it such a mask covers every floating-point matrix that holds a zero.
+            Without it such a mask covers every floating-point matrix that holds a zero; `info["left_out"]` names the others.
 
     Raises:
         MissingFile: when there is no such file; a FileNotFoundError, too.
@@ -50,7 +50,8 @@ def load_mask(path: str | os.PathLike[str], *, model: nn.Module | None = None) -
         return own if model is None else _fitted(own, own.info, model)
     with opened(path) as contents:
         found = find(path, contents, model=model)
-        info = {"format": found.family, "source": path.name}
+        info: dict[str, Any] = {"format": found.family, "source": path.name}
+        info |= {"left_out": list(found.left_out)} if found.left_out else {}
         if model is not None and found.loose:
             _check_layout(path, found.kept, model)
         return Mask(found.kept, info=info) if model is None else _fitted(found.kept, info, model, loose=found.loose)

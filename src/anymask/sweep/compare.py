@@ -285,7 +285,10 @@ def versions() -> dict[str, str | None]:
 
 def _git(folder: Path, *words: str) -> str | None:
     asked = ["git", "--no-optional-locks", "-C", str(folder), *words]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 

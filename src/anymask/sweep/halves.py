@@ -1,4 +1,4 @@
-"""The data of a study's two halves, which have no image in common."""
+"""The data of a study's two halves, which have no image in common; each takes its validation images from its training images."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +21,7 @@ def confirmation_cut(study: Study) -> Cut:
     """What the confirmation has: all images, or with `share` the training images that were not drawn for tuning, and the test images."""
     share = study.share
     if share is None:
-        return lambda dataset: dataset
+        return lambda dataset: replace(dataset, validation=None)
     return lambda dataset: _kept(dataset, ~drawn(digests(dataset.train), share=share), half="confirm")
 
 
@@ -60,4 +60,4 @@ def _kept(dataset: Dataset, kept: Tensor, *, half: str) -> Dataset:
             allowed="data of which each half has images of its own",
             fix="write share = 0.5 under [tune], which divides them, or name other data in one of the two",
         )
-    return replace(dataset, train=dataset.train.take(kept))
+    return replace(dataset, train=dataset.train.take(kept), validation=None)

@@ -12,7 +12,7 @@ from anymask.connectivity import reachable, structure
 from anymask.errors import AnymaskError, SettingError
 from anymask.formats import load_mask
 from anymask.mask import Mask
-from anymask.models import find
+from anymask.models import find, is_own
 from anymask.report.seen import Seen
 
 MOST_VALUES = 2**20  # of an input: what a file says is only believed up to here
@@ -44,14 +44,14 @@ class Network:
         return f"{self.model}, {self.classes} classes, input {' x '.join(map(str, self.input))}"
 
     def shapes(self) -> nn.Module:
-        """The network without memory for its weights.
+        """The network without memory for its weights, but one of the user's, which may look at values as it is made.
 
         Raises:
             UnknownName, SettingError: for a name that is none of `anymask.models`.
         """
-        model, width = find(self.model)
-        with torch.device("meta"):
-            return model.make(channels=self.input[0], classes=self.classes, width=width)
+        make = find(self.model)
+        with torch.device("cpu" if is_own(self.model) else "meta"):
+            return make(channels=self.input[0], classes=self.classes)
 
     def make(self, mask: Mask) -> nn.Module:
         """The network, its weights not set, once `mask` is known to fit: a name in a file costs no memory before that.
@@ -61,7 +61,7 @@ class Network:
         """
         network = self.shapes()
         mask.check(network)
-        return network.to_empty(device="cpu")
+        return network if is_own(self.model) else network.to_empty(device="cpu")
 
 
 def look_at(path: Path, *, name: str, model: str | None = None, shape: Sequence[int] | None = None) -> Seen:
@@ -93,8 +93,10 @@ def recorded(mask: Mask) -> Network | None:
     return Network(said["model"], numbers[0], (numbers[1], numbers[2], numbers[3]))
 
 
-def look(mask: Mask, *, name: str, network: Network | None = None) -> Seen:
+def look(mask: Mask, *, name: str, network: Network | None = None, trusted: bool = False) -> Seen:
     """What there is to see in `mask`: in `network`, or else in the one that it was made on, or else in itself alone.
+
+    A network of the user's that a mask names is code: it is run for a `trusted` mask only, not for a file from anywhere.
 
     Raises:
         AnymaskError: when `network` is not there or the mask does not fit it; what a file says of itself is only not used then.
@@ -108,7 +110,10 @@ def look(mask: Mask, *, name: str, network: Network | None = None) -> Seen:
         return _in_network(mask, name, network)
     why = HOW_TO_SAY
     try:
-        if (said := recorded(mask)) is not None:
+        said = recorded(mask)
+        if said is not None and is_own(said.model) and not trusted:
+            why = f"unreachable weights need the network, whose code runs when you name it: give --model {said.model} --input C H W"
+        elif said is not None:
             return _in_network(mask, name, said)
     except AnymaskError as error:
         why = f"unreachable weights are not known, because the network that this file names cannot be used ({error.came})"

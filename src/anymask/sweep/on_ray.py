@@ -1,8 +1,8 @@
 """A sweep on a Ray cluster: Ray decides where a training runs and begins it anew when its node is lost; this process keeps the ledger.
 
-What nodes need: anymask of the same version, and the data (and mask files of your own) at the same paths. The run folder need not be
-theirs. Where they see it (one machine, NFS), trainings leave their checkpoints and lottery tickets their rounds in it, and go on from
-there; elsewhere what is cut off begins anew. A mask is made once, on any node, and sent to all that train it.
+What nodes need: anymask of the same version, and the data (and mask files and modules of your own) at the same paths. The run folder
+need not be theirs. Where they see it (one machine, NFS), trainings leave their checkpoints and lottery tickets their rounds in it, and
+go on from there; elsewhere what is cut off begins anew. A mask is made once, on any node, and sent to all that train it.
 """
 
 import logging
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from anymask.errors import AnymaskError, DataError, SettingError
+from anymask.errors import AnymaskError, DataError, SettingError, UnknownName
 from anymask.runlog import atomic
 from anymask.sweep.claims import claimed, clear_halves
 from anymask.sweep.compare import Runner, Watcher
@@ -211,7 +211,7 @@ class _Driver:
     def _reason(self, error: Exception) -> BaseException:
         """What was raised on the node; raised here where that node can train nothing: it would fail all that is left, one by one."""
         cause = getattr(error, "cause", None) or error
-        if isinstance(cause, DataError):
+        if isinstance(cause, (DataError, UnknownName)):  # this process knows all names: that node lacks a module of the user's
             raise cause
         if isinstance(cause, self.ray.exceptions.RaySystemError):
             raise AnymaskError(

@@ -12,7 +12,7 @@ from anymask import models
 from anymask.config import Experiment
 from anymask.data import DATASETS
 from anymask.errors import FileFormatError, SettingError, naming
-from anymask.registry import lookup, unknown
+from anymask.registry import imported, lookup, unknown
 from anymask.sweep.compare import Grid
 from anymask.sweep.masks import DENSE
 from anymask.train import Protocol
@@ -87,14 +87,17 @@ TABLE = Kind("a table of settings", lambda value: isinstance(value, dict))
 _FOLDER = Kind("a path in quotes", TEXT.fits, lambda value: Path(value).expanduser())
 _BLOCKS = Kind("[[block]] tables", lambda value: isinstance(value, list) and all(isinstance(block, dict) for block in value))
 
-_TOP = {"about": TEXT, "retries": WHOLE, "protocol": TABLE, "block": _BLOCKS}
+PLUGIN = Kind("the name of a module in quotes", TEXT.fits, lambda value: imported(value).__name__)  # now: blocks may name what it adds
+
+_TOP = {"plugins": PLUGIN, "about": TEXT, "retries": WHOLE, "protocol": TABLE, "block": _BLOCKS}
 _LISTS = {"data": TEXT, "model": TEXT, "masks": TEXT, "sparsity": NUMBER, "recipes": TEXT}
 _SINGLES = {"about": TEXT, "seeds": _SEEDS, "first_seed": WHOLE, "dense": _SWITCH, "data_dir": _FOLDER, "validation": NUMBER}
 BLOCK = {**_LISTS, **_SINGLES, "protocol": TABLE}
+_MANY = {*_LISTS, "plugins"}
 
 
 def read_plan(path: str | os.PathLike[str]) -> Plan:
-    """Read a plan: `about`, `retries` (1), `[protocol]`, and `[[block]]` tables, the most urgent first.
+    """Read a plan: `about`, `retries` (1), `plugins` (modules to import), `[protocol]`, and `[[block]]` tables, the most urgent first.
 
     A block has data, model, masks, sparsity and recipes, each one value or a list; seeds (how many from first_seed on, or a list of
     them), dense, data_dir, validation; and [block.protocol], whose settings go over those of [protocol], or instead of them where it
@@ -116,8 +119,8 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
     top = checked(read_toml(path), _TOP, where=str(path))
     if not top.get("block"):
         raise SettingError(f"{path} has no block", allowed="at least one [[block]]", fix='write [[block]] and, under it, masks = ["snip"]')
-    shared = top.get("protocol", {})
-    blocks = [parts_of(block, shared, where=f"block {number} of {path}") for number, block in enumerate(top["block"], 1)]
+    shared, plugins = top.get("protocol", {}), top.get("plugins", ())
+    blocks = [parts_of(block, shared, plugins=plugins, where=f"block {number} of {path}") for number, block in enumerate(top["block"], 1)]
     with naming(str(path)):
         return Plan(tuple(blocks), retries=top.get("retries", 1), about=top.get("about", ""))
 
@@ -131,19 +134,20 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise FileFormatError(f"{path} cannot be read ({why})", allowed="whole TOML, in UTF-8", fix="mend that line") from error
 
 
-def parts_of(table: Mapping[str, Any], shared: Mapping[str, Any], *, where: str) -> tuple[Part, ...]:
+def parts_of(table: Mapping[str, Any], shared: Mapping[str, Any], *, plugins: tuple[str, ...], where: str) -> tuple[Part, ...]:
     block = checked(table, BLOCK, where=where)
     with naming(where):
         own = block.get("protocol", {})
         protocol = protocol_of(own if "preset" in own else {**shared, **own})
         grid, seeds = _grid(block), _seeds(block)
-        place = {name: block[name] for name in ("data_dir", "validation") if name in block}
+        place: dict[str, Any] = {name: block[name] for name in ("data_dir", "validation") if name in block}
         sets, networks = block.get("data", (Experiment.data,)), block.get("model", (Experiment.model,))
         for name in sets:
             lookup(DATASETS, name, what="data set")
         for name in networks:
             models.find(name)
-        return tuple(Part(where, Experiment(data=data, model=model, **place), protocol, grid, seeds) for data in sets for model in networks)
+        experiments = [Experiment(data=data, model=model, plugins=plugins, **place) for data in sets for model in networks]
+        return tuple(Part(where, experiment, protocol, grid, seeds) for experiment in experiments)
 
 
 def _seeds(block: Mapping[str, Any]) -> tuple[int, ...]:
@@ -171,7 +175,7 @@ def checked(table: Mapping[str, Any], kinds: Mapping[str, Kind], *, where: str) 
     for name, value in table.items():
         if name not in kinds:
             raise unknown(name, kinds, what=f"setting in {where}:")
-        kind, many = kinds[name], name in _LISTS
+        kind, many = kinds[name], name in _MANY
         values = value if many and isinstance(value, list) else [value]
         if not all(map(kind.fits, values)) or (not values and name != "masks"):
             allowed = kind.words + (", or a list of at least one of these" if many else "")
@@ -182,6 +186,7 @@ def checked(table: Mapping[str, Any], kinds: Mapping[str, Kind], *, where: str) 
 
 _EXAMPLES = {
     TEXT: '"..."',
+    PLUGIN: '"..."',
     _FOLDER: '"..."',
     NUMBER: "0.5",
     WHOLE: "3",

@@ -18,11 +18,11 @@ from anymask.ranks import ranks
 from anymask.runlog import Ledger
 from anymask.sweep.claims import Busy, claimed, clear_halves
 from anymask.sweep.compare import Cell, Runner, Watcher, cells
+from anymask.sweep.hopeless import check_disk, check_gpu
 from anymask.sweep.masks import is_dynamic, is_mask_file
 from anymask.sweep.pace import paced
 from anymask.sweep.plan import Part, Plan
 from anymask.train import Computing
-from anymask.train.graphs import NotRecordedError
 
 if TYPE_CHECKING:
     from anymask.sweep.turns import Turns
@@ -139,7 +139,7 @@ def sweep(
 
     Raises:
         AnymaskError: for data or settings that do not fit, naming the block; nothing is written before.
-        KeyboardInterrupt, MemoryError: what is finished is kept.
+        KeyboardInterrupt, MemoryError, and AnymaskError for a full disk or a lost GPU: what is finished is kept.
     """
     if workers < 1:
         raise SettingError(f"workers came as {workers}", allowed="a number >= 1", fix="as many as there are cores, at most")
@@ -320,7 +320,7 @@ class Worker:
                     left.append(task)
                     continue
                 self.clock.check()
-                ended = self._try(task, watcher)
+                ended = self._try(task, watcher, tries=tries)
                 trained = trained or ended is not None
                 if not ended:
                     left.append(task)
@@ -329,13 +329,18 @@ class Worker:
                 self.clock.check()
                 (time.sleep if self.turns is None else self.turns.rest)(LOOK_AGAIN)
 
-    def _try(self, task: Task, watcher: Watcher) -> bool | None:
-        """Train `task`: True when it is in the ledger, False when it failed, None when another process is at it or at its mask."""
+    def _try(self, task: Task, watcher: Watcher, *, tries: int) -> bool | None:
+        """Train `task`, which failed so often: True when it is in the ledger, False when it failed once more.
+
+        None when another process is at it, or at its mask, or has failed at it since `tries` were counted.
+        """
         with claimed(self.folder / "claims" / f"{task.name}.lock") as mine:
             if not mine:
                 return None
             if task.name in self.ledger.ids():
                 return True
+            if len(self.failed().get(task.name, ())) > tries:
+                return None
             try:
                 row = self._train(task, watcher)
             except Busy:
@@ -343,9 +348,9 @@ class Worker:
             except (MemoryError, Stopped):
                 raise
             except Exception as error:
+                check_disk(error, self.folder)
                 self.note(task, error)
-                if isinstance(error, NotRecordedError):
-                    raise
+                check_gpu(error)
                 return False
         watcher.finished(row)
         return True

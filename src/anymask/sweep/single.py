@@ -1,6 +1,7 @@
 """One training in a folder of its own, with its weights."""
 
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +112,8 @@ def _check_folder(runner: Runner, cell: Cell, name: str, *, finished: Mapping[st
     """Refuse a folder whose training would be mixed with this one."""
     unfinished = [path.stem for path in (runner.folder / "unfinished").glob("*.pt")]
     if not finished and not unfinished:
+        if resume:
+            warnings.warn(f"{runner.folder} holds nothing yet: beginning anew", stacklevel=2)
         return
     what = "a finished training" if finished else "a training that was stopped"
     if not resume:

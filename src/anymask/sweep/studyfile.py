@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from anymask.errors import SettingError, naming
-from anymask.sweep.plan import BLOCK, NUMBER, TABLE, TEXT, WHOLE, Part, checked, parts_of, read_toml
+from anymask.sweep.plan import BLOCK, NUMBER, PLUGIN, TABLE, TEXT, WHOLE, Part, checked, parts_of, read_toml
 from anymask.sweep.space import Choice, read_space
 from anymask.sweep.variants import variant
 
-_TOP = {"about": TEXT, "protocol": TABLE, "tune": TABLE, "confirm": TABLE, "recipe": TABLE, "space": TABLE}
+_TOP = {"plugins": PLUGIN, "about": TEXT, "protocol": TABLE, "tune": TABLE, "confirm": TABLE, "recipe": TABLE, "space": TABLE}
 _CONFIRM = {name: kind for name, kind in BLOCK.items() if name not in ("recipes", "about")}
 _OWN = {"trials": WHOLE, "share": NUMBER, "search_seed": WHOLE}  # of [tune], beside what a block of a plan has
 _TUNE = {**{name: kind for name, kind in _CONFIRM.items() if name != "dense"}, **_OWN}
@@ -75,7 +75,7 @@ def _moved(parts: tuple[Part, ...], device: str) -> tuple[Part, ...]:
 
 
 def read_study(path: str | os.PathLike[str]) -> Study:
-    """Read a study: `[protocol]`, `[recipe]` (base, baseline), `[space]`, `[tune]` and `[confirm]`.
+    """Read a study: `plugins` (modules to import), `[protocol]`, `[recipe]` (base, baseline), `[space]`, `[tune]` and `[confirm]`.
 
     `[tune]` and `[confirm]` have what a block of a plan has, but recipes (`read_plan`); `[tune]` also trials, share and search_seed, and
     `[confirm]` also dense (false).
@@ -114,4 +114,4 @@ def read_study(path: str | os.PathLike[str]) -> Study:
 
 def _parts(top: Mapping[str, Any], half: str, path: Path) -> tuple[Part, ...]:
     table = {"dense": False, **{name: value for name, value in top[half].items() if name in BLOCK}}
-    return parts_of(table, top.get("protocol", {}), where=f"[{half}] of {path}")
+    return parts_of(table, top.get("protocol", {}), plugins=top.get("plugins", ()), where=f"[{half}] of {path}")

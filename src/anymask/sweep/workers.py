@@ -27,13 +27,13 @@ _PATIENCE = 5.0  # seconds for a worker to end after Ctrl-C, before it is made t
 def side_by_side(worker: Worker, number: int, *, streams: int, watcher: Watcher) -> tuple[int, ...]:
     """Let `number` processes do the work of `worker`, each with its share of the cores; the exit codes of those that died.
 
-    In each of them `streams` trainings take turns.
+    In each of them `streams` trainings take turns. None has more threads than this process, which OMP_NUM_THREADS may have told.
 
     Raises:
         MemoryError: when it ran out in one of them.
         KeyboardInterrupt: when all of them have stopped.
     """
-    threads = max(1, _cores() // number)
+    threads = min(torch.get_num_threads(), max(1, _cores() // number))
     context = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
     settings = {"retries": worker.retries, "computing": worker.computing, "clock": worker.clock, "seen": worker.seen}
     args = (worker.planned, worker.folder, settings, threads, streams)
