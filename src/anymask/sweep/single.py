@@ -112,7 +112,7 @@ def _check_folder(runner: Runner, cell: Cell, name: str, *, finished: Mapping[st
     """Refuse a folder whose training would be mixed with this one."""
     unfinished = [path.stem for path in (runner.folder / "unfinished").glob("*.pt")]
     if not finished and not unfinished:
-        if resume:
+        if resume and not (runner.folder / "unfinished").exists():  # which may hold rounds of a ticket, or of a teacher
             warnings.warn(f"{runner.folder} holds nothing yet: beginning anew", stacklevel=2)
         return
     what = "a finished training" if finished else "a training that was stopped"
