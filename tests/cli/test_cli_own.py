@@ -53,7 +53,8 @@ def test_a_network_and_a_mask_method_of_ones_own_are_trained_compared_and_shippe
     words = ["--plugins", "outside", "--epochs", "1", *own(small, "Net")]
     said = anymask("train", "--mask", "outside", "--sparsity", "0.5", "--recipe", "default", "--out", "one", *words)
     assert said.code == 0, said.err
-    said = anymask("ship", "one", "--to", "one.safetensors", "--input", 3, 12, 12)
+    check(anymask("ship", "one", "--to", "one.safetensors", "--input", 3, 12, 12), "outside:Net, whose code would be run")
+    said = anymask("ship", "one", "--model", "outside:Net", "--to", "one.safetensors", "--input", 3, 12, 12)
     assert said.code == 0, said.err
     (here / "a.toml").write_text('masks = "outside"\nplugins = "outside"\nmodel = "outside:Net"\n')
     said = anymask("compare", "--config", "a.toml", "--recipes", "default", "--seeds", "1", "--dry-run", *own(small, "Net"))

@@ -20,7 +20,9 @@ def ship(
     values: Annotated[
         str | None, Parameter(group=RUN, help="Of .anymask: float16 (if left out), bfloat16, float32, or int8 of each output channel.")
     ] = None,
-    model: Annotated[str | None, Parameter(group=RUN, help="The network of a checkpoint, as in `anymask list models`.")] = None,
+    model: Annotated[
+        str | None, Parameter(group=RUN, help="The network of a checkpoint, as in `anymask list models`, or one of yours.")
+    ] = None,
     shape: Annotated[
         tuple[int, int, int] | None, Parameter(name="--input", group=RUN, help="Its input: channels, height and width, such as 3 32 32.")
     ] = None,
@@ -31,13 +33,11 @@ def ship(
     if to.exists() and not force:
         raise SettingError(f"{to} is there already", allowed="a new file", fix="choose another --to, or add --force to replace it")
     if source.is_dir():
-        if model is not None or mask is not None:
+        if mask is not None:
             raise SettingError(
-                f"--model or --mask came with the folder {source}",
-                allowed="these for a checkpoint",
-                fix="leave them out: the folder has both",
+                f"--mask came with the folder {source}", allowed="it for a checkpoint", fix="leave it out: the folder has one"
             )
-        found = of_folder(source, shape=shape)
+        found = of_folder(source, shape=shape, model=model)
     elif model is None or shape is None:
         raise SettingError(f"{source} came without its network", allowed="a folder, or a checkpoint", fix="give --model NAME --input C H W")
     else:

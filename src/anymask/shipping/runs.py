@@ -29,15 +29,16 @@ class Trained:
     info: Mapping[str, Any]
 
 
-def of_folder(folder: Path, *, shape: tuple[int, int, int] | None = None) -> Trained:
+def of_folder(folder: Path, *, shape: tuple[int, int, int] | None = None, model: str | None = None) -> Trained:
     """The network that `anymask train --out folder` has kept.
 
     Args:
         folder: with model.safetensors, ledger.jsonl and, unless it is dense, mask.mask.
         shape: of one image, (C, H, W), where neither the data nor the mask says it.
+        model: its name, where it is a network of the user's ("module:callable"): a folder from anywhere runs no code by itself.
 
     Raises:
-        SettingError: when the folder holds no finished training, or nothing says how large its images are.
+        SettingError: when the folder holds no finished training, or nothing says how large its images are, and for another `model`.
         FileFormatError: when a file in it is damaged.
     """
     rows = Ledger(folder / LEDGER).rows()
@@ -48,6 +49,13 @@ def of_folder(folder: Path, *, shape: tuple[int, int, int] | None = None) -> Tra
             fix="name the --out of anymask train, or a checkpoint with --model and --input",
         )
     settings: dict[str, Any] = rows[0]["settings"]
+    network = str(settings.get("model"))
+    if network != model and (model is not None or models.is_own(network)):
+        raise SettingError(
+            f"{folder} holds a {network}" + (f", and {model} came" if model else ", whose code would be run"),
+            allowed="the network that was trained, by its name where it is one of yours",
+            fix=f"give --model {network}, if you trust it",
+        )
     mask = load_mask(folder / MASK) if (folder / MASK).is_file() else None
     weights = load_weights(folder / WEIGHTS)
     found = shape or _recorded(mask) or _usual(str(settings.get("data")), weights)
@@ -58,7 +66,7 @@ def of_folder(folder: Path, *, shape: tuple[int, int, int] | None = None) -> Tra
     told = {name: settings[name] for name in _TOLD if name in settings}
     accuracy = rows[0].get("accuracy")
     told |= {"accuracy": accuracy["test"]} if isinstance(accuracy, dict) and "test" in accuracy else {}
-    return _trained(str(settings.get("model")), weights, mask=mask, shape=found, info=told)
+    return _trained(network, weights, mask=mask, shape=found, info=told)
 
 
 def of_checkpoint(path: Path, *, model: str, shape: tuple[int, int, int], mask: Path | None = None) -> Trained:
