@@ -86,10 +86,18 @@ def differ(technique: Technique, running: Any, nets: tuple[nn.Module, nn.Module]
     """Whether the technique changes the output (or, at the seam of the loss, the loss) at strength 1."""
     with torch.no_grad():
         # The norms' batch statistics keep signals of a freshly pruned deep network from fading to nothing, as in training.
-        mine, plain = (seen(net, example, training=True) for net in copy.deepcopy(nets))
+        mine, plain = (unmoved(net, example) for net in nets)
         if technique.seam == "loss":
             mine, plain = running.loss(mine, target), nn.functional.cross_entropy(plain, target)
     return not torch.equal(mine, plain)
+
+
+def unmoved(net: nn.Module, example: Any) -> Any:
+    """What it gives in training, and its running statistics stay."""
+    state = copy.deepcopy(net.state_dict())
+    given = seen(net, example, training=True)
+    net.load_state_dict(state)
+    return given
 
 
 def equal_at_zero(running: Any, nets: tuple[nn.Module, nn.Module], example: Any, target: Tensor) -> bool:
