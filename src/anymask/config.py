@@ -83,15 +83,16 @@ class Bench:
         channels = self.dataset.train.images.shape[1]
         model = models.build(self.experiment.model, classes=len(self.dataset.classes), channels=channels, seed=seed)
         if models.is_own(self.experiment.model):
-            self._check_fits(model)
+            self._check_fits(model, seed=seed)
         # oneDNN and cuDNN convolve channels_last without converting it at each layer
         return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def _check_fits(self, model: nn.Module) -> None:
-        """Refuse a network of the user's that does not give a number for each class for an image of the data."""
+    def _check_fits(self, model: nn.Module, *, seed: int) -> None:
+        """Refuse a network of the user's that does not give a number for each class for an image; lazy layers begin here, by `seed`."""
         image, name = self.dataset.train.images[:1].float(), self.experiment.model
         try:
-            with evaluating(model), torch.no_grad():
+            with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)
                 given = model(image)
         except Exception as error:  # it is the user's code
             raise SettingError(

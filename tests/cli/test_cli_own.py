@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from anymask import models
+from anymask.config import Bench, Experiment
 from anymask.pruning import METHODS
+from anymask.train import Protocol
 from tests.cli.test_cli_mistakes import check
 
 MODULE = """
@@ -19,6 +21,9 @@ METHODS["outside"] = Method("outside", "the largest", criteria.magnitude, "0000.
 class Net(nn.Sequential):
     def __init__(self, *, classes, channels):
         super().__init__(nn.Conv2d(channels, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
+
+def lazy(classes):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(classes))
 
 def ten(classes):
     return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
@@ -59,6 +64,13 @@ def test_a_network_and_a_mask_method_of_ones_own_are_trained_compared_and_shippe
     (here / "a.toml").write_text('masks = "outside"\nplugins = "outside"\nmodel = "outside:Net"\n')
     said = anymask("compare", "--config", "a.toml", "--recipes", "default", "--seeds", "1", "--dry-run", *own(small, "Net"))
     assert said.out.splitlines() == ["dense, default, seed 0", "outside 0.98, default, seed 0"]
+
+
+def test_lazy_layers_of_a_network_of_ones_own_begin_by_the_seed(here):
+    bench = Bench(Experiment(model="outside:lazy"), Protocol(epochs=1))
+    first, again, other = (bench.model(seed)[1].weight for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 def test_the_weights_of_a_network_of_ones_own_depend_on_the_seed_alone(here):

@@ -172,7 +172,7 @@ def test_train_stopped_by_ctrl_c_and_resumed_ends_bit_equal_to_one_undisturbed(a
     threading.Thread(target=stop_after_an_epoch, daemon=True).start()
     said = anymask(*common, "--out", out)
     assert said.code == 130
-    assert "Stopped; its last epoch is kept. The same command with --resume goes on" in said.err
+    assert "Stopped; what is finished of it is kept. The same command with --resume goes on" in said.err
     assert not (out / "ledger.jsonl").exists()
 
     refused = anymask(*common, "--out", out)

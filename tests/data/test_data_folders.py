@@ -17,7 +17,7 @@ def write_classes(root, *, classes=("ant", "bee"), each=2, last=7):
 def test_a_folder_with_test_or_val_is_read_and_test_comes_first(tmp_path, parts):
     write_classes(tmp_path / "train", each=3)
     for part in parts:
-        write_classes(tmp_path / part, each=1 if part == "test" else 2, last=8)
+        write_classes(tmp_path / part, each=1 if part == "test" else 2, last=8 if part == "test" else 9)
     data = load("folder", dir=tmp_path)
     assert data.classes == ("ant", "bee")
     assert data.train.images.shape == (6, 3, 4, 6)
@@ -74,6 +74,18 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
         (tmp_path / "ant" / "1.png").write_bytes(blob)
         with pytest.raises(DataError, match=r"ant/1\.png cannot be read as an image"):
             load("folder", dir=tmp_path)
+
+
+def test_two_folders_of_validation_images_are_refused_and_test_images_among_them_told(tmp_path):
+    for part, colour in (("train", 10), ("test", 200), ("val", 200)):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            write_image(tmp_path / part / name / "0.png", colour=(colour, 0, 50 * (name == "b")))
+    with pytest.warns(UserWarning, match="2 of 2 test images in .* are validation images, too"):
+        load("folder", dir=tmp_path)
+    (tmp_path / "valid").mkdir()
+    with pytest.raises(DataError, match="has val and valid"):
+        load("folder", dir=tmp_path)
 
 
 @pytest.mark.parametrize("part", ["test", "val"])

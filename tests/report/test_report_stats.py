@@ -10,6 +10,7 @@ from scipy.stats import ttest_rel
 
 from anymask.errors import FileFormatError
 from anymask.report import missing, overall, paired
+from anymask.report.cells import newest
 from tests.report.made_rows import made_row, made_rows
 
 SHARES = st.floats(0, 1, allow_nan=False)
@@ -26,7 +27,7 @@ def pair_rows(pairs, *, mask="snip", **more):
 
 def test_three_pairs_give_the_numbers_worked_out_by_hand():
     [found] = paired(pair_rows([(0.80, 0.81), (0.82, 0.85), (0.84, 0.86)]))
-    assert (found.recipe, found.baseline, found.n, found.unpaired) == ("tost", "default", 3, 0)
+    assert (found.recipe, found.baseline, found.n) == ("tost", "default", 3)
     assert found.baseline_mean == pytest.approx(82.0)
     assert found.recipe_mean == pytest.approx(84.0)
     assert list(found.differences.values()) == pytest.approx([1.0, 3.0, 2.0])
@@ -87,8 +88,15 @@ def test_runs_that_began_with_other_masks_or_weights_are_no_pair_and_those_that_
     rows = [made_row("snip", recipe, seed, 0.8) for recipe, seed in begun]
     rows = [row if said is None else {**row, "mask": {part: said}} for row, said in zip(rows, begun.values(), strict=True)]
     [found] = paired(rows)
-    assert (list(found.pairs), found.unlike, found.unpaired) == ([0, 2], (1,), 2)
+    assert (list(found.pairs), found.unlike) == ([0, 2], (1,))
     assert missing(rows) == []
+
+
+def test_a_run_from_a_tickets_weights_and_one_from_the_initialisation_are_no_pair():
+    begun = {"default": {"digest": "a", "weights": "b"}, "tost": {"digest": "a"}}
+    rows = [{**made_row("snip", recipe, 0, 0.8), "mask": mask} for recipe, mask in begun.items()]
+    [found] = paired(rows)
+    assert (found.n, found.unlike) == (0, (0,))
 
 
 def test_of_two_rows_with_one_id_the_later_counts():
@@ -112,6 +120,7 @@ def test_a_recipe_file_that_was_edited_between_seeds_is_two_recipes_named_by_wha
     assert [(found.recipe, found.n) for found in paired(rows[::-1])] == [(name, 1) for name in names]
     assert paired(rows, baseline="my.toml") == []  # there is no such one recipe
     assert [found.recipe for found in paired(rows, baseline=names[0]) if found.n] == ["default"]
+    assert (newest(rows, "my.toml"), newest(rows, "default"), newest(rows[:3], "my.toml")) == (names[1], "default", "my.toml")
 
 
 def test_recipes_of_one_name_with_other_techniques_are_told_apart_by_them():
@@ -131,7 +140,7 @@ def test_recipes_of_one_name_with_other_techniques_are_told_apart_by_them():
 def test_runs_without_partner_are_counted_and_their_partners_named():
     rows = [*pair_rows([(0.8, 0.9), (0.8, 0.9)]), made_row("snip", "default", 7, 0.8), made_row("snip", "tost", 8, 0.9)]
     [found] = paired(rows)
-    assert (found.n, found.unpaired) == (2, 2)
+    assert found.n == 2
     assert [(gap["recipe"], gap["seed"]) for gap in missing(rows)] == [("default", 8), ("tost", 7)]
 
 

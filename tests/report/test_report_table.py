@@ -2,7 +2,7 @@
 
 import re
 
-from anymask.report import grid, paired, table
+from anymask.report import failed_table, grid, paired, table
 from tests.report.made_rows import made_row, made_rows
 
 GOLDEN = """\
@@ -57,11 +57,11 @@ def test_pairs_that_were_trained_on_unlike_machines_are_counted():
     assert "trained with another" not in table(rows)
     for row in rows:
         if (row["settings"]["recipe"], row["settings"]["mask"]) == ("tost", "snip"):
-            row["machine"] = {"device": "cuda:1", "threads": 2}
+            row["machine"] = {"device": "cuda:1", "threads": 2, "compile": "graph"}
         if (row["settings"]["recipe"], row["settings"]["mask"]) == ("tost", "synflow"):
             row["versions"] = {"torch": "2.12.0"}
             del row["machine"]  # not known is not unlike
-    said = "Of 3 pairs, the recipe was trained with another device in 2, another version of torch in 1."
+    said = "Of 3 pairs, the recipe was trained with another device in 2, another setting of compile in 2, another version of torch in 1."
     assert said in table(rows)
     assert said in grid(rows)
     for row in rows:
@@ -124,3 +124,9 @@ def test_no_rows_are_said():
 def test_names_cannot_break_the_table_or_become_html():
     text = table([made_row("a|b\n<script>", "default", 0, 0.8)])
     assert "| a\\|b &lt;script> |" in text
+
+
+def test_one_training_that_failed_in_two_blocks_has_a_line_for_each():
+    said = {"type": "TechniqueError", "message": "nan", "training": "d, m, snip 0.9, tost, seed 0"}
+    [failed] = failed_table([{"id": "a", "block": "block 1", **said}, {"id": "b", "block": "block 2", **said}], [])
+    assert [line[0] for line in failed.lines] == ["d, m, snip 0.9, tost (block 1)", "d, m, snip 0.9, tost (block 2)"]

@@ -46,7 +46,8 @@ def whole(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> l
 def test_a_validation_folder_is_what_the_checkpoint_is_chosen_on(experiment: Experiment, tmp_path: Path) -> None:
     shutil.copytree(str(experiment.data_dir), tmp_path / "images")
     shutil.copytree(tmp_path / "images" / "test", tmp_path / "images" / "val")
-    bench = Bench(replace(experiment, data_dir=tmp_path / "images"), PROTOCOL)
+    with pytest.warns(UserWarning, match="are validation images, too"):
+        bench = Bench(replace(experiment, data_dir=tmp_path / "images"), PROTOCOL)
     train, validation, _ = bench.batches(0)
     assert (sum(len(y) for _, y in train), sum(len(y) for _, y in validation)) == (40, 12)
     assert bench.data_hash != Bench(experiment, PROTOCOL).data_hash
@@ -197,6 +198,16 @@ def test_the_lottery_goes_on_between_rounds(experiment: Experiment, tmp_path: Pa
     with pytest.raises(KeyboardInterrupt):
         runner.start(cell, bench.model(0))
     assert Runner(bench, tmp_path / "cut").start(cell, bench.model(0)).mask == whole
+
+
+def test_a_ticket_without_the_weights_that_it_begins_with_is_refused(experiment: Experiment, tmp_path: Path) -> None:
+    bench = Bench(experiment, Protocol(epochs=12, batch_size=16, lr=0.05))
+    cell, runner = Cell("lottery-rewind", 0.3, "default", 0), Runner(bench, tmp_path)
+    assert runner.start(cell, bench.model(0)).step > 0
+    (weights,) = (tmp_path / "masks").glob("*.safetensors")
+    weights.unlink()
+    with pytest.raises(FileFormatError, match=f"{weights.name}.*is not there"):
+        runner.start(cell, bench.model(0))
 
 
 @pytest.mark.parametrize("wrong", [{"masks": ("snpi",)}, {"recipes": ("tots",)}])

@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import io
 import json
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ from anymask.errors import AnymaskError, SettingError
 from anymask.runlog import Ledger
 from anymask.sweep import Cell, Outcome, Runner, Watcher, make_masks, read_plan, sweep, tasks
 from anymask.sweep.claims import claimed, make_once
+from anymask.sweep.hopeless import check_disk
 from anymask.sweep.masks import Masks
 from anymask.sweep.run import Benches, Clock, Stopped, Worker
 from anymask.train import Computing
@@ -315,6 +317,18 @@ def test_a_full_disk_ends_the_sweep_and_is_named(file: str | None, plan: Path, t
         sweep(read_plan(plan), tmp_path, computing=DENSELY)
     assert len(tried) == 1
     assert not (tmp_path / "failures.jsonl").exists()
+
+
+def test_a_full_disk_is_seen_behind_what_torch_save_says_of_it(tmp_path: Path) -> None:
+    class Full(io.BytesIO):
+        def write(self, _: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(RuntimeError) as raised:
+        torch.save({"weights": torch.zeros(100_000)}, Full())
+    with pytest.raises(AnymaskError, match=f"No space left on device: {tmp_path}"):
+        check_disk(raised.value, tmp_path)
+    check_disk(RuntimeError("another"), tmp_path)
 
 
 @pytest.mark.parametrize("lost", [False, True])

@@ -252,6 +252,9 @@ def test_on_a_gpu_checkpoints_take_a_twentieth_of_the_time_and_one_is_there_when
     assert saved == [7, 28]
     result = train_once(Net(seed=9), protocol=SINGLE, file=tmp_path / "c.pt")
     assert result.curves == train_once(Net(), protocol=SINGLE).curves
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("anymask.train.run.ranks", lambda: 2)  # where one rank raises, others may not, and saving is done by all
+        Run.save_what_is_new(SimpleNamespace(saved=(0.0, 0.0, -1), step=7, save=None))
     assert not Run._dear(SimpleNamespace(saved=(time.monotonic(), 1.0, 7), device="cpu"))
     assert Run._dear(SimpleNamespace(saved=(time.monotonic() - 10, 1.0, 7), device="cuda"))
     assert not Run._dear(SimpleNamespace(saved=(time.monotonic() - 30, 1.0, 7), device="cuda"))

@@ -1,6 +1,5 @@
 """What a run folder says, as files and on the screen; and whether it can be written."""
 
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -11,6 +10,7 @@ from anymask.cli.errors import explain
 from anymask.errors import AnymaskError, SettingError
 from anymask.ranks import by_rank_0
 from anymask.report import table, write_page
+from anymask.report.cells import newest
 from anymask.runlog import Ledger, atomic
 
 LEDGER, FAILURES = "ledger.jsonl", "failures.jsonl"
@@ -18,7 +18,8 @@ LEDGER, FAILURES = "ledger.jsonl", "failures.jsonl"
 
 def show_table(ledger: Ledger, *, baseline: str) -> None:
     """Print the table of the finished trainings: laid out on a terminal, as Markdown elsewhere."""
-    text, console = table(ledger.rows(), baseline=baseline), Console()
+    rows = ledger.rows()
+    text, console = table(rows, baseline=newest(rows, baseline)), Console()
     if console.is_terminal:
         console.print(Markdown(text))
     else:
@@ -29,6 +30,7 @@ def write_outcome(ledger: Ledger, *, baseline: str) -> None:
     """Write table.md and report.html beside the ledger, and say where; without plotly, what to install."""
     folder, note = ledger.path.parent, Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     rows = ledger.rows()
+    baseline = newest(rows, baseline)
     with atomic(folder / "table.md", "w") as file:
         file.write(table(rows, baseline=baseline))
     note.print(f"Table: {folder / 'table.md'}")
@@ -48,15 +50,14 @@ def ledger_of(path: Path) -> Ledger | None:
 
 
 def writable(out: Path) -> None:
-    """Refuse a folder that cannot be made or written to now, not after the work; leaves nothing."""
+    """Refuse a folder that cannot be made or written to now, not after the work; makes none, which another process may be about to."""
     by_rank_0(lambda: _try_to_write(out))
 
 
 def _try_to_write(out: Path) -> None:
-    lacking = [folder for folder in (out, *out.parents) if not folder.exists()]
+    there = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=out):
+        with TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise SettingError(
@@ -64,7 +65,3 @@ def _try_to_write(out: Path) -> None:
             allowed="a folder that can be made, or written to",
             fix="choose another --out",
         ) from error
-    finally:
-        for folder in lacking:
-            with suppress(OSError):  # not there, or another process writes there by now
-                folder.rmdir()

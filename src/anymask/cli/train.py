@@ -44,7 +44,7 @@ def train(
         with watching() as watcher:
             row = train_one(cell, out, **how, tensorboard=tensorboard, watcher=watcher)
     except KeyboardInterrupt:
-        kept = "its last epoch is kept" if any((out / "unfinished").glob("*.pt")) else "no epoch was finished yet"
+        kept = "what is finished of it is kept" if any((out / "unfinished").rglob("*.pt")) else "no epoch was finished yet"
         print(f"\nStopped; {kept}. The same command with --resume goes on from there.", file=sys.stderr)
         return 130
     print(f"{cell}: test accuracy {100 * row['accuracy']['test']:.2f}% at epoch {row['accuracy']['best_epoch']}. Kept in {out}")

@@ -27,15 +27,17 @@ def read_folder(folder: Path) -> Dataset:
     classes = _classes(train)
     whole = _split(train, classes)
     others = [folder / name for name in ("test", *_VALIDATION) if train != folder and (folder / name).is_dir()]
+    if len(several := [other.name for other in others if other.name != "test"]) > 1:
+        raise DataError(f"{folder} has {' and '.join(several)}", allowed="one folder of validation images", fix="leave one")
     for other in others:
         unknown = [name for name in _classes(other) if name not in classes]
         if unknown:
             raise DataError(f"{other} has the classes {unknown}, {train} has not", allowed=f"the classes of {train}", fix="name both alike")
-    held = [_split(other, classes) for other in others[:2]]
+    held = [_split(other, classes) for other in others]
     found = Dataset("folder", classes, *([whole, *held] if held else split_validation(whole, share=HELD_OUT, seed=0)))
-    seen = int((~absent(digests(found.test), digests(found.train))).sum())
-    if seen:
-        warnings.warn(f"{seen} of {len(found.test)} test images in {folder} are training images, too", stacklevel=2)
+    for what, split in (("training", found.train), ("validation", found.validation)):
+        if split is not None and (seen := int((~absent(digests(found.test), digests(split))).sum())):
+            warnings.warn(f"{seen} of {len(found.test)} test images in {folder} are {what} images, too", stacklevel=2)
     return found
 
 

@@ -119,6 +119,17 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     return told_apart(list(kept.values()))
 
 
+def newest(rows: Sequence[Row], recipe: str) -> str:
+    """What `latest` calls the last of these recipes that has this name, the one that is being run.
+
+    Raises:
+        FileFormatError: naming what a row lacks.
+    """
+    latest(rows)  # checks them
+    named = zip(rows, told_apart(rows), strict=True)
+    return next((told["settings"]["recipe"] for row, told in reversed([*named]) if row["settings"]["recipe"] == recipe), recipe)
+
+
 def percent(share: float) -> str:
     """A share as a percentage with no trailing zeros: 0.98 -> "98%".
 
@@ -150,14 +161,14 @@ def names(members: Sequence[Cell]) -> list[str]:
     return [f"{one['mask']}{differing(one, every, alike=('mask', 'sparsity'))}" for one in every]
 
 
-def all_masks(members: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """Of cells of one sparsity those together that differ in the mask alone, where they are several; by the name of their line."""
+def all_masks(members: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
+    """Of cells of one sparsity those together that differ in the mask alone, where they are several; with the name of their line."""
     found: dict[str, list[Cell]] = {}
     for cell in members:
         found.setdefault(settings_id(but_the_mask(cell.settings)), []).append(cell)
     every = [but_the_mask(cells[0].settings) for cells in found.values()]
-    lines = {f"all masks{differing(one, every)}": cells for one, cells in zip(every, found.values(), strict=True)}
-    return {name: cells for name, cells in sorted(lines.items()) if len(cells) > 1}
+    lines = [(f"all masks{differing(one, every)}", cells) for one, cells in zip(every, found.values(), strict=True) if len(cells) > 1]
+    return sorted(lines, key=lambda line: line[0])
 
 
 def but_the_mask(settings: Mapping[str, Any]) -> dict[str, Any]:

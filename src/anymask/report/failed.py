@@ -21,11 +21,19 @@ def failed_table(failures: Iterable[Row], rows: Sequence[Row]) -> list[Table]:
         [['d, m, snip 0.9, tost', '0, 1', '2', 'TechniqueError: the training loss became nan']]
     """
     done = {row["id"] for row in rows}
-    seeds: dict[tuple[str, str], list[str]] = {}
+    seeds: dict[tuple[str, str, str], list[str]] = {}
+    blocks: dict[str, set[str]] = {}  # of a training's name, which says neither learning rate nor epochs
     for row in {row["id"]: row for row in failures if row["id"] not in done}.values():  # the last of several tries
         training, _, seed = row["training"].rpartition(", seed ")
-        seeds.setdefault((training, f"{row['type']}: {_short(row['message'])}"), []).append(seed)
-    lines = [[what, ", ".join(members), _finished(what, rows), reason] for (what, reason), members in seeds.items()]
+        block = row.get("block", "")
+        blocks.setdefault(training, set()).add(block)
+        seeds.setdefault((training, block, f"{row['type']}: {_short(row['message'])}"), []).append(seed)
+    lines = [
+        [what, ", ".join(members), _finished(what, rows), reason]
+        if len(blocks[what]) == 1
+        else [f"{what} ({block})", ", ".join(members), NONE, reason]
+        for (what, block, reason), members in seeds.items()
+    ]
     return [Table("Failed trainings", ["training", "seeds that failed", "that finished", "reason"], lines, [SURVIVORS])] if lines else []
 
 

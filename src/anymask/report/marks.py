@@ -106,7 +106,7 @@ def _difference_lines(group: Group, baseline: str) -> list[tuple[str, Sequence[P
         members = group.at(sparsity)
         compared = [compare(cell, baseline=baseline) for cell in members]
         lines += zip(_cell_labels(members), compared, strict=True)
-        for name, alike in all_masks(members).items():
+        for name, alike in all_masks(members):
             across = overall(pairs for cell in alike for pairs in compare(cell, baseline=baseline))
             lines.append((f"<b>{label(name, sparsity)}</b>", [member for member in across if member.cells > 1]))
     return [(name, full) for name, pairs in lines if (full := [each for each in pairs if each.n])]

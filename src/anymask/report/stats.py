@@ -94,11 +94,9 @@ class Comparison(Pairs):
     """A recipe against the baseline in one cell, such as one mask at one sparsity.
 
     Args:
-        unpaired: how many runs of either recipe have no partner of the same seed, and so are in no difference.
         unlike: the seeds whose runs are no partners because they began with other masks, or other weights.
     """
 
-    unpaired: int = 0
     unlike: tuple[Any, ...] = ()
 
 
@@ -110,7 +108,6 @@ class Overall(Pairs):
         cells: how many cells were averaged.
         won, lost, tied: how many of these cells have each `verdict`.
         left_out: the seeds that lack a pair in some cell, and so are in no average.
-        unpaired: how many runs of these cells have no partner.
     """
 
     cells: int = 0
@@ -118,7 +115,6 @@ class Overall(Pairs):
     lost: int = 0
     tied: int = 0
     left_out: tuple[Any, ...] = ()
-    unpaired: int = 0
 
 
 def paired(rows: Iterable[Row], *, baseline: str = "default") -> list[Comparison]:
@@ -154,13 +150,13 @@ def _comparison(cell: Cell, recipe: str, baseline: str, before: Mapping[Any, flo
     both = [seed for seed in before if seed in after]
     unlike = tuple(seed for seed in both if not _begin_alike(cell.runs[baseline, seed], cell.runs[recipe, seed]))
     pairs = {seed: (before[seed], after[seed]) for seed in both if seed not in unlike}
-    return Comparison(cell.settings, recipe, baseline, pairs, unpaired=len(before) + len(after) - 2 * len(pairs), unlike=unlike)
+    return Comparison(cell.settings, recipe, baseline, pairs, unlike=unlike)
 
 
 def _begin_alike(one: Row, other: Row) -> bool:
-    """Whether two runs began with the same mask and weights, as far as both say."""
-    here, there = one.get("mask") or {}, other.get("mask") or {}
-    return all(here[name] == there[name] for name in here if name in there)
+    """Whether two runs began with the same mask and weights, where both say with which."""
+    here, there = one.get("mask"), other.get("mask")
+    return None in (here, there) or here == there
 
 
 def missing(rows: Iterable[Row], *, baseline: str = "default") -> list[dict[str, Any]]:
@@ -216,5 +212,4 @@ def _across(members: Sequence[Comparison], by: Sequence[str] | None) -> Overall:
         lost=verdicts.count("lost"),
         tied=verdicts.count("tied"),
         left_out=tuple(seed for seed in seeds if seed not in whole),
-        unpaired=sum(member.unpaired for member in members),
     )

@@ -23,7 +23,12 @@ ALL_NOTE = (
     "lost when it lies below 0, else tied."
 )
 
-MADE = (("device", "machine", "device"), ("number of threads", "machine", "threads"), ("version of torch", "versions", "torch"))
+MADE = (
+    ("device", "machine", "device"),
+    ("number of threads", "machine", "threads"),
+    ("setting of compile", "machine", "compile"),
+    ("version of torch", "versions", "torch"),
+)
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def _table(group: Group, baseline: str) -> Table:
 
 def _lines(members: Sequence[Cell], baseline: str, others: Sequence[str]) -> list[list[str]]:
     lines = [_cell_line(cell, name, baseline, others) for cell, name in zip(members, names(members), strict=True)]
-    return [*lines, *(_all_line(alike, name, baseline, others) for name, alike in all_masks(members).items())]
+    return [*lines, *(_all_line(alike, name, baseline, others) for name, alike in all_masks(members))]
 
 
 def _cell_line(cell: Cell, name: str, baseline: str, others: Sequence[str]) -> list[str]:
@@ -206,7 +211,8 @@ def _mixed(group: Group, baseline: str) -> list[str]:
 
 
 def _differ(one: Row, other: Row, part: str, name: str) -> bool:
-    here, there = ((row.get(part) or {}).get(name) for row in (one, other))
+    usual = "off" if name == "compile" and one.get(part) and other.get(part) else None  # rows do not say it
+    here, there = ((row.get(part) or {}).get(name, usual) for row in (one, other))
     if name == "device":  # cuda:0 and cuda:1 are one kind
         here, there = (str(value).partition(":")[0] if value else None for value in (here, there))
     return None not in (here, there) and here != there

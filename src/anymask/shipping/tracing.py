@@ -3,6 +3,7 @@
 import io
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -19,6 +20,8 @@ from anymask.shipping.plan import Plan
 from anymask.sparse import to_dense
 from anymask.surgery import copied
 
+# What is silenced is of the process, not of a thread: two exports at once would each put back what the other has set.
+_ALONE = threading.Lock()
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -72,10 +75,8 @@ def exported(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
 @contextmanager
 def exporting(model: nn.Module) -> Iterator[None]:
     """Whatever an exporter raises inside the block becomes one error of ours, and what it logs, prints and warns of is silent."""
-    disabled = logging.root.manager.disable
-    logging.disable()  # torch's own loggers print whole tracebacks
     try:
-        with torch.no_grad(), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        with _ALONE, _unlogged(), torch.no_grad(), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")  # of what the exporter itself uses
             yield
     except Exception as error:  # the compiler's errors are of many kinds
@@ -84,8 +85,16 @@ def exporting(model: nn.Module) -> Iterator[None]:
             allowed="a model of one tensor that torch.export follows, for batches of any size",
             fix="take out of its forward what the reason names, or ship its weights alone, to .safetensors",
         ) from error
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable()  # torch's own loggers print whole tracebacks
+    try:
+        yield
     finally:
-        logging.disable(disabled)
+        logging.disable(before)
 
 
 def reason(error: BaseException) -> str:

@@ -17,9 +17,12 @@ def check_disk(error: Exception, folder: Path) -> None:
     Raises:
         AnymaskError: naming the file.
     """
-    if isinstance(error, OSError) and error.errno in _FULL:
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, OSError) and cause.errno in _FULL):
+        cause = cause.__cause__ or cause.__context__  # torch.save says "unexpected pos" where a write failed
+    if isinstance(cause, OSError):
         raise AnymaskError(
-            f"{error.strerror}: {error.filename or folder}",  # a write that fails does not know its file
+            f"{cause.strerror}: {cause.filename or folder}",  # a write that fails does not know its file
             allowed="a disk with room for what is trained",
             fix="make room; the same command goes on from there",
         ) from error

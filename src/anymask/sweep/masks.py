@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from anymask.pruning.methods import is_method, method_of
 from anymask.pruning.patterns import pattern
 from anymask.ranks import by_rank_0, leads
 from anymask.registry import lookup
-from anymask.runlog import atomic
+from anymask.runlog import atomic, settings_id
 from anymask.sweep.claims import clear_halves, make_once
 from anymask.sweep.pace import paced
 from anymask.train import Computing, fit
@@ -113,7 +114,7 @@ class Masks:
     def __init__(self, bench: Bench, file_of: Callable[[str, float, int], Path], computing: Computing | None = None) -> None:
         self.bench, self.file_of, self.computing = bench, file_of, replace(computing or Computing(), diagnose="off")
         self.wait = True  # for another process that makes the same mask; else Busy is raised
-        # Called before each round of a lottery ticket, and after an epoch of one, needs= the seconds of one; it may raise to stop there.
+        # Called before each round of a lottery ticket, and after its epochs with needs=, the seconds of one; it may raise to stop there.
         self.between: Callable[..., None] = lambda **_: None
         self.on_step: Callable[[], None] | None = None  # called after each step of the trainings in it
 
@@ -168,7 +169,7 @@ class Masks:
             rewind_step=Duration.parse(REWIND).steps(total=steps) if "rewind_step" in row.needs else 0,
             rewinds=row.rewinds,
             seed=seed,
-            folder=folder,  # so that a stopped search goes on with the next round
+            folder=folder,  # so that a stopped search goes on
             **how,
         )
         if leads() and (ticket.step or not row.rewinds):
@@ -179,14 +180,18 @@ class Masks:
     def trainer(self, seed: int, *, folder: Path) -> Train:
         """What trains the rounds of a lottery ticket: the default recipe on the training images; one that stopped goes on."""
         train, _, _ = self.bench.batches(seed)
-        unfinished = folder / "unfinished.pt"  # of the round that is not there yet
+        # Of the round that is not there yet; the folder of `anymask prune` knows nothing of data and protocol.
+        unfinished = folder / f"unfinished-{settings_id(self.bench.settings())}.pt"
 
         def trainer(model: nn.Module, mask: Mask | None, first: int, last: int | None) -> None:
             computing = self.computing if mask is not None else replace(self.computing, sparse="auto")
             how: dict[str, Any] = {"recipe": "default", "protocol": self.bench.protocol, "seed": seed, **asdict(computing)}
             self.between()
             by_rank_0(lambda: clear_halves(unfinished))
-            how |= {"checkpoint_file": unfinished, "on_epoch": paced(self.between, epochs=self.bench.protocol.epochs)}
+            how |= {
+                "checkpoint_file": unfinished,
+                "on_epoch": paced(self.between, epochs=self.bench.protocol.epochs, since=time.monotonic()),
+            }
             fit(model, train, mask=mask, first_step=first, last_step=last, on_step=self.on_step, **how)
             if leads():
                 unfinished.unlink(missing_ok=True)
@@ -203,6 +208,8 @@ def _read(file: Path, mask: str, *, sparsity: float, seed: int) -> Start:
     """Where a mask that was made leads to, with the weights beside it; a file of another mask is refused, whatever its name."""
     found, weights, row = load_mask(file), weights_file(file), method_of(mask)
     asked = {"method": row.name, "scope": row.scope, "pattern": row.pattern, "sparsity": sparsity, "seed": seed}
+    if mask == "lottery-rewind" and found.info.get("rewind_step") == 0:
+        asked["method"] = found.info.get("method")  # older files of short trainings say "lottery", which it is
     other = [f"{key} {found.info.get(key)!r}, not {value!r}" for key, value in asked.items() if found.info.get(key) != value]
     if other:
         raise FileFormatError(
@@ -210,7 +217,15 @@ def _read(file: Path, mask: str, *, sparsity: float, seed: int) -> Start:
             allowed="the file that was made there",
             fix="remove it, and the mask is made anew; a mask file of your own is given by its path",
         )
-    return Start(found, load_file(weights), int(found.info["rewind_step"])) if weights.exists() else Start(found)
+    if weights.exists():
+        return Start(found, load_file(weights), int(found.info["rewind_step"]))
+    if found.info.get("rewind_step") or found.info.get("rewinds") is False:
+        raise FileFormatError(
+            f"{weights}, the weights that trainings of {file.name} begin with, is not there",
+            allowed="both files, as they were made",
+            fix="copy it, too, or remove the mask, and both are made anew",
+        )
+    return Start(found)
 
 
 def digests(start: Start) -> dict[str, str]:

@@ -5,8 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 
-def paced(check: Callable[..., None], *, epochs: int) -> Callable[[int, Any], None]:
+def paced(check: Callable[..., None], *, epochs: int, since: float | None = None) -> Callable[[int, Any], None]:
     """What to call after each epoch, by its number from 1: `check(needs=)` with the seconds of an epoch, but after the last one.
+
+    Args:
+        since: when the first one began, by time.monotonic(); None where much else came before it, which is not to count.
 
     Example:
         >>> after = paced(lambda needs: print("another one?"), epochs=2)
@@ -14,11 +17,11 @@ def paced(check: Callable[..., None], *, epochs: int) -> Callable[[int, Any], No
         another one?
         >>> after(2, {})
     """
-    last: float | None = None
+    last = since
 
     def after(epoch: int, _figures: Any) -> None:
         nonlocal last
-        took = 0.0 if last is None else time.monotonic() - last  # the first one has all that came before it in it
+        took = 0.0 if last is None else time.monotonic() - last
         last = time.monotonic()
         if epoch < epochs:
             check(needs=took)

@@ -212,7 +212,7 @@ def tasks(
 def make_masks(plan: Plan, folder: str | Path, computing: Computing | None = None, *, told: Callable[[Task], None] | None = None) -> int:
     """Make the masks that trainings of `plan` begin with, where `folder` lacks them: another machine may train with a copy of it.
 
-    May be stopped at any moment and called again; the search for a lottery ticket goes on with its next round.
+    May be stopped at any moment and called again; the search for a lottery ticket goes on in the middle of a round.
 
     Args:
         told: called before each mask that is made.

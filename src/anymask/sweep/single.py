@@ -125,7 +125,7 @@ def _check_folder(runner: Runner, cell: Cell, name: str, *, finished: Mapping[st
         other = ", ".join(f"{key} {there.get(key)!r} there, {here[key]!r} here" for key in here if there and there.get(key) != here[key])
         raise SettingError(
             f"{runner.folder} holds {what} with other settings" + (f": {other}" if other else ""),
-            allowed="the settings it was begun with",
+            allowed="the settings, data and version of anymask that it was begun with",
             fix="give those, or choose another --out",
         )
 
@@ -143,8 +143,8 @@ def prune_to(
     """Write the mask that `compare` makes for `seed` to `out`: by `method`, on the initialisation of that seed.
 
     Until a lottery ticket is found its finished rounds are beside `out`, in a folder that ends in .rounds; a second call
-    goes on with the next round. Where a ticket starts from other weights than the initial ones, they are beside `out`, too, in a
-    file that ends in .safetensors.
+    goes on from there, in the middle of a round. Where a ticket starts from other weights than the initial ones, they are beside
+    `out`, too, in a file that ends in .safetensors.
 
     Args:
         how: other settings of `anymask.prune`: rounds, exclude, floor ...

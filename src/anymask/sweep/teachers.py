@@ -1,5 +1,6 @@
 """The networks that recipes with distillation learn from."""
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -51,7 +52,11 @@ class Teachers:
             by_rank_0(partial(clear_halves, path))
         train, validation, _ = self.bench.batches(seed)
         how: dict[str, Any] = {"recipe": "default", "protocol": self.bench.protocol, "seed": seed, **asdict(self.computing)}
-        how |= {"checkpoint_file": unfinished, "on_epoch": paced(self.between, epochs=self.bench.protocol.epochs), "on_step": self.on_step}
+        how |= {
+            "checkpoint_file": unfinished,
+            "on_epoch": paced(self.between, epochs=self.bench.protocol.epochs, since=time.monotonic()),
+            "on_step": self.on_step,
+        }
         fit(model, train, validation=validation, **how)
         if leads():
             write_weights(model, file)

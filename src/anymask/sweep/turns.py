@@ -9,7 +9,7 @@ from contextlib import nullcontext, suppress
 import torch
 
 from anymask.sweep.run import Stopped
-from anymask.train.graphs import own_stream
+from anymask.train.graphs import own_stream, timing_algorithms
 
 _STEPS = 8  # of the optimiser in a turn: to pass it on takes about 20 microseconds
 
@@ -102,10 +102,11 @@ def taking_turns(work: Callable[[Turns], None], number: int, *, device: str) -> 
 
     threads = [threading.Thread(target=run, daemon=True) for _ in range(number)]
     try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with timing_algorithms() if device.startswith("cuda") else nullcontext():  # a switch of the process, not of a thread
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
     except BaseException:  # Ctrl-C comes to this thread
         turns.stopped = True
         for thread in threads:

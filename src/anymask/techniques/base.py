@@ -294,9 +294,11 @@ def shed(model: nn.Module) -> None:
     for module in list(model.modules()):
         for name in [name for name, child in module._modules.items() if isinstance(child, Haunted) and not child.ghosts]:
             del module._modules[name]
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if getattr(getattr(hook, "__self__", None), "gone", False) is True]:
-                del hooks[key]
+        tables = [table for name, table in vars(module).items() if name.startswith(("_forward_hooks", "_forward_pre_hooks"))]
+        gone = [key for table in tables for key, hook in table.items() if getattr(getattr(hook, "__self__", None), "gone", False) is True]
+        for table in tables:  # the hooks, and how they are called
+            for key in gone:
+                table.pop(key, None)
 
 
 def _host(model: nn.Module) -> nn.Module:

@@ -160,7 +160,7 @@ def _train(
             try:
                 on_epoch(epoch + 1, figures)
             except BaseException:
-                run.save()
+                run.save_what_is_new()
                 raise
         if writer is not None:
             for name, value in figures.items():

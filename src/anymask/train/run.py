@@ -280,9 +280,14 @@ class Run:
         at, took, _ = self.saved
         return self.device.startswith("cuda") and ranks() == 1 and time.monotonic() - at < 20 * took
 
+    def save_what_is_new(self) -> None:
+        """After an epoch that was too short to be saved, and after which the training stops."""
+        if ranks() == 1 and self.saved[2] != self.step:
+            self.save()
+
     def save(self) -> None:
-        """Write the checkpoint file, if there is one and it is not of this step: the same one for any number of ranks."""
-        if self.file is None or self.saved[2] == self.step:
+        """Write the checkpoint file, if there is one: the same one for any number of ranks."""
+        if self.file is None:
             return
         self.spread.agree(self.loss)
         if not leads():
