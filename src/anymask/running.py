@@ -2,10 +2,11 @@
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from anymask.surgery import Cost, changes, form, logits_of
 from anymask.techniques import Attached, Context, Technique
 
 _STATE_HOOKS = re.compile(r"'_(load_)?state_dict_\w+': \d+(, )?")  # in a fingerprint
+FORGOTTEN: Counter[str] = Counter()  # how often all "graphs" that torch.compile made in this process were
 MARK = "_anymask_recipe"  # an attribute of the model while a recipe is attached to it; empty in copies, which carry none
 
 
@@ -225,8 +227,7 @@ class RunningRecipe:
     # -- inside ----------------------------------------------------------------------------------------------------
     def _resumed(self, state: Mapping[str, Any]) -> int:
         mine = {"total_steps": self.total_steps, "techniques": settings_of(self.techniques)}
-        other = [key for key, value in mine.items() if state.get(key) != value]
-        if other:
+        if other := [key for key, value in mine.items() if state.get(key) != value]:
             raise SettingError(
                 f"the state is of a recipe with other {' and '.join(other)}",
                 allowed="the recipe and total_steps that the state was saved with",
@@ -382,17 +383,11 @@ def how_spread(model: nn.Module) -> str:
     return "cut by fully_shard" if any(hasattr(parameter, "to_local") for parameter in model.parameters()) else ""
 
 
-class Compiled:
-    """What torch.compile made in this process."""
-
-    forgotten: ClassVar[int] = 0  # how often all of it was
-
-
 def _forget_graphs() -> None:
     """Let torch.compile look again: its graphs do not notice a hook that came or went (skip_nnmodule_hook_guards)."""
     if "torch._dynamo.eval_frame" in sys.modules:
         torch.compiler.reset()
-        Compiled.forgotten += 1
+        FORGOTTEN["graphs"] += 1
 
 
 def settings_of(techniques: Iterable[Technique]) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from anymask.pruning import rewiring
 from anymask.pruning.dynamic import Dynamic
 from anymask.ranks import by_rank_0, leads, on_any_rank, ranks
 from anymask.recipe import Recipe
-from anymask.running import Compiled
+from anymask.running import FORGOTTEN
 from anymask.techniques.distillation import Distillation, Remembered
 from anymask.train import checkpoint
 from anymask.train.computing import Computing, compiled, compiling
@@ -136,7 +136,7 @@ class Run:
         graphs = not computing.records and p.accumulate == 1
         self.forward = compiled(network, whole=len(self.example), graphs=graphs) if computing.compiles else network
         self.compiling = compiling if computing.compiles else nullcontext
-        self.recorder = Recorder(self._make, device=self.device, compiled=lambda: Compiled.forgotten) if computing.records else None
+        self.recorder = Recorder(self._make, device=self.device, compiled=lambda: FORGOTTEN["graphs"]) if computing.records else None
         self.leaving.callback(self._forget)
         if self.recorder is not None:
             rates_on_device(self.optimizer)  # after a checkpoint, which has numbers; ghosts join groups that are there
