@@ -1,6 +1,8 @@
 """Models that are no plain image network: those that ship do it right, and the others are refused with what is wrong."""
 
 import logging
+import sys
+import threading
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.nn.utils import prune
 import anymask
 from anymask.errors import SettingError
 from anymask.shipping import ship
+from anymask.shipping.tracing import exporting
 
 
 @pytest.fixture
@@ -132,3 +135,21 @@ def test_zeros_of_torch_prune_count_as_zeros(tmp_path):
     prune.random_unstructured(model, "weight", amount=0.75)
     done = ship(model, None, example=torch.ones(2, 2, 3), to=tmp_path / "net.safetensors")
     assert (done.kept, done.total) == (6, 24)
+
+
+def test_two_exports_at_once_silence_nothing_for_good():
+    before, inside, enter = (sys.stderr, logging.root.manager.disable), threading.Event(), threading.Barrier(2, timeout=30)
+
+    def second() -> None:
+        enter.wait()
+        with exporting(nn.Identity()):
+            inside.set()
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with exporting(nn.Identity()):
+        enter.wait()
+        assert not inside.wait(0.1)  # one after the other
+    thread.join()
+    assert inside.is_set()
+    assert (sys.stderr, logging.root.manager.disable) == before

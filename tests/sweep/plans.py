@@ -1,6 +1,7 @@
 """Tiny plans: two classes of a few small images, networks and protocols that take a moment."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -55,3 +56,13 @@ def write_images(folder: Path, *, seed: int = 0) -> Path:
 def write_plan(path: Path, images: Path, text: str = PLAN) -> Path:
     path.write_text(text.replace("{images}", str(images)))
     return path
+
+
+def failing(error: Exception, tried: list[str]) -> Any:
+    """What stands for `Runner.train` where each training fails with `error`."""
+
+    def train(self: Any, cell: Any, name: str, *_: Any, **__: Any) -> None:
+        tried.append(name)
+        raise error
+
+    return train

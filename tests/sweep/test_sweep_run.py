@@ -1,12 +1,10 @@
 """A sweep loses nothing and does nothing twice, whatever stops it."""
 
 import copy
-import errno
 import json
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import time
@@ -19,16 +17,14 @@ from typing import Any
 import pytest
 import torch
 
-from anymask.errors import AnymaskError, SettingError
+from anymask.errors import SettingError
 from anymask.runlog import Ledger
 from anymask.sweep import Cell, Outcome, Runner, Watcher, make_masks, read_plan, sweep, tasks
 from anymask.sweep.claims import claimed, make_once
-from anymask.sweep.hopeless import check_disk
 from anymask.sweep.masks import Masks
 from anymask.sweep.run import Benches, Clock, Stopped, Worker
-from anymask.train import Computing, checkpoint
-from anymask.train.graphs import NotRecordedError
-from tests.sweep.plans import CELLS, DENSELY, FAILING, PLAN, write_images, write_plan
+from anymask.train import Computing
+from tests.sweep.plans import CELLS, DENSELY, FAILING, PLAN, failing, write_images, write_plan
 
 KILLS = 8
 CONTEXT = multiprocessing.get_context("forkserver")  # its children have torch from the beginning, and no threads of this process
@@ -287,67 +283,6 @@ def test_of_two_workers_one_is_killed_and_the_other_does_the_rest_each_once(plan
     assert sorted(log.names) == sorted(row["id"] for row in rows(tmp_path)) == sorted(row["id"] for row in whole[0])
     assert {row["id"]: row["accuracy"] for row in rows(tmp_path)} == {row["id"]: row["accuracy"] for row in whole[0]}
     assert len(log.cells) == CELLS
-
-
-def test_a_step_that_cannot_be_recorded_ends_the_sweep_and_is_noted(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def train(self: Any, cell: Cell, *_: Any, **__: Any) -> None:
-        raise NotRecordedError("a step could not be recorded", allowed="others", fix="leave compile at 'off'")
-
-    monkeypatch.setattr(Runner, "train", train)
-    with pytest.raises(NotRecordedError):
-        sweep(read_plan(plan), tmp_path, computing=replace(DENSELY, compile="graph"))
-    assert [row["type"] for row in Ledger(tmp_path / "failures.jsonl").rows()] == ["NotRecordedError"]
-
-
-def failing(error: Exception, tried: list[str]) -> Any:
-    """What stands for `Runner.train` where each training fails with `error`."""
-
-    def train(self: Any, cell: Cell, name: str, *_: Any, **__: Any) -> None:
-        tried.append(name)
-        raise error
-
-    return train
-
-
-@pytest.mark.parametrize("file", [None, "/full/ledger.jsonl"])
-def test_a_full_disk_ends_the_sweep_and_is_named(file: str | None, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[str] = []
-    monkeypatch.setattr(Runner, "train", failing(OSError(errno.ENOSPC, "No space left on device", file), tried))
-    with pytest.raises(AnymaskError, match=f"No space left on device: {file or tmp_path}"):
-        sweep(read_plan(plan), tmp_path, computing=DENSELY)
-    assert len(tried) == 1
-    assert not (tmp_path / "failures.jsonl").exists()
-
-
-def test_a_full_disk_is_seen_behind_what_torch_save_says_of_it(tmp_path: Path) -> None:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (12 * 1024, before[1]))
-    try:
-        with pytest.raises(RuntimeError, match="unexpected pos") as raised:
-            checkpoint.save(tmp_path / "c.pt", {"weights": torch.zeros(100_000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    with pytest.raises(AnymaskError, match=f"File too large: {tmp_path}"):
-        check_disk(raised.value, tmp_path)
-    check_disk(RuntimeError("another"), tmp_path)
-
-
-@pytest.mark.parametrize("lost", [False, True])
-def test_a_gpu_that_does_nothing_more_ends_the_sweep(lost: bool, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def synchronize() -> None:
-        if lost:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
-
-    tried: list[str] = []
-    monkeypatch.setattr(Runner, "train", failing(RuntimeError("CUDA error"), tried))
-    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.cuda.synchronize", synchronize)
-    if not lost:
-        assert len(sweep(read_plan(plan), tmp_path, computing=DENSELY).failed) == CELLS
-        return
-    with pytest.raises(AnymaskError, match=r"does nothing more in this process \(CUDA error: an illegal memory access was encountered\)"):
-        sweep(read_plan(plan), tmp_path, computing=DENSELY)
-    assert len(tried) == len(Ledger(tmp_path / "failures.jsonl").rows()) == 1
 
 
 def test_what_another_process_failed_at_just_now_counts_among_the_tries(
