@@ -215,16 +215,34 @@ def test_on_a_terminal_bars_show_all_trainings_and_the_one_that_runs(capsys):
     console = Console(stderr=True, force_terminal=True, width=120, color_system=None)
     with watching(console) as watcher:
         watcher.begin(total=4, done=1)
-        watcher.cell(Cell("snip", 0.9, "tost", 3), epochs=2)
-        watcher.epoch(1, {"epoch": 1, "train_loss": 0.5, "validation_accuracy": 0.75, "lr": 0.1})
+        for seed in (3, 4):
+            watcher.cell(Cell("snip", 0.9, "tost", seed), epochs=2)
+        watcher.epoch(Cell("snip", 0.9, "tost", 3), 1, {"epoch": 1, "train_loss": 0.5, "validation_accuracy": 0.75, "lr": 0.1})
         watcher.progress.refresh()
         shown = capsys.readouterr().err
-        watcher.finished({"accuracy": {"test": 0.5, "validation": None}, "time": {"seconds": 3.0}})
+        watcher.left(Cell("snip", 0.9, "tost", 4), "ValueError: no")
+        watcher.finished(Cell("snip", 0.9, "tost", 3), {"accuracy": {"test": 0.5, "validation": None}, "time": {"seconds": 3.0}})
     assert "1/4" in shown
     assert "1/2" in shown
     assert "snip 0.9, tost, seed 3" in shown
+    assert "snip 0.9, tost, seed 4" in shown
     assert "loss 0.500, validation 75.0%" in shown
-    assert "[2/4] snip 0.9, tost, seed 3: test 50.00%, 3.0 s" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Failed: snip 0.9, tost, seed 4: ValueError: no" in said
+    assert "[2/4] snip 0.9, tost, seed 3: test 50.00%, 3.0 s" in said
+
+
+def test_where_there_is_no_terminal_a_line_says_how_far_a_long_training_is(capsys, monkeypatch):
+    with watching(Console(stderr=True, width=200)) as watcher:
+        watcher.begin(total=4, done=1)
+        watcher.cell(Cell("snip", 0.9, "tost", 3), epochs=182)
+        watcher.epoch(Cell("snip", 0.9, "tost", 3), 1, {"train_loss": 0.5})
+        later = time.monotonic() + 301
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        watcher.epoch(Cell("snip", 0.9, "tost", 3), 2, {"train_loss": 0.25, "validation_accuracy": 0.75})
+        watcher.epoch(Cell("snip", 0.9, "tost", 3), 3, {"train_loss": 0.25})
+    (*_, line) = capsys.readouterr().err.splitlines()
+    assert line == "[1/4] snip 0.9, tost, seed 3: epoch 2 of 182, loss 0.250, validation 75.0%"
 
 
 def test_prune_takes_a_scope_a_pattern_a_floor_and_layers_to_leave_out(anymask, small, tmp_path):

@@ -63,12 +63,12 @@ class Log(Watcher):
     def __init__(self, *, stop_at: int | None = None) -> None:
         self.epochs, self.rows, self.stop_at = 0, 0, stop_at
 
-    def epoch(self, epoch: int, figures: dict[str, Any]) -> None:
+    def epoch(self, cell: Cell, epoch: int, figures: dict[str, Any]) -> None:
         self.epochs += 1
         if self.epochs == self.stop_at:
             raise KeyboardInterrupt
 
-    def finished(self, row: dict[str, Any]) -> None:
+    def finished(self, cell: Cell, row: dict[str, Any]) -> None:
         self.rows += 1
 
 

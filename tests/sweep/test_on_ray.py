@@ -22,7 +22,7 @@ pytest.importorskip("ray", reason="Ray is not installed", exc_type=ImportError)
 from anymask.config import Bench, Experiment
 from anymask.errors import AnymaskError, DataError, SettingError, UnknownName
 from anymask.runlog import Ledger
-from anymask.sweep import on_ray, read_plan, sweep, tasks
+from anymask.sweep import Cell, on_ray, read_plan, sweep, tasks
 from anymask.train import Protocol
 from tests.sweep.plans import CELLS, DENSELY, FAILING, PLAN, write_images, write_plan
 from tests.sweep.test_sweep_run import Log, rows, settled
@@ -106,8 +106,8 @@ class Counting(Log):
         super().__init__()
         self.ledger, self.failures = Ledger(folder / "failures.jsonl"), []
 
-    def finished(self, row: dict[str, Any]) -> None:
-        super().finished(row)
+    def finished(self, cell: Cell, row: dict[str, Any]) -> None:
+        super().finished(cell, row)
         self.failures.append(len(self.ledger.rows()))
 
 

@@ -19,7 +19,7 @@ from anymask.data.apart import digests
 from anymask.errors import AnymaskError, SettingError, TechniqueError, UnknownName
 from anymask.recipe import Recipe
 from anymask.runlog import Ledger
-from anymask.sweep import Studied, Watcher, read_study, study
+from anymask.sweep import Cell, Studied, Watcher, read_study, study
 from anymask.sweep.claims import claimed
 from anymask.sweep.halves import confirmation_cut, tuning_cut
 from anymask.sweep.space import read_space
@@ -236,7 +236,7 @@ class Once(Watcher):
     def begin(self, *, total: int, done: int) -> None:
         self.begun += 1
 
-    def epoch(self, epoch: int, figures: dict[str, Any]) -> None:
+    def epoch(self, cell: Cell, epoch: int, figures: dict[str, Any]) -> None:
         if self.begun == 2:
             raise KeyboardInterrupt
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Cell:
 
 
 class Watcher:
-    """Told what happens; this one ignores it."""
+    """Told what happens, to several trainings at a time where there are workers; this one ignores it."""
 
     def begin(self, *, total: int, done: int) -> None:
         """The grid has `total` trainings, of which `done` are in the ledger already."""
@@ -79,11 +80,14 @@ class Watcher:
     def cell(self, cell: Cell, *, epochs: int) -> None:
         """A training begins (or its mask is being made)."""
 
-    def epoch(self, epoch: int, figures: dict[str, Any]) -> None:
+    def epoch(self, cell: Cell, epoch: int, figures: dict[str, Any]) -> None:
         """An epoch (from 1) of it has ended."""
 
-    def finished(self, row: dict[str, Any]) -> None:
-        """It is in the ledger."""
+    def finished(self, cell: Cell, row: dict[str, Any]) -> None:
+        """It is in the ledger; another process may have trained it."""
+
+    def left(self, cell: Cell, why: str | None) -> None:
+        """It ended without a row: it failed, or (None) another process is at it."""
 
 
 def compare(
@@ -123,7 +127,7 @@ def compare(
         if name not in done:
             watcher.cell(cell, epochs=bench.protocol.epochs)
             row = runner.run(cell, name, watcher)
-            watcher.finished(row)
+            watcher.finished(cell, row)
     return runner.ledger
 
 
@@ -223,7 +227,7 @@ class Runner:
             **asdict(replace(self.computing, sparse="auto") if cell.mask == DENSE else self.computing),
             checkpoint_file=self.checkpoint_file(name),
             log_dir=log_dir,
-            on_epoch=watcher.epoch,
+            on_epoch=partial(watcher.epoch, cell),
             on_step=self.on_step,
         )
         row = {

@@ -197,15 +197,14 @@ class _Driver:
                 if not running.mask:
                     self.worker.ledger.append(made)
             except (self.ray.exceptions.RayError, ValueError) as error:
-                self.worker.note(task, self._reason(error))
+                self.watcher.left(task.cell, self.worker.note(task, self._reason(error)))
                 return [] if running.mask else [task]
             if running.mask:
                 for name, content in made.items():
                     _write(running.mask.with_name(name), content)
                 return []
             (self.worker.folder / "unfinished" / f"{task.name}.pt").unlink(missing_ok=True)
-        self.watcher.cell(task.cell, epochs=task.part.protocol.epochs)
-        self.watcher.finished(made)
+        self.watcher.finished(task.cell, made)
         return []
 
     def _reason(self, error: Exception) -> BaseException:

@@ -135,7 +135,7 @@ def sweep(
             stream of its own on a GPU, which a small network does not fill.
         ray: the address of a Ray cluster to train on, instead of here: see `anymask.sweep.on_ray`.
         computing: how.
-        watcher: told of progress; with several workers or streams of finished trainings only.
+        watcher: told of progress; on Ray of finished and failed trainings only.
 
     Raises:
         AnymaskError: for data or settings that do not fit, naming the block; nothing is written before.
@@ -344,15 +344,16 @@ class Worker:
             try:
                 row = self._train(task, watcher)
             except Busy:
+                watcher.left(task.cell, None)
                 return None
             except (MemoryError, Stopped):
                 raise
             except Exception as error:
                 check_disk(error, self.folder)
-                self.note(task, error)
+                watcher.left(task.cell, self.note(task, error))
                 check_gpu(error)
                 return False
-        watcher.finished(row)
+        watcher.finished(task.cell, row)
         return True
 
     def _train(self, task: Task, watcher: Watcher) -> dict[str, Any]:
@@ -364,17 +365,18 @@ class Worker:
         watcher.cell(task.cell, epochs=timed.epochs)
         return runner.run(task.cell, task.name, timed)
 
-    def note(self, task: Task, error: BaseException) -> None:
-        """Remember that a try of `task` failed."""
+    def note(self, task: Task, error: BaseException) -> str:
+        """Remember that a try of `task` failed; why."""
         now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         reason = {"type": type(error).__name__, "message": str(error)}
         self.failures.append({"id": task.name, "training": str(task.cell), "block": task.part.block, **reason, "time": now})
+        return _why(reason)
 
     def failed(self) -> Mapping[str, list[str]]:
         """The reasons of all tries that failed since this sweep began, by the name of their training."""
         found: dict[str, list[str]] = {}
         for row in self.failures.rows()[self.seen :]:
-            found.setdefault(row["id"], []).append(f"{row['type']}: {row['message']}")
+            found.setdefault(row["id"], []).append(_why(row))
         return found
 
     def outcome(self) -> Outcome:
@@ -386,6 +388,10 @@ class Worker:
         return Outcome(finished, failed, tuple(task for task, why in rest if len(why) <= self.retries))
 
 
+def _why(row: Mapping[str, Any]) -> str:
+    return f"{row['type']}: {row['message']}"
+
+
 class _Timed(Watcher):
     """Stops a training between two epochs, when the next one would not end in time."""
 
@@ -393,6 +399,6 @@ class _Timed(Watcher):
         self.watcher, self.epochs = watcher, epochs
         self.check = paced(clock.check, epochs=epochs)
 
-    def epoch(self, epoch: int, figures: dict[str, Any]) -> None:
-        self.watcher.epoch(epoch, figures)
+    def epoch(self, cell: Cell, epoch: int, figures: dict[str, Any]) -> None:
+        self.watcher.epoch(cell, epoch, figures)
         self.check(epoch, figures)

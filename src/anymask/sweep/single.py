@@ -69,7 +69,7 @@ def train_one(
     done = runner.train(cell, name, watcher, log_dir=runner.folder / "tensorboard" if tensorboard else None)
     if leads():
         _keep(done, runner)
-    watcher.finished(done.row)
+    watcher.finished(cell, done.row)
     return done.row
 
 

@@ -7,8 +7,9 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from anymask.config import pick_device
 from anymask.errors import AnymaskError
-from anymask.sweep.compare import Watcher
+from anymask.sweep.compare import Cell, Watcher
 from anymask.sweep.run import LOOK_AGAIN, Benches, Stopped, Worker
 from anymask.sweep.turns import taking_turns
 
@@ -35,14 +36,17 @@ def side_by_side(worker: Worker, number: int, *, streams: int, watcher: Watcher)
     """
     threads = min(torch.get_num_threads(), max(1, _cores() // number))
     context = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
-    settings = {"retries": worker.retries, "computing": worker.computing, "clock": worker.clock, "seen": worker.seen}
-    args = (worker.planned, worker.folder, settings, threads, streams)
-    processes: list[BaseProcess] = [context.Process(target=_work, args=args, daemon=True) for _ in range(number)]
+    settings = {name: getattr(worker, name) for name in ("planned", "folder", "retries", "computing", "clock", "seen")}
+    processes, news = list[BaseProcess](), list[Connection]()
     try:
         with _deaf():
-            for process in processes:
-                process.start()
-        _report(worker, processes, watcher)
+            for _ in range(number):
+                here, there = context.Pipe(duplex=False)  # one each: whoever is killed holds nothing that others wait for
+                news.append(here)
+                processes.append(context.Process(target=_work, args=(settings, threads, streams, there), daemon=True))
+                processes[-1].start()
+                there.close()
+        _report(worker, processes, news, watcher)
     finally:
         _end(processes)
     codes = [process.exitcode or 0 for process in processes]
@@ -51,22 +55,50 @@ def side_by_side(worker: Worker, number: int, *, streams: int, watcher: Watcher)
     return tuple(code for code in codes if code)
 
 
-def _report(worker: Worker, processes: list[BaseProcess], watcher: Watcher) -> None:
-    """Tell `watcher` of what comes into the ledger, until all have ended."""
+class _Sent(Watcher):
+    """Sends what it is told of trainings that run; the ledger tells of those that are finished."""
+
+    def __init__(self, news: Connection) -> None:
+        self.news = news
+
+    def cell(self, cell: Cell, *, epochs: int) -> None:
+        self._send(Watcher.cell, cell, epochs=epochs)
+
+    def epoch(self, cell: Cell, epoch: int, figures: dict[str, Any]) -> None:
+        self._send(Watcher.epoch, cell, epoch, figures)
+
+    def left(self, cell: Cell, why: str | None) -> None:
+        self._send(Watcher.left, cell, why)
+
+    def _send(self, what: Callable[..., None], *args: Any, **named: Any) -> None:
+        with suppress(OSError):  # the first process has ended, and this one will see it
+            self.news.send((what.__name__, args, named))
+
+
+def _report(worker: Worker, processes: list[BaseProcess], news: list[Connection], watcher: Watcher) -> None:
+    """Tell `watcher` of what the processes send and of what comes into the ledger, until all have ended."""
     alive, seen = True, worker.ledger.size()
     waiting, known = {task.name: task for task in worker.planned}, worker.ledger.ids()
     while alive:
         alive = any(process.is_alive() for process in processes)
         # To read 500 rows at each look took a tenth of a core from those who train.
         before, seen = seen, worker.ledger.size()
-        for row in worker.ledger.rows() if seen != before else ():
+        rows = worker.ledger.rows() if seen != before else []
+        for connection in news:  # after the ledger was read: a training that it holds has been told of
+            _pass_on(connection, watcher)
+        for row in rows:
             if row["id"] in waiting and row["id"] not in known:
                 known.add(row["id"])
-                task = waiting[row["id"]]
-                watcher.cell(task.cell, epochs=task.part.protocol.epochs)
-                watcher.finished(row)
+                watcher.finished(waiting[row["id"]].cell, row)
         if alive:
             time.sleep(LOOK_AGAIN)
+
+
+def _pass_on(news: Connection, watcher: Watcher) -> None:
+    with suppress(EOFError, OSError):  # its process has ended
+        while news.poll():
+            what, args, named = news.recv()
+            getattr(watcher, what)(*args, **named)
 
 
 def _end(processes: list[BaseProcess]) -> None:
@@ -84,19 +116,20 @@ def _end(processes: list[BaseProcess]) -> None:
             process.join()
 
 
-def _work(planned: Any, folder: Any, settings: dict[str, Any], threads: int, streams: int) -> None:
+def _work(settings: dict[str, Any], threads: int, streams: int, news: Connection) -> None:
     """The work of one process."""
+    watcher = _Sent(news)
     signal.signal(signal.SIGINT, _once)
     warnings.showwarning = _note
     torch.set_num_threads(threads)
     try:
         if streams > 1:
             settings |= {"benches": Benches()}  # the data once for all of them
-            device = pick_device(planned[0].part.experiment.device)
-            taking_turns(lambda turns: Worker(planned, folder, **settings, turns=turns).work(Watcher()), streams, device=device)
+            device = pick_device(settings["planned"][0].part.experiment.device)
+            taking_turns(lambda turns: Worker(**settings, turns=turns).work(watcher), streams, device=device)
             return
         with suppress(Stopped):
-            Worker(planned, folder, **settings).work(Watcher())
+            Worker(**settings).work(watcher)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except MemoryError:
