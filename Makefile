@@ -21,7 +21,7 @@ lint: .venv/done
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 networks: .venv/done
 	$(BIN)/python tools/networks.py

@@ -136,7 +136,7 @@ def refusals(rank: int) -> dict[str, torch.Tensor]:
     return {}
 
 
-def main(scenario: str, folder: Path) -> None:
+def main(folder: Path, wanted: list[str]) -> None:
     dist.init_process_group("gloo")
     rank, saved = dist.get_rank(), folder / "saved.pt"
     scale = Recipe((LRsI(settings=RescaleSettings(iterations=3), at_most="100%"),))
@@ -152,12 +152,12 @@ def main(scenario: str, folder: Path) -> None:
         "resume": lambda: train(ddp, rank, load=saved),
         "refusals": lambda: refusals(rank),
     }
-    found = scenarios[scenario]()
-    torch.save(found, folder / f"{scenario}-{rank}.pt")
-    dist.barrier()
+    for name in wanted:
+        torch.save(scenarios[name](), folder / f"{name}-{rank}.pt")
+        dist.barrier()
     leave()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]), sys.argv[2:])

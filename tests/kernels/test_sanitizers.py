@@ -1,4 +1,4 @@
-"""The same cases once more, with the native core built for AddressSanitizer and UndefinedBehaviorSanitizer."""
+"""The same cases but for equal bits, with the native core built for AddressSanitizer and UndefinedBehaviorSanitizer."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ def _runtime(name: str) -> str | None:
 @pytest.mark.skipif(_runtime("libasan.so") is None, reason="no gcc with AddressSanitizer here")
 def test_the_native_core_is_clean_under_both_sanitizers(tmp_path):
     built = tmp_path / "sanitized.clib"
-    flags = ["-O1", "-g", "-std=gnu11", "-fPIC", "-shared", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = ["-O1", "-g1", "-std=gnu11", "-fPIC", "-shared", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     sources = [str(SOURCE / f"{name}.c") for name in ("core", "portable", "avx2", "avx512")]
     subprocess.run(["gcc", *flags, "-o", str(built), *sources, "-lm"], check=True)
     env = {
@@ -36,7 +36,7 @@ def test_the_native_core_is_clean_under_both_sanitizers(tmp_path):
         "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",  # the leaks of Python and PyTorch are their own
         "OMP_NUM_THREADS": "2",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *CASES, "-k", "not unknown"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *CASES, "-k", "not unknown and not busy"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "skipped" not in done.stdout

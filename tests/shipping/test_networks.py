@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from functools import cache
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from anymask.train import Protocol, accuracy
 from tests.shipping.nets import both, close, network, said
 
 NETWORKS = ("demonet", "resnet20-0.5x", "resnet18-0.125x", "resnet50-0.125x", "vgg11-0.25x", "mobilenet-0.25x", "mobilenetv2-0.25x")
-WITHIN = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2, "int8": 0.1}  # of the largest output; measured: 1e-6, 5e-3, 2e-3 and 0.04
+WITHIN = {"bfloat16": 5e-2, "float16": 1e-2, "int8": 0.1}  # of the largest output; measured: 5e-3, 2e-3 and 0.04
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +30,23 @@ def batch():
     return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory, batch):
+    """A network, and what was shipped of it; each once, because PyTorch's export takes seconds."""
+
+    @cache
+    def of(name):
+        model, to = network(name), tmp_path_factory.mktemp("shipped") / "net.anymask"
+        return model, ship(model, None, example=batch[:1], to=to, values="float32")
+
+    return of
+
+
 @pytest.mark.usefixtures("gather")
 @both
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_network_gives_the_same_as_in_pytorch(name, batch, tmp_path):
-    model = network(name)
-    done = ship(model, None, example=batch[:1], to=tmp_path / "net.anymask", values="float32")
+def test_a_network_gives_the_same_as_in_pytorch(name, batch, shipped):
+    model, done = shipped(name)
     program = load(done.path, threads=1)
     assert close(program(batch.numpy()), model(batch), within=1e-4)
     assert close(program(batch[:1].numpy()), model(batch[:1]), within=1e-4)
