@@ -14,6 +14,7 @@ from torch import nn
 from anymask import data, models
 from anymask.data import Augment, Batches, Dataset
 from anymask.errors import SettingError
+from anymask.onednn import memory_format
 from anymask.ranks import first_of_machine, ranks, together
 from anymask.registry import imported
 from anymask.surgery import evaluating
@@ -64,6 +65,7 @@ class Bench:
         self.dataset: Dataset = whole if cut is None else cut(whole)
         self.mean, self.std = data.statistics(self.dataset.train)
         self.data_hash = _hash(self.dataset)
+        self._formats: dict[str, torch.memory_format] = {}  # by the network's name
 
     def batches(self, seed: int) -> tuple[Batches, Batches, Batches | None]:
         """Training, validation and test batches (None without `tests`); split, order and augmentation depend on `seed` only."""
@@ -80,12 +82,23 @@ class Bench:
 
     def model(self, seed: int) -> nn.Module:
         """The network with the initialisation of `seed`, on the device."""
+        model = self._built(seed)
+        return model.to(self.device, memory_format=self._format)  # type: ignore[call-overload]
+
+    def _built(self, seed: int) -> nn.Module:
         channels = self.dataset.train.images.shape[1]
         model = models.build(self.experiment.model, classes=len(self.dataset.classes), channels=channels, seed=seed)
         if models.is_own(self.experiment.model):
             self._check_fits(model, seed=seed)
-        # oneDNN and cuDNN convolve channels_last without converting it at each layer
-        return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
+
+    @property
+    def _format(self) -> torch.memory_format:
+        """Of images and weights: oneDNN and cuDNN convolve channels_last without converting it at each layer."""
+        name = self.experiment.model
+        if name not in self._formats:
+            self._formats[name] = memory_format(self._built(0), device=self.device)
+        return self._formats[name]
 
     def _check_fits(self, model: nn.Module, *, seed: int) -> None:
         """Refuse a network of the user's that does not give a number for each class for an image; lazy layers begin here, by `seed`."""
@@ -124,7 +137,8 @@ class Bench:
         return data.load(self.experiment.data, dir=self.experiment.data_dir, download=download)
 
     def _batches(self, split: data.Split, **settings: Any) -> Batches:
-        return Batches(split, device=self.device, mean=self.mean, std=self.std, channels_last=True, **settings)
+        last = self._format == torch.channels_last
+        return Batches(split, device=self.device, mean=self.mean, std=self.std, channels_last=last, **settings)
 
 
 def pick_device(name: str) -> str:

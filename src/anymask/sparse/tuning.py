@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from anymask.kernels import Gather, library
+from anymask.onednn import memory_format
 from anymask.runlog import atomic
 from anymask.sparse import layout, ops
 
@@ -80,12 +81,13 @@ def _measure(layer: Any, gather: Gather, shape: tuple[int, ...]) -> list[float]:
             (lambda x, w: ops.conv(x[:, :, None, None], w, layer.bias, gather.handle), rows, values),
         ]
     else:
-        dense = dense.contiguous(memory_format=torch.channels_last)
-        plain, last = x.contiguous(memory_format=torch.channels_last), layout.batch_last(x).permute(3, 0, 1, 2)
+        best = memory_format(layer)
+        dense = dense.contiguous(memory_format=best)
+        plain, last = x.contiguous(memory_format=best), layout.batch_last(x).permute(3, 0, 1, 2)
         how = (layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
         def between(x: Tensor, w: Tensor) -> Tensor:
-            y = nn.functional.conv2d(x.contiguous(memory_format=torch.channels_last), w, *how)
+            y = nn.functional.conv2d(x.contiguous(memory_format=best), w, *how)
             return layout.batch_last(y).permute(3, 0, 1, 2)
 
         runs = [
@@ -93,8 +95,8 @@ def _measure(layer: Any, gather: Gather, shape: tuple[int, ...]) -> list[float]:
             (between, last, dense),
             (lambda x, w: ops.conv(x, w, layer.bias, gather.handle), last, values),
         ]
-    best = [min(each) for each in zip(*([_seconds(*run) for run in runs] for _ in range(REPEATS + 1)), strict=True)]
-    return best if len(best) == 3 else [best[0], *best]
+    took = [min(each) for each in zip(*([_seconds(*run) for run in runs] for _ in range(REPEATS + 1)), strict=True)]
+    return took if len(took) == 3 else [took[0], *took]
 
 
 def _seconds(run: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor) -> float:

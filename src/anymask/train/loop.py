@@ -1,5 +1,6 @@
 """The reference trainer: one flat loop."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import nn
 from anymask.data import Batches
 from anymask.errors import SettingError
 from anymask.mask import Mask
+from anymask.onednn import overruns
 from anymask.pruning.dynamic import Dynamic, dense_mask, dynamic_of
 from anymask.ranks import leads
 from anymask.recipe import Recipe
@@ -117,6 +119,8 @@ def fit(
         "computing": (computing := Computing(sparse, compile, diagnose)),
     }
     device = next(model.parameters()).device
+    if device.type == "cpu":
+        _warn_of_overruns(model)
     with own_stream(device) if computing.records and device.type == "cuda" else nullcontext():
         mask = None if mask is None else mask.broadcast()
         run = Run(model, train, mask=mask, protocol=protocol, first_step=first_step, file=checkpoint_file)
@@ -167,6 +171,17 @@ def _train(
                 if value is not None:
                     writer.add_scalar(name, value, epoch + 1)
             writer.flush()
+
+
+def _warn_of_overruns(model: nn.Module) -> None:
+    found = [name for name, layer in overruns(model).items() if layer.weight.ndim == 4 and layer.weight.stride(2) > 1]  # channels_last
+    if found:
+        warnings.warn(
+            f"{', '.join(found)}: with weights in channels_last, fewer than 16 input channels and a stride, oneDNN gives such convolutions "
+            "of one pixel wrong gradients or crashes (github.com/uxlfoundation/oneDNN/issues/6035). On a CPU, leave model and images as "
+            "they are by default, torch.contiguous_format",
+            stacklevel=3,
+        )
 
 
 def _first_mask(model: nn.Module, mask: Mask | None, *, moving: Dynamic | None, sparsity: float | None) -> Mask | None:
