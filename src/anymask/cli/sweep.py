@@ -14,6 +14,7 @@ from anymask.cli.settings import RUN, Budget, Compile, Device, Diagnose, Sparse
 from anymask.errors import SettingError
 from anymask.runlog import Ledger
 from anymask.sweep import Outcome, budget_seconds, read_plan
+from anymask.sweep.workers import how_it_ended
 from anymask.train import Computing
 
 FAILED = 1
@@ -85,7 +86,7 @@ def _summary(outcome: Outcome, out: Path) -> Iterable[str]:
     for failed in outcome.failed:
         yield f"Failed {failed.tries} times: {failed.task.cell}: {failed.reason}"
     for code in outcome.died:
-        yield f"A worker process died with exit code {code}."
+        yield f"A worker process died {how_it_ended(code)}."
     for task in outcome.left[:_SHOWN]:
         yield f"Left: {task.cell}"
     if len(outcome.left) > _SHOWN:

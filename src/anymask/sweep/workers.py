@@ -1,5 +1,6 @@
 """A sweep in several processes of this machine."""
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -22,6 +24,7 @@ from anymask.sweep.run import LOOK_AGAIN, Benches, Stopped, Worker
 from anymask.sweep.turns import taking_turns
 
 INTERRUPTED, NO_MEMORY = 130, 3
+FAULTS = tuple(getattr(signal, name) for name in ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL") if hasattr(signal, name))
 _PATIENCE = 5.0  # seconds for a worker to end after Ctrl-C, before it is made to; nothing is lost then
 
 
@@ -37,19 +40,22 @@ def side_by_side(worker: Worker, number: int, *, streams: int, watcher: Watcher)
     threads = min(torch.get_num_threads(), max(1, _cores() // number))
     context = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
     settings = {name: getattr(worker, name) for name in ("planned", "folder", "retries", "computing", "clock", "seen")}
-    processes, news = list[BaseProcess](), list[Connection]()
+
+    def hire() -> _Member:
+        here, there = context.Pipe(duplex=False)  # one each: whoever is killed holds nothing that others wait for
+        process = context.Process(target=_work, args=(settings, threads, streams, there), daemon=True)
+        with _deaf(), there:
+            process.start()
+        return _Member(process, here)
+
+    crew = list[_Member]()
     try:
-        with _deaf():
-            for _ in range(number):
-                here, there = context.Pipe(duplex=False)  # one each: whoever is killed holds nothing that others wait for
-                news.append(here)
-                processes.append(context.Process(target=_work, args=(settings, threads, streams, there), daemon=True))
-                processes[-1].start()
-                there.close()
-        _report(worker, processes, news, watcher)
+        for _ in range(number):
+            crew.append(hire())
+        _report(worker, crew, watcher, hire=hire if streams == 1 else None)
     finally:
-        _end(processes)
-    codes = [process.exitcode or 0 for process in processes]
+        _end([member.process for member in crew])
+    codes = [member.process.exitcode or 0 for member in crew]
     if NO_MEMORY in codes:
         raise MemoryError
     return tuple(code for code in codes if code)
@@ -75,30 +81,70 @@ class _Sent(Watcher):
             self.news.send((what.__name__, args, named))
 
 
-def _report(worker: Worker, processes: list[BaseProcess], news: list[Connection], watcher: Watcher) -> None:
-    """Tell `watcher` of what the processes send and of what comes into the ledger, until all have ended."""
+class Crashed(Exception):
+    """A training whose process died of a fault in compiled code."""
+
+
+@dataclass
+class _Member:
+    """A process that works, and the pipe through which it tells how far it is."""
+
+    process: BaseProcess
+    news: Connection
+    at: Cell | None = None  # what it began last
+
+    def pass_on(self, watcher: Watcher) -> None:
+        """Tell `watcher` what it sent."""
+        with suppress(EOFError, OSError):  # it has ended
+            while self.news.poll():
+                what, args, named = self.news.recv()
+                self.at = args[0] if what == Watcher.cell.__name__ else self.at
+                getattr(watcher, what)(*args, **named)
+
+
+def how_it_ended(code: int) -> str:
+    """How a process ended, by its exit code.
+
+    Example:
+        >>> how_it_ended(-signal.SIGSEGV), how_it_ended(3)
+        ('by SIGSEGV, of a fault in compiled code; where, is said above', 'with exit code 3')
+    """
+    if code >= 0:
+        return f"with exit code {code}"
+    found = signal.Signals(-code)
+    whys = dict.fromkeys(FAULTS, "of a fault in compiled code; where, is said above")
+    return f"by {found.name}, {whys.get(found, 'which the system sends when memory is full, among others')}"
+
+
+def _report(worker: Worker, crew: list[_Member], watcher: Watcher, *, hire: Callable[[], _Member] | None) -> None:
+    """Tell `watcher` of what the processes send and of what comes into the ledger, until all have ended.
+
+    Args:
+        hire: starts another one for one that crashed, whose training has failed once more then; None where it may have been at several.
+    """
     alive, seen = True, worker.ledger.size()
     waiting, known = {task.name: task for task in worker.planned}, worker.ledger.ids()
     while alive:
-        alive = any(process.is_alive() for process in processes)
+        alive = any(member.process.is_alive() for member in crew)
         # To read 500 rows at each look took a tenth of a core from those who train.
         before, seen = seen, worker.ledger.size()
         rows = worker.ledger.rows() if seen != before else []
-        for connection in news:  # after the ledger was read: a training that it holds has been told of
-            _pass_on(connection, watcher)
+        for member in crew:  # after the ledger was read: a training that it holds has been told of
+            member.pass_on(watcher)
         for row in rows:
             if row["id"] in waiting and row["id"] not in known:
                 known.add(row["id"])
                 watcher.finished(waiting[row["id"]].cell, row)
+        for place, member in enumerate(crew):
+            code = member.process.exitcode or 0
+            if hire is None or -code not in FAULTS:
+                continue
+            left = [task for task in worker.planned if task.cell == member.at and task.name not in known]
+            if len(left) == 1:
+                watcher.left(left[0].cell, worker.note(left[0], Crashed(f"its process died {how_it_ended(code)}")))
+                crew[place], alive = hire(), True
         if alive:
             time.sleep(LOOK_AGAIN)
-
-
-def _pass_on(news: Connection, watcher: Watcher) -> None:
-    with suppress(EOFError, OSError):  # its process has ended
-        while news.poll():
-            what, args, named = news.recv()
-            getattr(watcher, what)(*args, **named)
 
 
 def _end(processes: list[BaseProcess]) -> None:
@@ -118,6 +164,7 @@ def _end(processes: list[BaseProcess]) -> None:
 
 def _work(settings: dict[str, Any], threads: int, streams: int, news: Connection) -> None:
     """The work of one process."""
+    faulthandler.enable()  # says where a fault in compiled code came up; without it the exit code alone is known
     watcher = _Sent(news)
     signal.signal(signal.SIGINT, _once)
     warnings.showwarning = _note
