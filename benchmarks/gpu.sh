@@ -11,9 +11,9 @@
 # checkpoints of stopped trainings) is in runs/paper, which git ignores. A run begins by bringing together the rows of both, so
 # that neither an older ledger from another machine nor a lost runs/paper costs a finished training.
 #
-# On a machine that takes parts of 64 MiB only, carry the packs (../shared/data/README.md: the files and unpack.py) one after the
-# other into data-local/packs, with --data-only each time; what is unpacked stays in data-local. Where $OUT names a folder, the ledger
-# and the rounds of lottery tickets are left there to be taken home; runs/tickets.tar.gz, if there, is unpacked before the next run.
+# For a machine that takes 64 MiB a call and has no network, benchmarks/lent_gpu.sh makes parts and prints the calls. The packs
+# (../shared/data/README.md) with unpack.py lie in data-local/packs then; what is unpacked stays in data-local. Where $OUT names a folder, the
+# ledger and the rounds of lottery tickets are left there to be taken home; runs/tickets.tar.gz, if there, is unpacked before the next run.
 #
 # Masks cost a GPU time that trainings could have (SynFlow 33 s for a ResNet-18, on an H200): make them before, on any machine, by
 # `anymask sweep plans/paper.toml --out runs/paper --masks-only`, and carry runs/paper/masks. A second process pays less than more streams.

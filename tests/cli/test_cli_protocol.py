@@ -1,10 +1,13 @@
 """`--protocol NAME`: below a file of settings, which is below the options; and the script that trains the paper's grid."""
 
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from anymask.train.presets import PROTOCOLS, protocol_of
 from tests.cli.test_cli_mistakes import check
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "benchmarks" / "gpu.sh"
+SCRIPT, LENT = (ROOT / "benchmarks" / name for name in ("gpu.sh", "lent_gpu.sh"))
 
 
 def taken(*words, command="compare"):
@@ -93,11 +96,12 @@ def run(folder, *words, **settings):
     return subprocess.run(["bash", str(SCRIPT), *words], env=environment, capture_output=True, text=True, check=False, timeout=120)
 
 
-def test_the_gpu_script_is_bash_that_parses():
-    assert os.access(SCRIPT, os.X_OK)
-    subprocess.run(["bash", "-n", SCRIPT], check=True)
+@pytest.mark.parametrize("script", [SCRIPT, LENT], ids=lambda path: path.name)
+def test_the_gpu_scripts_are_bash_that_parses(script):
+    assert os.access(script, os.X_OK)
+    subprocess.run(["bash", "-n", script], check=True)
     if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", SCRIPT], check=True)
+        subprocess.run(["shellcheck", script], check=True)
 
 
 def test_the_gpu_script_says_which_data_are_missing_and_does_not_run_without_them(tmp_path):
@@ -110,6 +114,30 @@ def test_the_gpu_script_says_which_data_are_missing_and_does_not_run_without_the
         assert "cifar100 is not" not in done.stderr
     assert "no run without all data of the plan" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_lent_gpu_needs_is_cut_into_parts_and_comes_together_there(tmp_path):
+    """The packs of the plan's data alone, in parts that no call carries twice; the commands are bash, and short enough for a call."""
+    packs = tmp_path / "packs"
+    packs.mkdir()
+    for name in ("unpack.py", "cifar100_train_a.wpk", "cifar100_labels.npz", "cifar10_10k2k_train.wpk"):
+        (packs / name).write_bytes(name.encode() * 2000)
+    environment = {**os.environ, "PACKS": str(packs), "PLAN": "plans/gpu.toml", "PART": "50000", "LENT": str(tmp_path / "lent")}
+    done = subprocess.run([LENT, "packs", "calls"], env=environment, capture_output=True, text=True, check=True)
+    parts = sorted((tmp_path / "lent").glob("part*"))
+    with tarfile.open(fileobj=io.BytesIO(b"".join(part.read_bytes() for part in parts))) as archive:
+        assert sorted(archive.getnames()) == ["cifar100_labels.npz", "cifar100_train_a.wpk", "unpack.py"]
+    carried = [json.loads(words) for words in re.findall(r"carry (\[.*\]):", done.stdout)]
+    assert [name for names in carried for name in names if "/part" in name] == list(map(str, parts))
+    assert len(parts) == len(carried) - 1 > 1
+    for command in re.findall(r"carry .*:\n(.*)\n", done.stdout):
+        subprocess.run(["bash", "-n", "-c", command], check=True)
+        assert len(command) < 2000
+
+
+def test_an_unknown_step_for_the_lent_gpu_is_told():
+    done = subprocess.run([LENT, "mask"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.startswith("lent_gpu.sh: mask came; allowed: masks, wheels, packs, calls")) == (2, True)
 
 
 @pytest.mark.skipif("sweep" not in COMMANDS, reason="there is no `anymask sweep` yet")
