@@ -2,11 +2,13 @@
 
 import math
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anymask.errors import SettingError
 from anymask.kernels import Gather
 from anymask.sparse import calls, layout, ops, rows
 
@@ -81,7 +83,8 @@ class BatchLastNorm2d(BatchLast, nn.BatchNorm2d):
 
     relu: "tuple[FusedReLU, ...]" = ()  # in a tuple, so that it is no child
     pool: tuple[nn.Module, ...] = ()  # the pool, and what contains a part of the three
-    done = (False, False)  # whether the last call did the ReLU, and the pool
+    done = (False, False)  # whether the last call did the ReLU, and the pool, and they have not been called yet
+    gave: "ref[Tensor] | None" = None  # what the last call gave, while the ReLU is to pass it on
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) to the same, or to what the pool gives."""
@@ -90,7 +93,31 @@ class BatchLastNorm2d(BatchLast, nn.BatchNorm2d):
             self.__dict__["done"] = soft is not None, soft is not None and self.pools()
         if not layout.is_batch_last(input):
             return super().forward(input)
-        return self.normed(input, None, soft=soft, pool=self.done[1])
+        y = self.normed(input, None, soft=soft, pool=self.done[1])
+        if self.relu:
+            self.__dict__["gave"] = ref(y) if self.done[0] and not torch.compiler.is_compiling() else None
+        return y
+
+    def has_done(self, which: int, input: Tensor) -> bool:
+        """Whether the last call has done for `input` what the ReLU (0) or the pool (1) that asks is for, which is told so once.
+
+        A ReLU may be called with something else, too, in training, say; and it is too late where something came in between.
+        """
+        if not self.done[which]:
+            return False
+        gave, self.__dict__["done"] = self.gave, (False, which == 0 and self.done[1])
+        if not self.done[1]:
+            self.__dict__["gave"] = None
+        if gave is not None and gave() is not input:
+            raise SettingError(
+                f"{'a max pool' if which else 'a ReLU'} was given something else than in the example of to_sparse",
+                allowed="what the batch norm before it gave, which has done it already",
+                fix="put what comes in between in training into a module of its own, or let the model stay dense (sparse='off' in fit)",
+            )
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "gave": None} if self.gave else self.__dict__  # a weak reference cannot be pickled
 
     def normed(self, input: Tensor, add: Tensor | None, *, soft: float | None, pool: bool = False) -> Tensor:
         """The norm of a batch-last tensor, plus `add`, then a ReLU as soft as asked (0: a plain one; None: none), then a max pool."""
@@ -207,7 +234,7 @@ class FusedReLU(nn.ReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """Any shape to the same."""
-        return input if self.norm and self.norm[0].done[0] else super().forward(input)
+        return input if self.norm and self.norm[0].has_done(0, input) else super().forward(input)
 
 
 class BatchLastMaxPool2d(BatchLast, nn.MaxPool2d):
@@ -231,7 +258,7 @@ class BatchLastMaxPool2d(BatchLast, nn.MaxPool2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, OH, OW)."""
-        if self.norm and self.norm[0].done[1]:
+        if self.norm and self.norm[0].has_done(1, input):
             return input
         if not layout.is_batch_last(input) or self.return_indices or _pair(self.dilation) != (1, 1):
             return super().forward(input)
@@ -262,7 +289,7 @@ def unlink(layer: nn.Module) -> None:
     """Let a norm, ReLU or pool, and those that it is done together with, be done each by itself."""
     for norm in (layer, *getattr(layer, "norm", ())):
         for other in (*getattr(norm, "relu", ()), *getattr(norm, "pool", ()), norm):
-            for link in ("relu", "pool", "norm", "done"):
+            for link in ("relu", "pool", "norm", "done", "gave"):
                 other.__dict__.pop(link, None)
 
 

@@ -350,12 +350,13 @@ def _(x: Tensor, *_: Any) -> Tensor:
 
 
 def _save_pool(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, _, ctx.window, ctx.mean = inputs
-    ctx.save_for_backward(x, output)
+    x, ctx.size, ctx.window, ctx.mean = inputs
+    ctx.save_for_backward(x)  # not the output: a ReLU may write into it, and PyTorch's pools let it
 
 
 def _backward_pool(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    x, y = ctx.saved_tensors
+    (x,) = ctx.saved_tensors
+    y = g if ctx.mean else pool(x, ctx.size, ctx.window, False)  # a mean's gradient needs its size alone
     return pool_gradient(x, y, g, ctx.window, ctx.mean), None, None, None
 
 

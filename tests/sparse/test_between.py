@@ -1,0 +1,94 @@
+"""What may come between sparse layers and those that follow their memory, beside the dense model: written in place, left out, noise."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import anymask
+from anymask.errors import SettingError
+from anymask.kernels import available
+
+pytestmark = pytest.mark.skipif(not available(), reason="the native kernels were not built here (no C compiler)")
+
+
+class Between(nn.Module):
+    """Nothing in evaluation; in training it takes 1 off."""
+
+    def forward(self, x):
+        return x - 1 if self.training else x
+
+
+class Again(nn.Module):
+    """Its ReLU is called once more in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+
+    def forward(self, x):
+        x = self.relu(self.norm(self.conv(x)))
+        return x + self.relu(x - 1) if self.training else x
+
+
+class Hidden(Again):
+    """What comes in between in training is in its own forward, where no module shows it."""
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        return self.relu(x - 1 if self.training else x)
+
+
+def both(*parts):
+    """A network of these, and its sparse twin; images for them."""
+    torch.manual_seed(0)
+    dense, x = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten()), torch.randn(5, 3, 12, 10)
+    mask = anymask.prune(dense, "random-uniform", sparsity=0.3, seed=0)
+    mask.apply(dense)
+    return dense, anymask.to_sparse(copy.deepcopy(dense), mask, x, measure=False), x
+
+
+def check_same(dense, sparse, x):
+    """Equal outputs and gradients of the input, in training and in evaluation."""
+    for part in (nn.Module.train, nn.Module.eval):
+        found = []
+        for model in (part(dense), part(sparse)):
+            given = x.clone().requires_grad_()
+            y = model(given)
+            y.square().sum().backward()
+            found.append((y.detach(), given.grad))
+        torch.testing.assert_close(*found, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2)])
+@pytest.mark.parametrize("norm", [[], [nn.BatchNorm2d(8)]])
+def test_what_a_pool_gives_may_be_written_over(pool, norm):
+    check_same(*both(nn.Conv2d(3, 8, 3), *norm, pool, nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3)))
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("between", [Between, lambda: nn.Sequential(nn.Identity(), Between())])
+def test_a_norm_does_no_relu_that_training_puts_something_before(between, inplace):
+    check_same(*both(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), between(), nn.ReLU(inplace), nn.Conv2d(8, 8, 3)))
+
+
+def test_a_relu_that_training_calls_once_more_is_one():
+    check_same(*both(Again(), nn.Conv2d(8, 8, 3)))
+
+
+def test_what_is_done_unseen_between_a_norm_and_its_relu_is_an_error():
+    dense, sparse, x = both(Hidden())
+    torch.testing.assert_close(sparse.eval()(x), dense.eval()(x), atol=1e-5, rtol=1e-4)
+    with pytest.raises(SettingError, match="a ReLU was given something else than in the example"):
+        sparse.train()(x)
+
+
+def test_a_model_that_was_stopped_between_a_norm_and_its_relu_can_be_kept():
+    _, sparse, x = both(Hidden())
+    y = sparse[0].norm(sparse[0].conv(x))
+    copies = copy.deepcopy(sparse), pickle.loads(pickle.dumps(sparse))
+    assert sparse[0].relu(y) is y
+    for one in copies:
+        torch.testing.assert_close(one.eval()(x), sparse.eval()(x))
