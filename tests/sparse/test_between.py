@@ -10,6 +10,7 @@ from torch import nn
 import anymask
 from anymask.errors import SettingError
 from anymask.kernels import available
+from anymask.prunables import compact
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native kernels were not built here (no C compiler)")
 
@@ -92,3 +93,48 @@ def test_a_model_that_was_stopped_between_a_norm_and_its_relu_can_be_kept():
     assert sparse[0].relu(y) is y
     for one in copies:
         torch.testing.assert_close(one.eval()(x), sparse.eval()(x))
+
+
+class Views(nn.Module):
+    """Images and channels become one dimension, by view."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(80, 5)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.fc(x.view(len(x) * 8, -1)).view(len(x), 8, 5).mean(1)
+
+
+class Weighs(Views):
+    """A layer's weight is used beside the layer."""
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3)) * self.conv.weight.flatten(1).norm(dim=1)
+
+
+@pytest.mark.parametrize(("kind", "why"), [(Views, "reshape"), (Weighs, "weights are vectors")])
+def test_a_model_that_cannot_compute_with_sparse_layers_stays_dense_and_trains(kind, why):
+    model, x = kind(), torch.randn(5, 3, 12, 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    mask = anymask.prune(model, "random-uniform", sparsity=0.3, seed=0)
+    mask.apply(model)
+    before, right = copy.deepcopy(model.state_dict()), model(x)
+    with pytest.warns(UserWarning, match=f"leaves all layers dense: with sparse ones the model fails.*{why}"):
+        anymask.to_sparse(model, mask, x, optimizer=optimizer, measure=False)
+    torch.testing.assert_close(model.state_dict(), before)
+    torch.testing.assert_close(model(x), right)
+    model(x).sum().backward()
+    optimizer.step()
+
+
+def test_a_transformers_layers_stay_dense_because_its_evaluation_takes_their_weights():
+    model = nn.Sequential(nn.Linear(12, 16), nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True))
+    mask, x = anymask.prune(model, "random-uniform", sparsity=0.5, seed=0), torch.randn(3, 6, 12)
+    mask.apply(model)
+    right = model.eval()(x)
+    anymask.to_sparse(model, mask, x, measure=False)
+    assert list(compact(model)) == ["0.weight"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), right, atol=1e-5, rtol=1e-4)

@@ -17,7 +17,7 @@ from anymask.mask import Mask
 from anymask.prunables import bare, compact
 from anymask.sparse import layers, memory, semi_structured
 from anymask.sparse.tuning import times, worth_it
-from anymask.surgery import trace
+from anymask.surgery import evaluating, run, trace
 
 DENSE: dict[type, type] = {  # sparse class -> the class it was made of
     layers.SparseConv2d: nn.Conv2d,
@@ -97,8 +97,9 @@ def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimize
     gradient and optimiser slots are vectors (K,) of that size. Parameters keep their identity and names, state dicts hold the dense
     weights, hooks and techniques stay where they are. What lies between (batch norm with its ReLU and max pool, pools) follows the
     memory layout of the kernels (C, H, W, N). Layers of other kinds, those that the mask leaves out, and those that are measured slower
-    stay dense. A norm does the ReLU and the max pool after it too, while nobody hooks into them: a part of the model that is cut off
-    between them, such as `model[:2]`, gives what comes after them.
+    stay dense; so do all, with a warning, where the model cannot compute the example with sparse ones. A norm does the ReLU and the max
+    pool after it too, while nobody hooks into them: a part of the model that is cut off between them, such as `model[:2]`, gives what
+    comes after them.
 
     Args:
         model: on the CPU, float32; changed in place.
@@ -129,16 +130,17 @@ def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimize
     shapes = {id(call.module): tuple(call.input.shape) for call in trace(model, example)}
     found = norms_with_relu(model, example)
     tables: dict[str, tuple[Any, Gather]] = {}
+    able = shapes.keys() - semi_structured.in_fused_layers(model)
     for name, parameter in parameters.items():
         layer: Any = owners.get(name)
-        gather = gather_for(layer, mask[name]) if id(layer) in shapes and not _tied(model, parameter) else None
+        gather = gather_for(layer, mask[name]) if id(layer) in able and not _tied(model, parameter) else None
         if gather is not None:
             tables[name] = layer, gather
     chosen = set(tables)
     if not (measure or tables):
         kinds = sorted({type(bare(model).get_submodule(name.rpartition(".")[0])).__name__ for name in parameters})
-        able = "nn.Conv2d and nn.Linear that the example reaches (no subclasses, no tied weights, no wrapped model) become sparse"
-        warnings.warn(f"to_sparse leaves all layers dense: {', '.join(kinds)}. Only {able}", stacklevel=2)
+        which = "nn.Conv2d and nn.Linear that the example reaches (no subclasses, no tied weights, no wrapped model) become sparse"
+        warnings.warn(f"to_sparse leaves all layers dense: {', '.join(kinds)}. Only {which}", stacklevel=2)
     if measure:
         chosen = worth_it({name: times(layer, gather, shapes[id(layer)]) for name, (layer, gather) in tables.items()})
     with uninterrupted():
@@ -146,6 +148,13 @@ def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimize
             sparsify(*tables[name], optimizer)
         if chosen:
             _follow(model, found)
+    if chosen and (why := _failure(model, example)):
+        to_dense(model, optimizer=optimizer)
+        warnings.warn(
+            f"to_sparse leaves all layers dense: with sparse ones the model fails ({why}). Their maps have the batch last in memory, which "
+            "reshape and flatten take and view does not always, and their weights are vectors",
+            stacklevel=2,
+        )
     return model
 
 
@@ -244,6 +253,17 @@ def _check(model: nn.Module, mask: Mask) -> dict[str, nn.Parameter]:
         first = parameters[odd[0]]
         raise SettingError(f"{odd[0]} is {first.dtype} on {first.device}", allowed="float32 on the CPU", fix="leave the model dense there")
     return parameters
+
+
+@torch.no_grad()
+def _failure(model: nn.Module, example: Any) -> str:
+    """What goes wrong when the model computes the example, which it could before; empty where nothing does."""
+    try:
+        with evaluating(model):
+            run(model, example)
+    except Exception as error:  # it is the user's code
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return ""
 
 
 def _tied(model: nn.Module, parameter: nn.Parameter) -> bool:
