@@ -138,3 +138,23 @@ def test_a_transformers_layers_stay_dense_because_its_evaluation_takes_their_wei
     assert list(compact(model)) == ["0.weight"]
     with torch.no_grad():
         torch.testing.assert_close(model(x), right, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adafactor, torch.optim.LBFGS])
+def test_an_optimizer_that_has_slots_of_other_shapes_is_refused_before_anything_is_changed(kind):
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), torch.randn(3, 6)
+    optimizer = kind(model.parameters(), lr=0.01)
+
+    def loss():
+        optimizer.zero_grad()
+        value = model(x).square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    optimizer.step(loss)
+    mask = anymask.prune(model, "random-uniform", sparsity=0.3, seed=0)
+    with pytest.raises(SettingError, match=f"{kind.__name__} keeps .* in a shape of its own"):
+        anymask.to_sparse(model, mask, x, optimizer=optimizer, measure=False)
+    assert model[0].weight.all()
+    optimizer.step(loss)

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from anymask.dataflow import norms_with_relu
 from anymask.errors import SettingError
@@ -113,7 +114,8 @@ def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimize
 
     Raises:
         MaskError: when the mask does not fit.
-        SettingError: without the native kernels, on another device, or for a model that is sparse already.
+        SettingError: without the native kernels, on another device, for a model that is sparse already, or an optimizer whose slots are not
+            of the shape of its parameters.
 
     Example:
         >>> import torch, anymask
@@ -124,6 +126,8 @@ def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimize
         (torch.Size([410]), torch.Size([64, 64]))
     """
     parameters = _check(model, mask)
+    if optimizer is not None:
+        _check_slots(parameters, optimizer)
     memory.prepare()
     mask.apply(model)
     owners = {f"{name}.weight" if name else "weight": module for name, module in model.named_modules()}
@@ -253,6 +257,19 @@ def _check(model: nn.Module, mask: Mask) -> dict[str, nn.Parameter]:
         first = parameters[odd[0]]
         raise SettingError(f"{odd[0]} is {first.dtype} on {first.device}", allowed="float32 on the CPU", fix="leave the model dense there")
     return parameters
+
+
+def _check_slots(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
+    """Refuse slots that are neither numbers nor shaped like their weight, such as Adafactor's rows: they cannot be converted."""
+    for name, weight in parameters.items():
+        for slot, value in optimizer.state.get(weight, {}).items():
+            tensors = [part for part in tree_leaves(value) if isinstance(part, Tensor)]
+            if any(tensor.numel() > 1 and tensor.shape != weight.shape for tensor in tensors) or (tensors and tensors[0] is not value):
+                raise SettingError(
+                    f"{type(optimizer).__name__} keeps {slot} of {name} in a shape of its own",
+                    allowed="an optimizer whose slots have the shape of the weight, as those of SGD, Adam and RMSprop have",
+                    fix="call to_sparse before the optimizer is made",
+                )
 
 
 @torch.no_grad()
