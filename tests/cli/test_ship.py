@@ -89,7 +89,7 @@ def test_a_dense_run_of_unknown_images_needs_their_size(anymask, here):
         ("ship run --to net.anymask --mask half.mask", ("with the folder run",)),
         ("ship . --to net.anymask", ("holds no finished training",)),
         ("ship nowhere.pt --to net.anymask", ("nowhere.pt came without its network", "--model NAME --input C H W")),
-        ("ship nowhere.pt --model resnet20 --input 3 32 32 --to net.anymask", ("nowhere.pt",)),
+        ("ship nowhere.pt --model resnet20 --input 3 32 32 --to net.anymask", ("no checkpoint at nowhere.pt",)),
         ("ship dense.pt --model resnt20 --input 3 32 32 --to net.anymask", ("resnt20", "resnet20")),
         ("ship dense.pt --model resnet20 --input 3 32 32 --to net.anymask", ("not those of resnet20",)),
         ("ship dense.pt --model resnet8-0.25x --input 3 -3 12 --to net.anymask", ("3 x -3 x 12", "over 0")),
