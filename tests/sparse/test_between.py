@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -42,6 +43,16 @@ class Hidden(Again):
         return self.relu(x - 1 if self.training else x)
 
 
+class Written(Again):
+    """The same, written over what the norm gave."""
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        if self.training:
+            x -= 1
+        return self.relu(x)
+
+
 def both(*parts):
     """A network of these, and its sparse twin; images for them."""
     torch.manual_seed(0)
@@ -79,11 +90,27 @@ def test_a_relu_that_training_calls_once_more_is_one():
     check_same(*both(Again(), nn.Conv2d(8, 8, 3)))
 
 
-def test_what_is_done_unseen_between_a_norm_and_its_relu_is_an_error():
-    dense, sparse, x = both(Hidden())
+@pytest.mark.parametrize("kind", [Hidden, Written])
+def test_what_is_done_unseen_between_a_norm_and_its_relu_is_an_error(kind):
+    dense, sparse, x = both(kind())
     torch.testing.assert_close(sparse.eval()(x), dense.eval()(x), atol=1e-5, rtol=1e-4)
     with pytest.raises(SettingError, match="a ReLU was given something else than in the example"):
         sparse.train()(x)
+
+
+def test_several_threads_may_compute_with_a_model_at_once():
+    _, sparse, x = both(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    sparse.eval()
+    images = [x[:1] * number for number in range(1, 9)]
+    with torch.inference_mode():
+        right = [sparse(each) for each in images]
+
+    def compute(each):
+        with torch.inference_mode():
+            return [sparse(each) for _ in range(20)][-1]
+
+    with ThreadPoolExecutor(4) as pool:
+        torch.testing.assert_close(list(pool.map(compute, images)), right)
 
 
 def test_a_model_that_was_stopped_between_a_norm_and_its_relu_can_be_kept():
@@ -91,6 +118,7 @@ def test_a_model_that_was_stopped_between_a_norm_and_its_relu_can_be_kept():
     y = sparse[0].norm(sparse[0].conv(x))
     copies = copy.deepcopy(sparse), pickle.loads(pickle.dumps(sparse))
     assert sparse[0].relu(y) is y
+    assert not vars(y)
     for one in copies:
         torch.testing.assert_close(one.eval()(x), sparse.eval()(x))
 

@@ -300,6 +300,6 @@ def _follow(model: nn.Module, found: list[tuple[nn.Module, nn.Module, tuple[nn.M
         if isinstance(norm, layers.BatchLastNorm2d):
             relu.__class__ = layers.FusedReLU
             norm.__dict__["relu"], relu.__dict__["norm"] = (relu,), (norm,)
-            norm.__dict__["done"], norm.__dict__["gave"] = norm.done, norm.gave
+            norm.__dict__["done"], norm.__dict__["waiting"] = norm.done, set()
             if more and isinstance(pool := more[0], layers.BatchLastMaxPool2d) and pool.is_tiling():
                 norm.__dict__["pool"], pool.__dict__["norm"] = more, (norm,)
