@@ -97,8 +97,22 @@ class Bench:
         """Of images and weights: oneDNN and cuDNN convolve channels_last without converting it at each layer."""
         name = self.experiment.model
         if name not in self._formats:
-            self._formats[name] = memory_format(self._built(0), device=self.device)
+            model = self._built(0)
+            chosen = memory_format(model, device=self.device)
+            if models.is_own(name) and not self._computes(model, chosen):  # x.view(len(x), -1), of so many tutorials
+                chosen = torch.contiguous_format
+            self._formats[name] = chosen
         return self._formats[name]
+
+    def _computes(self, model: nn.Module, memory_format: torch.memory_format) -> bool:
+        """Whether a network of the user's, which takes images as they are by default, takes them in this format, too."""
+        images = self.dataset.train.images[:2].float().contiguous(memory_format=memory_format)
+        try:
+            with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                model.to(memory_format=memory_format)(images)  # type: ignore[call-overload]
+        except Exception:  # it is the user's code
+            return False
+        return True
 
     def _check_fits(self, model: nn.Module, *, seed: int) -> None:
         """Refuse a network of the user's that does not give a number for each class for an image; lazy layers begin here, by `seed`."""

@@ -70,6 +70,7 @@ class _Call:
     output: Tensor | None = None
     order: int = 0
     used: int = 0  # how often what was given had been used before
+    handed: bool = False  # whether another module than those around this one was given the same before
 
 
 @dataclass
@@ -83,6 +84,7 @@ class _Flow:
     uses: Counter = field(default_factory=Counter)
     touched: Counter = field(default_factory=Counter)  # how often a tensor itself was in an argument or in the model's output
     entered: Counter = field(default_factory=Counter)  # how often each module was called
+    handed: dict[int, list[_Call]] = field(default_factory=lambda: defaultdict(list))  # to which modules a tensor was given
     alive: list[Any] = field(default_factory=list)  # an id means something only while its tensor lives
 
     def root(self, tensor: Any) -> int:
@@ -181,6 +183,8 @@ def before_norms(model: nn.Module, example: Any) -> list[tuple[nn.Module, nn.Mod
 def norms_with_relu(model: nn.Module, example: Any) -> list[tuple[nn.Module, nn.Module, tuple[nn.Module, ...]]]:
     """(norm, `nn.ReLU`, what follows) for each norm whose output goes through that ReLU and nowhere else, all called once.
 
+    Nor is there a module between them, which may do nothing in evaluation and more in training, as one that adds noise does.
+
     What follows is an `nn.MaxPool2d`, where an `nn.Sequential` has it next after the two, so that nothing can stand between or branch
     off; then the containers that hold a part of the three. It is empty where no such pool is.
 
@@ -200,6 +204,7 @@ def norms_with_relu(model: nn.Module, example: Any) -> list[tuple[nn.Module, nn.
             norm is not None
             and type(call.module) is nn.ReLU
             and call.used == 0
+            and not call.handed
             and (call.module.inplace or flow.touched[id(call.given)] == 1)
         ):
             found.append((norm, call.module, pools.get((norm, call.module), ())))
@@ -243,7 +248,10 @@ def _watch(model: nn.Module, example: Any) -> _Flow:
     def enter(module: nn.Module, args: Any, kwargs: Any, name: str) -> None:
         given = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
         flow.entered[id(module)] += 1
-        flow.stack.append(_Call(module, name, given, used=flow.uses[flow.root(given)]))
+        inside = {id(call) for call in flow.stack}
+        others = any(id(call) not in inside and type(call.module) is not nn.Identity for call in flow.handed[id(given)])
+        flow.stack.append(_Call(module, name, given, used=flow.uses[flow.root(given)], handed=others))
+        flow.handed[id(given)].append(flow.stack[-1])
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
         call = flow.stack.pop()

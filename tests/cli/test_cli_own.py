@@ -34,6 +34,14 @@ def strange(**everything):
 def wrong(classes, pixels):
     return nn.Identity()
 
+class Viewed(nn.Module):
+    def __init__(self, classes, channels):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(channels, 4, 3), nn.Linear(400, classes)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).view(-1, 400))
+
 def tall():
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, 2))
 """
@@ -64,6 +72,11 @@ def test_a_network_and_a_mask_method_of_ones_own_are_trained_compared_and_shippe
     (here / "a.toml").write_text('masks = "outside"\nplugins = "outside"\nmodel = "outside:Net"\n')
     said = anymask("compare", "--config", "a.toml", "--recipes", "default", "--seeds", "1", "--dry-run", *own(small, "Net"))
     assert said.out.splitlines() == ["dense, default, seed 0", "outside 0.98, default, seed 0"]
+
+
+def test_a_network_of_ones_own_that_views_its_maps_as_rows_is_trained_in_the_format_in_which_it_can(anymask, here, small):
+    said = anymask("train", "--mask", "random", "--recipe", "default", "--out", "one", "--epochs", 1, *own(small, "Viewed"))
+    assert said.code == 0, said.err
 
 
 def test_lazy_layers_of_a_network_of_ones_own_begin_by_the_seed(here):

@@ -1,5 +1,7 @@
 """Whole networks as files: the same outputs, the promised size, the same accuracy; nothing of PyTorch to run them."""
 
+import copy
+import pickle
 import subprocess
 import sys
 import time
@@ -178,8 +180,25 @@ def test_a_batch_of_another_shape_is_refused(shape, batch, tmp_path):
     program = load(ship(network("demonet"), None, example=batch, to=tmp_path / "n.anymask").path)
     with pytest.raises(SettingError, match=r"\(N, 3, 32, 32\)"):
         program(np.zeros(shape, np.float32))
-    with pytest.raises(SettingError, match="threads came as 0"):
-        program(batch.numpy(), threads=0)
+    for threads in (0, 1.5, "2"):
+        with pytest.raises(SettingError, match=f"threads came as {threads!r}"):
+            program(batch.numpy(), threads=threads)
+
+
+@pytest.mark.parametrize("given", ["images", [[1.0], [1.0, 2.0]], torch.ones(1, 3, requires_grad=True), np.ones((1, 3), complex), None])
+def test_a_batch_of_no_numbers_is_refused(given, tmp_path):
+    program = load(ship(nn.Linear(3, 2), None, example=torch.ones(1, 3), to=tmp_path / "n.anymask").path)
+    with pytest.raises(SettingError, match=r"a batch that cannot be taken as numbers|a batch of shape \(\)"):
+        program(given)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda program: pickle.loads(pickle.dumps(program))])
+def test_a_program_can_be_copied_and_sent_to_another_process(again, batch, tmp_path):
+    program = load(ship(network("demonet"), None, example=batch, to=tmp_path / "n.anymask").path, threads=1)
+    right = program(batch.numpy())
+    other = again(program)
+    assert (other.threads, repr(other)) == (1, repr(program))
+    assert np.array_equal(other(batch.numpy()), right)
 
 
 # -- shipping ------------------------------------------------------------------------------------------------------
@@ -233,7 +252,10 @@ def test_weights_that_the_mask_leaves_out_have_to_be_0(tmp_path):
         ({"values": "int4"}, "float32, bfloat16, float16, int8"),
         ({"to": "net.safetensors", "values": "int8"}, "float32 in .safetensors"),
         ({"example": torch.ones(0, 3)}, "example came without samples"),
-        ({"example": [1.0]}, "example came without samples"),
+        ({"example": [1.0]}, "example came as list"),
+        ({"example": torch.full((1, 3), float("nan"))}, "example holds numbers that are not finite"),
+        ({"info": {"epochs": np.float32(1)}}, "info cannot be kept.*float32"),
+        ({"info": {"loss": float("nan")}}, "info cannot be kept"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changed, words, tmp_path, monkeypatch):

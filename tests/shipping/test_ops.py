@@ -249,5 +249,7 @@ def test_an_operation_that_cannot_be_shipped_is_named_with_its_module(name):
 def test_a_model_that_cannot_be_exported_or_gives_two_tensors_is_refused():
     with pytest.raises(SettingError, match="cannot be exported"):
         plan_of(Call(lambda x: x if x.sum() > 0 else -x), torch.randn(2, *MAP))
+    with pytest.raises(SettingError, match="gives an output that does not depend on its input"):
+        plan_of(Call(lambda x: torch.ones(2, 3)), torch.randn(2, *MAP))
     with pytest.raises(SettingError, match="gives 2 tensors"):
         plan_of(Call(lambda x: (x + 1, x + 2)), torch.randn(2, *MAP))

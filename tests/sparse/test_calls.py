@@ -151,3 +151,13 @@ def test_shapes_are_known_on_meta_and_what_is_traced_can_be_saved() -> None:
     buffer = io.BytesIO()
     torch.export.save(torch.export.export(model, (x,)), buffer)
     assert buffer.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of PyTorch's own forward mode
+def test_forward_mode_is_refused_and_not_taken_for_a_gradient_of_0() -> None:
+    model, x = net().eval(), torch.randn(2, 2, 6, 6)
+    for ask in (lambda: torch.func.jvp(model, (x,), (x,)), lambda: torch.func.jacfwd(model)(x)):
+        with pytest.raises(TechniqueError, match="in forward mode"):
+            ask()
+    (_, beside) = torch.func.jvp(lambda scale: scale * model(x), (torch.ones(()),), (torch.ones(()),))
+    torch.testing.assert_close(beside, model(x))

@@ -47,6 +47,8 @@ def _check_newer(path: Path, metadata: Mapping[str, str]) -> None:
     for key in metadata:
         if key.rpartition("-")[0] == _FAMILY:
             raise refusal(path, f"its format is {key}, and this version reads {FORMAT}", fix="install a newer anymask")
+        if key.startswith("anymask-program-"):
+            raise refusal(path, "a network of anymask.ship", fix="name a mask, or the run or checkpoint that it was made of")
 
 
 def _digest(header: str, bits: Iterable[np.ndarray]) -> str:

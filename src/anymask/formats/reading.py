@@ -71,18 +71,18 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         >>> load_weights(path)
         {'fc.weight': tensor([[1., 1.]])}
     """
-    path = _file(Path(path))
+    path = _file(Path(path), what="checkpoint")
     if _own(path) is not None:
         raise refusal(path, "a mask of ours, where a checkpoint is needed", fix="name the file with the weights")
     with opened(path) as contents:
         return {name: leaf.read().clone() for name, leaf in without_marks(named_leaves(unwrapped(contents.leaves), prefixes=True)).items()}
 
 
-def _file(path: Path) -> Path:
+def _file(path: Path, *, what: str = "mask file") -> Path:
     if path.is_dir():
         return file_in(path)
     if not path.is_file():
-        raise MissingFile(f"no mask file at {path}", allowed="a file that docs/formats.md lists", fix="check the path")
+        raise MissingFile(f"no {what} at {path}", allowed="a file that docs/formats.md lists", fix="check the path")
     return path
 
 

@@ -1,5 +1,6 @@
 """`anymask.ship`: a trained network to a file."""
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -91,13 +92,28 @@ def ship(
     if values not in (None, *VALUES) or (path.suffix != ".anymask" and values not in (None, "float32")):
         allowed = ", ".join(VALUES) if path.suffix == ".anymask" else f"float32 in {path.suffix}"
         raise SettingError(f"values came as {values!r}", allowed=allowed, fix="choose one of these, or leave it out")
-    if not isinstance(example, Tensor) or example.ndim < 2 or not len(example):
-        raise SettingError("the example came without samples", allowed="a tensor (N, C, H, W) or (N, D)", fix="give a batch of inputs")
+    _check_example(example)
+    try:
+        json.dumps(info, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SettingError(
+            f"info cannot be kept ({error})", allowed="plain JSON values", fix="give str, int, float, bool, None, list, dict"
+        ) from error
     model, example = plain(model), example.detach().cpu()
     example = example.float() if example.is_floating_point() else example  # token ids stay integers
     if mask is not None:
         _check_zeros(model, mask)
     return write(model, example, path, values=values or "float16", info=info or {})
+
+
+def _check_example(example: Tensor) -> None:
+    allowed, fix = "a tensor (N, C, H, W) or (N, D) of finite numbers", "give a batch of inputs"
+    if not isinstance(example, Tensor):
+        raise SettingError(f"the example came as {type(example).__name__}", allowed=allowed, fix=fix)
+    if example.ndim < 2 or not len(example):
+        raise SettingError(f"the example came without samples, as {tuple(example.shape)}", allowed=allowed, fix=fix)
+    if not example.isfinite().all():
+        raise SettingError("the example holds numbers that are not finite, with which nothing can be compared", allowed=allowed, fix=fix)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What `anymask train` leaves in a folder, and checkpoints of networks of `anymask.models`, as models to ship."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from anymask.runlog import Ledger
 
 WEIGHTS, MASK, LEDGER = "model.safetensors", "mask.mask", "ledger.jsonl"
 _SIDE = {"fashion-mnist-5k": 28, "fashion-mnist": 28, "cifar10": 32, "cifar100": 32, "tiny-imagenet": 64}  # pixels, of `anymask.data`
+_MOST = 2**25  # numbers of one sample: there are eight in an example
 _TOLD = ("model", "data", "mask", "sparsity", "recipe", "seed")  # settings of a run that its file keeps
 
 
@@ -79,7 +81,7 @@ def of_checkpoint(path: Path, *, model: str, shape: tuple[int, int, int], mask: 
         mask: a mask file; its zeros become zeros of the weights.
 
     Raises:
-        SettingError: when the weights are not of that model.
+        SettingError: when the weights are not of that model, and for a `shape` that no image has.
         MaskError, FileFormatError: when the mask does not fit, or a file is damaged.
     """
     found = _trained(model, load_weights(path), mask=None, shape=shape, info={"model": model, "source": path.name})
@@ -101,6 +103,12 @@ def _inside(path: Path, model: nn.Module) -> Mask | None:
 def _trained(
     name: str, weights: Mapping[str, Tensor], *, mask: Mask | None, shape: tuple[int, int, int], info: Mapping[str, Any]
 ) -> Trained:
+    if min(shape) < 1 or math.prod(shape) > _MOST:
+        raise SettingError(
+            f"the input came as {' x '.join(map(str, shape))}",
+            allowed=f"numbers over 0, at most {_MOST:,} a sample",
+            fix="give --input 3 32 32",
+        )
     classes = next((weight.shape[0] for weight in reversed(list(weights.values())) if weight.ndim == 2), 10)
     model = models.build(name, classes=classes, channels=shape[0])
     try:

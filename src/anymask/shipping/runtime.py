@@ -68,7 +68,8 @@ class _Bound(NamedTuple):
 class Program:
     """A network that takes batches (N, C, H, W) or (N, D), float32, of any N; see `load`.
 
-    Calls from several threads wait for each other: the buffers are kept from one call to the next.
+    Calls from several threads wait for each other: the buffers are kept from one call to the next. A copy, in another process too, has its
+    own.
     """
 
     def __init__(self, plan: Plan, *, threads: int | None = None) -> None:
@@ -88,6 +89,9 @@ class Program:
         sparsity = 1 - p.kept / p.total if p.total else 0.0
         return f"Program({self.input} -> {self.output}, {p.kept:,} of {p.total:,} weights, sparsity {sparsity:.4f}, {p.values})"
 
+    def __reduce__(self) -> Any:  # neither a lock nor addresses can be copied
+        return partial(Program, threads=None if self._free else self.threads), (self.plan,)
+
     @property
     def input(self) -> Shape:
         """Shape of one sample of the input, (C, H, W) or (D,)."""
@@ -106,9 +110,9 @@ class Program:
             threads: other than those of `load`, for this call.
 
         Raises:
-            SettingError: for a batch of another shape.
+            SettingError: for a batch of another shape, or of something else than numbers.
         """
-        batch = np.asarray(batch, dtype=np.float32)
+        batch = _numbers(batch)
         if batch.shape[1:] != self.input or batch.ndim < 2:
             raise SettingError(
                 f"a batch of shape {batch.shape}", allowed=f"(N, {', '.join(map(str, self.input))})", fix="give images of that size"
@@ -175,12 +179,28 @@ def _fastest(ready: "list[_Bound]") -> int:
     return seconds.index(min(seconds))
 
 
+def _numbers(batch: Any) -> Array:
+    """`batch` as float32."""
+    try:
+        given = np.asarray(batch)
+        if given.dtype.kind == "c":
+            raise TypeError(f"{given.dtype}, whose imaginary parts would be lost")
+        return np.asarray(given, dtype=np.float32)
+    except (TypeError, ValueError, RuntimeError) as error:  # the last of tensors that take gradients
+        why = " ".join(str(error).split())[:150]
+        raise SettingError(
+            f"a batch that cannot be taken as numbers ({why})",
+            allowed="an array of real numbers",
+            fix="give float32, tensors by .detach().numpy()",
+        ) from error
+
+
 def _checked(threads: int | None) -> int:
     if threads is None:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if threads < 1:
-        raise SettingError(f"threads came as {threads}", allowed="a whole number from 1", fix="leave it out for all processors")
-    return threads
+    if not isinstance(threads, (int, np.integer)) or threads < 1:
+        raise SettingError(f"threads came as {threads!r}", allowed="a whole number from 1", fix="leave it out for all processors")
+    return int(threads)
 
 
 def _aligned(numbers: int) -> Array:

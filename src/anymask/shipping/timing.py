@@ -1,5 +1,6 @@
 """How fast a shipped network is here, beside PyTorch and ONNX Runtime: the same numbers through each, in turns."""
 
+import math
 import os
 import tempfile
 import time
@@ -100,7 +101,7 @@ def measured(
     """
     for name in against:
         lookup(OTHERS, name, what="runtime to compare with")
-    if min(batches, default=0) < 1 or seconds <= 0:
+    if min(batches, default=0) < 1 or not 0 < seconds < math.inf:
         raise SettingError(f"batches came as {tuple(batches)}, seconds as {seconds}", allowed="numbers over 0", fix="give 1 32 128")
     load = os.getloadavg()[0]  # before we add to it
     notes: dict[str, None] = {}

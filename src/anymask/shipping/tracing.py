@@ -178,9 +178,8 @@ def _check(made: Any, node: fx.Node, trace: Trace) -> None:
 def _finished(node: fx.Node, trace: Trace, found: Mapping[fx.Node, Any]) -> Plan:
     outputs = [found[taken] for taken in node.all_input_nodes]
     if len(outputs) != 1 or not isinstance(outputs[0], Value):
-        raise SettingError(
-            f"{trace.model} gives {len(outputs)} tensors", allowed="one output, made from the input", fix="ship a module that returns one"
-        )
+        came = "an output that does not depend on its input" if len(outputs) == 1 else f"{len(outputs)} tensors"
+        raise SettingError(f"{trace.model} gives {came}", allowed="one output, made from the input", fix="ship a module that returns one")
     if outputs[0].number != len(trace.steps):  # the last step makes the output, so one has to end with it
         trace.add(Reshape(trace.shape(outputs[0])), outputs[0])
     return Plan(trace.shapes[0], tuple(trace.steps), tuple(trace.arrays))

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from anymask.dataflow import norms_with_relu
 from anymask.errors import SettingError
@@ -17,7 +18,7 @@ from anymask.mask import Mask
 from anymask.prunables import bare, compact
 from anymask.sparse import layers, memory, semi_structured
 from anymask.sparse.tuning import times, worth_it
-from anymask.surgery import trace
+from anymask.surgery import evaluating, run, trace
 
 DENSE: dict[type, type] = {  # sparse class -> the class it was made of
     layers.SparseConv2d: nn.Conv2d,
@@ -97,8 +98,9 @@ def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimize
     gradient and optimiser slots are vectors (K,) of that size. Parameters keep their identity and names, state dicts hold the dense
     weights, hooks and techniques stay where they are. What lies between (batch norm with its ReLU and max pool, pools) follows the
     memory layout of the kernels (C, H, W, N). Layers of other kinds, those that the mask leaves out, and those that are measured slower
-    stay dense. A norm does the ReLU and the max pool after it too, while nobody hooks into them: a part of the model that is cut off
-    between them, such as `model[:2]`, gives what comes after them.
+    stay dense; so do all, with a warning, where the model cannot compute the example with sparse ones. A norm does the ReLU and the max
+    pool after it too, while nobody hooks into them: a part of the model that is cut off between them, such as `model[:2]`, gives what
+    comes after them.
 
     Args:
         model: on the CPU, float32; changed in place.
@@ -112,7 +114,8 @@ def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimize
 
     Raises:
         MaskError: when the mask does not fit.
-        SettingError: without the native kernels, on another device, or for a model that is sparse already.
+        SettingError: without the native kernels, on another device, for a model that is sparse already, or an optimizer whose slots are not
+            of the shape of its parameters.
 
     Example:
         >>> import torch, anymask
@@ -123,22 +126,25 @@ def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimize
         (torch.Size([410]), torch.Size([64, 64]))
     """
     parameters = _check(model, mask)
+    if optimizer is not None:
+        _check_slots(parameters, optimizer)
     memory.prepare()
     mask.apply(model)
     owners = {f"{name}.weight" if name else "weight": module for name, module in model.named_modules()}
     shapes = {id(call.module): tuple(call.input.shape) for call in trace(model, example)}
     found = norms_with_relu(model, example)
     tables: dict[str, tuple[Any, Gather]] = {}
+    able = shapes.keys() - semi_structured.in_fused_layers(model)
     for name, parameter in parameters.items():
         layer: Any = owners.get(name)
-        gather = gather_for(layer, mask[name]) if id(layer) in shapes and not _tied(model, parameter) else None
+        gather = gather_for(layer, mask[name]) if id(layer) in able and not _tied(model, parameter) else None
         if gather is not None:
             tables[name] = layer, gather
     chosen = set(tables)
     if not (measure or tables):
         kinds = sorted({type(bare(model).get_submodule(name.rpartition(".")[0])).__name__ for name in parameters})
-        able = "nn.Conv2d and nn.Linear that the example reaches (no subclasses, no tied weights, no wrapped model) become sparse"
-        warnings.warn(f"to_sparse leaves all layers dense: {', '.join(kinds)}. Only {able}", stacklevel=2)
+        which = "nn.Conv2d and nn.Linear that the example reaches (no subclasses, no tied weights, no wrapped model) become sparse"
+        warnings.warn(f"to_sparse leaves all layers dense: {', '.join(kinds)}. Only {which}", stacklevel=2)
     if measure:
         chosen = worth_it({name: times(layer, gather, shapes[id(layer)]) for name, (layer, gather) in tables.items()})
     with uninterrupted():
@@ -146,6 +152,13 @@ def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimize
             sparsify(*tables[name], optimizer)
         if chosen:
             _follow(model, found)
+    if chosen and (why := _failure(model, example)):
+        to_dense(model, optimizer=optimizer)
+        warnings.warn(
+            f"to_sparse leaves all layers dense: with sparse ones the model fails ({why}). Their maps have the batch last in memory, which "
+            "reshape and flatten take and view does not always, and their weights are vectors",
+            stacklevel=2,
+        )
     return model
 
 
@@ -246,6 +259,30 @@ def _check(model: nn.Module, mask: Mask) -> dict[str, nn.Parameter]:
     return parameters
 
 
+def _check_slots(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
+    """Refuse slots that are neither numbers nor shaped like their weight, such as Adafactor's rows: they cannot be converted."""
+    for name, weight in parameters.items():
+        for slot, value in optimizer.state.get(weight, {}).items():
+            tensors = [part for part in tree_leaves(value) if isinstance(part, Tensor)]
+            if any(tensor.numel() > 1 and tensor.shape != weight.shape for tensor in tensors) or (tensors and tensors[0] is not value):
+                raise SettingError(
+                    f"{type(optimizer).__name__} keeps {slot} of {name} in a shape of its own",
+                    allowed="an optimizer whose slots have the shape of the weight, as those of SGD, Adam and RMSprop have",
+                    fix="call to_sparse before the optimizer is made",
+                )
+
+
+@torch.no_grad()
+def _failure(model: nn.Module, example: Any) -> str:
+    """What goes wrong when the model computes the example, which it could before; empty where nothing does."""
+    try:
+        with evaluating(model):
+            run(model, example)
+    except Exception as error:  # it is the user's code
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return ""
+
+
 def _tied(model: nn.Module, parameter: nn.Parameter) -> bool:
     return sum(other is parameter for _, other in model.named_parameters(remove_duplicate=False)) > 1
 
@@ -263,6 +300,6 @@ def _follow(model: nn.Module, found: list[tuple[nn.Module, nn.Module, tuple[nn.M
         if isinstance(norm, layers.BatchLastNorm2d):
             relu.__class__ = layers.FusedReLU
             norm.__dict__["relu"], relu.__dict__["norm"] = (relu,), (norm,)
-            norm.__dict__["done"] = norm.done
+            norm.__dict__["done"], norm.__dict__["waiting"] = norm.done, set()
             if more and isinstance(pool := more[0], layers.BatchLastMaxPool2d) and pool.is_tiling():
                 norm.__dict__["pool"], pool.__dict__["norm"] = more, (norm,)

@@ -1,12 +1,14 @@
 """Layers that store and compute kept weights alone. A layer becomes one by a change of its class: names, hooks and identity stay."""
 
 import math
+from threading import get_ident
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anymask.errors import SettingError
 from anymask.kernels import Gather
 from anymask.sparse import calls, layout, ops, rows
 
@@ -82,6 +84,7 @@ class BatchLastNorm2d(BatchLast, nn.BatchNorm2d):
     relu: "tuple[FusedReLU, ...]" = ()  # in a tuple, so that it is no child
     pool: tuple[nn.Module, ...] = ()  # the pool, and what contains a part of the three
     done = (False, False)  # whether the last call did the ReLU, and the pool
+    waiting: "set[int]" = set()  # threads in which the ReLU that is done has not been called yet  # noqa: RUF012
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) to the same, or to what the pool gives."""
@@ -90,7 +93,33 @@ class BatchLastNorm2d(BatchLast, nn.BatchNorm2d):
             self.__dict__["done"] = soft is not None, soft is not None and self.pools()
         if not layout.is_batch_last(input):
             return super().forward(input)
-        return self.normed(input, None, soft=soft, pool=self.done[1])
+        y = self.normed(input, None, soft=soft, pool=self.done[1])
+        if self.done[0] and not torch.compiler.is_compiling():
+            y.anymask_done = (id(self), self.done[1], _version(y))  # type: ignore[attr-defined]  # on the tensor: others may call this meanwhile
+            self.waiting.add(get_ident())
+        return y
+
+    def has_done(self, input: Tensor, *, pool: bool) -> bool:
+        """Whether this gave `input`, with the ReLU, or the `pool`, that asks done already.
+
+        A ReLU may be called with something else, too, in training, say; and it is too late where something came in between.
+        """
+        if torch.compiler.is_compiling():
+            return self.done[pool]
+        norm, pooled, version = vars(input).get("anymask_done", (None, False, 0))
+        if norm == id(self) and version == _version(input):
+            self.waiting.discard(get_ident())
+            if pool or not pooled:
+                del vars(input)["anymask_done"]  # torch.save of what the model gives would keep it
+            return pooled or not pool
+        if get_ident() in self.waiting:
+            self.waiting.discard(get_ident())
+            raise SettingError(
+                "a ReLU was given something else than in the example of to_sparse",
+                allowed="what the batch norm before it gave, which has done it already",
+                fix="put what comes in between in training into a module of its own, or let the model stay dense (sparse='off' in fit)",
+            )
+        return False
 
     def normed(self, input: Tensor, add: Tensor | None, *, soft: float | None, pool: bool = False) -> Tensor:
         """The norm of a batch-last tensor, plus `add`, then a ReLU as soft as asked (0: a plain one; None: none), then a max pool."""
@@ -207,7 +236,7 @@ class FusedReLU(nn.ReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """Any shape to the same."""
-        return input if self.norm and self.norm[0].done[0] else super().forward(input)
+        return input if self.norm and self.norm[0].has_done(input, pool=False) else super().forward(input)
 
 
 class BatchLastMaxPool2d(BatchLast, nn.MaxPool2d):
@@ -231,7 +260,7 @@ class BatchLastMaxPool2d(BatchLast, nn.MaxPool2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, OH, OW)."""
-        if self.norm and self.norm[0].done[1]:
+        if self.norm and self.norm[0].has_done(input, pool=True):
             return input
         if not layout.is_batch_last(input) or self.return_indices or _pair(self.dilation) != (1, 1):
             return super().forward(input)
@@ -258,11 +287,16 @@ class BatchLastZeroPad3d(BatchLast, nn.ZeroPad3d):
         return F.pad(input.permute(1, 2, 3, 0), (0, 0, *self.padding)).permute(3, 0, 1, 2)
 
 
+def _version(x: Tensor) -> int:
+    """How often `x` was written over."""
+    return -1 if x.is_inference() else x._version
+
+
 def unlink(layer: nn.Module) -> None:
     """Let a norm, ReLU or pool, and those that it is done together with, be done each by itself."""
     for norm in (layer, *getattr(layer, "norm", ())):
         for other in (*getattr(norm, "relu", ()), *getattr(norm, "pool", ()), norm):
-            for link in ("relu", "pool", "norm", "done"):
+            for link in ("relu", "pool", "norm", "done", "waiting"):
                 other.__dict__.pop(link, None)
 
 

@@ -44,7 +44,10 @@ def _differentiated(operator: Any, save: Callable[..., None], backward: Callable
 
     @wraps(operator.raw)
     def call(*args: Any) -> Any:
-        return direct.apply(*args) if unseen(args) else operator(*args)
+        if unseen(args):
+            return direct.apply(*args)
+        _no_forward_mode(args)
+        return operator(*args)
 
     return call
 
@@ -99,6 +102,18 @@ def no_second(ctx: Any, *_: Any) -> Any:
         allowed="one backward pass",
         fix="convert the model back with anymask.to_dense for what needs second derivatives (LRsI and GraSP do so by themselves)",
     )
+
+
+def _no_forward_mode(args: Iterable[Any]) -> None:
+    """Refuse tensors that carry a tangent: in torch.func.jvp PyTorch would drop that of an operator of ours without a word."""
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return
+    if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args):
+        raise TechniqueError(
+            "a sparse layer was differentiated in forward mode",
+            allowed="a backward pass",
+            fix="convert the model back with anymask.to_dense for torch.func.jvp, jacfwd and hessian",
+        )
 
 
 # -- convolution ----------------------------------------------------------------------------------------------------
@@ -350,12 +365,13 @@ def _(x: Tensor, *_: Any) -> Tensor:
 
 
 def _save_pool(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, _, ctx.window, ctx.mean = inputs
-    ctx.save_for_backward(x, output)
+    x, ctx.size, ctx.window, ctx.mean = inputs
+    ctx.save_for_backward(x)  # not the output: a ReLU may write into it, and PyTorch's pools let it
 
 
 def _backward_pool(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    x, y = ctx.saved_tensors
+    (x,) = ctx.saved_tensors
+    y = g if ctx.mean else pool(x, ctx.size, ctx.window, False)  # a mean's gradient needs its size alone
     return pool_gradient(x, y, g, ctx.window, ctx.mean), None, None, None
 
 

@@ -44,7 +44,7 @@ def to_semi_structured(model: nn.Module, mask: Mask) -> nn.Module:
     """
     parameters = mask.check(model)
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    fused = {id(m) for layer in model.modules() if isinstance(layer, nn.TransformerEncoderLayer) for m in layer.modules()}
+    fused = in_fused_layers(model)
     linears = {f"{name}.weight" if name else "weight": module for name, module in model.named_modules() if type(module) is nn.Linear}
     chosen = {name: linears[name] for name in parameters if name in linears and is_2_of_4(mask[name])}
     chosen = {name: layer for name, layer in chosen.items() if uses[id(layer.weight)] == 1 and id(layer) not in fused}
@@ -72,6 +72,16 @@ def to_semi_structured(model: nn.Module, mask: Mask) -> nn.Module:
         layer.__dict__[_TRAINED] = layer.weight.requires_grad
         layer.weight = nn.Parameter(compressed, requires_grad=False)
     return model
+
+
+def in_fused_layers(model: nn.Module) -> set[int]:
+    """The ids of all modules in layers of nn.TransformerEncoderLayer, which computes with their dense weights itself in evaluation.
+
+    Example:
+        >>> len(in_fused_layers(torch.nn.Linear(2, 2)))
+        0
+    """
+    return {id(m) for layer in model.modules() if isinstance(layer, nn.TransformerEncoderLayer) for m in layer.modules()}
 
 
 def is_2_of_4(kept: Tensor) -> bool:
