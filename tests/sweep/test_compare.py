@@ -227,7 +227,7 @@ def test_a_mask_file_that_is_not_there_is_not_taken_for_a_method() -> None:
         Grid(masks=("gone/mine.mask",))
 
 
-@pytest.mark.parametrize("wrong", [{"sparsity": (1.0,)}, {"sparsity": (-0.1,)}, {"seeds": 0}])
+@pytest.mark.parametrize("wrong", [{"sparsity": (1.0,)}, {"sparsity": (-0.1,)}, {"seeds": 0}, {"first_seed": -1}])
 def test_numbers_out_of_range_are_refused(wrong: dict) -> None:
     with pytest.raises(SettingError):
         Grid(**wrong)

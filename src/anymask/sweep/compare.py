@@ -55,6 +55,8 @@ class Grid:
             variant(recipe)
         if self.seeds < 1:
             raise SettingError(f"seeds came as {self.seeds}", allowed="a number >= 1", fix="3 or more show the spread")
+        if self.first_seed < 0:
+            raise SettingError(f"first_seed came as {self.first_seed}", allowed="a number >= 0", fix="leave it out to begin with 0")
 
 
 @dataclass(frozen=True)
