@@ -379,8 +379,8 @@ def test_no_iteration_is_refused() -> None:
         sharpness(net(), *data(), iterations=0)
 
 
-def test_an_attention_layer_has_a_sharpness() -> None:
+def test_an_attention_layer_and_a_hard_sigmoid_have_a_sharpness() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).double()
-    model = nn.Sequential(OrderedDict(body=layer, pool=nn.Flatten(), head=nn.Linear(24, 3))).double()
+    model = nn.Sequential(OrderedDict(body=layer, gate=nn.Hardsigmoid(), pool=nn.Flatten(), head=nn.Linear(24, 3))).double()
     assert math.isfinite(sharpness(model, torch.randn(4, 3, 8, dtype=torch.float64), torch.arange(4) % 3, iterations=5))

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from anymask.errors import SettingError
@@ -19,7 +18,7 @@ from anymask.interrupts import Mode
 from anymask.mask import Mask
 from anymask.prunables import bare, compact, prunable
 from anymask.sparse.converting import as_dense
-from anymask.surgery import evaluating, logits_of, run
+from anymask.surgery import evaluating, logits_of, run, twice_differentiable
 from anymask.techniques.ghost_activation import relu_call
 
 
@@ -213,7 +212,8 @@ def sharpness(
     if iterations < 1:
         raise SettingError(f"iterations came as {iterations}", allowed="a number >= 1", fix="50 is usual")
     network = bare(model)
-    with as_dense(network), _unseen(network), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # others have no second derivative
+    smooth = twice_differentiable(network, fix="diagnose without the sharpness")
+    with as_dense(network), _unseen(network), torch.enable_grad(), smooth:
         parameters = prunable(network) if mask is None else mask.check(network)
         # Leaves of our own, so that no hook on a parameter hears of these gradients.
         weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in parameters.items()}

@@ -49,7 +49,7 @@ def prunable(model: nn.Module, *, kinds: Iterable[str] = ("conv", "linear"), exc
         exclude: names of parameters or of modules to leave dense, such as "fc" or "layer4.1.conv2.weight".
 
     Raises:
-        SettingError: for a kind or an excluded name that is not there.
+        SettingError: for a kind or an excluded name that is not there, and for a text in place of a list of them.
         MaskError: when nothing is left to prune, for complex weights, or for a model within FullyShardedDataParallel or with lazy
             layers that have seen no batch.
 
@@ -60,7 +60,7 @@ def prunable(model: nn.Module, *, kinds: Iterable[str] = ("conv", "linear"), exc
         >>> list(prunable(nn.LSTM(2, 3), kinds=["recurrent"]))
         ['weight_ih_l0', 'weight_hh_l0']
     """
-    wanted = list(kinds)
+    wanted, exclude = names("kinds", kinds), names("exclude", exclude)
     for kind in wanted:
         if kind not in KINDS:
             raise SettingError(f"kinds holds {kind!r}", allowed=", ".join(KINDS), fix="choose among these")
@@ -73,15 +73,15 @@ def prunable(model: nn.Module, *, kinds: Iterable[str] = ("conv", "linear"), exc
         )
     kind_of = _kinds_of(model)
     named = {name: p for name, p in model.named_parameters() if kind_of.get(id(p)) in wanted}
-    names = [*named, *_parametrized(model, wanted)]
+    every = [*named, *_parametrized(model, wanted)]
     out: set[str] = set()
     for skip in exclude:
-        hit = [name for name in names if name == skip or name.startswith(skip + ".")]
+        hit = [name for name in every if name == skip or name.startswith(skip + ".")]
         if not hit:
-            raise SettingError(f"exclude names {skip!r}", allowed=", ".join(names), fix="name a module or parameter of this model")
+            raise SettingError(f"exclude names {skip!r}", allowed=", ".join(every), fix="name a module or parameter of this model")
         out |= {*hit}
     kept = {name: p for name, p in named.items() if name not in out}
-    if computed := [name for name in names if name not in named and name not in out]:
+    if computed := [name for name in every if name not in named and name not in out]:
         _leave_out(computed, model, alone=not kept)
     if not kept:
         raise MaskError(
@@ -96,6 +96,17 @@ def prunable(model: nn.Module, *, kinds: Iterable[str] = ("conv", "linear"), exc
             fix=f"leave them dense: exclude={odd}; or hold an anymask.Mask of your own",
         )
     return kept
+
+
+def names(what: str, given: Iterable[str]) -> tuple[str, ...]:
+    """The names that `what` was given.
+
+    Raises:
+        SettingError: for a text, whose letters would each be taken for a name: "12" for the modules 1 and 2.
+    """
+    if isinstance(given, str):
+        raise SettingError(f"{what} came as {given!r}, a text", allowed="a list of names", fix=f"write {what}=[{given!r}]")
+    return tuple(given)
 
 
 def effective(model: nn.Module) -> list[Tensor]:

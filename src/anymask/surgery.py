@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anymask.errors import TechniqueError
+from anymask.interrupts import Mode
 from anymask.prunables import TRANSPOSED, bare, transposed_groups
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -108,6 +111,39 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def twice_differentiable(model: nn.Module, *, fix: str) -> Iterator[None]:
+    """A block in which the gradients of `model` have gradients, wherever PyTorch can: fused attentions have none, nor hard sigmoids.
+
+    Raises:
+        TechniqueError: for a forward pass in the block that cannot be differentiated twice all the same; `fix` says what to do.
+
+    Example:
+        >>> x = torch.ones(1, requires_grad=True)
+        >>> with twice_differentiable(nn.Hardsigmoid(), fix="take another network"):
+        ...     (slope,) = torch.autograd.grad(nn.Hardsigmoid()(x).square().sum(), x, create_graph=True)
+        ...     round(torch.autograd.grad(slope, x)[0].item(), 4)
+        0.0556
+    """
+    try:
+        with sdpa_kernel(SDPBackend.MATH), _HardSigmoids():
+            yield
+    except RuntimeError as error:
+        if isinstance(error, TechniqueError) or not any(part in str(error) for part in ("derivative for", "a second time")):
+            raise
+        said = f"{type(model).__name__} cannot be differentiated twice ({error})"
+        raise TechniqueError(said, allowed="a forward pass that can, and keeps no tensor", fix=fix) from None
+
+
+class _HardSigmoids(Mode):
+    """Hard sigmoid out of parts: torch's own (2.13) has no second derivative, and MobileNet v3 is full of them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.hardsigmoid:
+            return F.relu6((args[0] if args else kwargs["input"]) + 3) / 6
+        return func(*args, **(kwargs or {}))
 
 
 def run(model: nn.Module, example: Any) -> Any:

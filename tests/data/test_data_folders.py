@@ -1,6 +1,8 @@
 import builtins
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from anymask.data import load
 from anymask.errors import DataError
@@ -64,6 +66,25 @@ def test_two_images_that_differ_in_size_are_named_with_their_sizes_and_a_remedy(
     write_classes(tmp_path)
     write_image(tmp_path / "bee" / "9.png", size=(8, 5))
     with pytest.raises(DataError, match=r"ant/0\.png is 6 x 4 pixels and .*bee/9\.png is 8 x 5\. .*To do: resize"):
+        load("folder", dir=tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_grey_images_of_16_bits_keep_their_upper_8(tmp_path, kind):
+    for number, name in enumerate(("ant", "bee")):
+        (tmp_path / name).mkdir()
+        for index in range(2):
+            grey = np.array([[255, 256 * (1 + 2 * number + index)], [40000, 65535]], dtype=np.uint16)
+            Image.fromarray(grey).save(tmp_path / name / f"{index}.{kind}")
+    data = load("folder", dir=tmp_path)
+    channels = [channel for split in (data.train, data.test) for image in split.images.tolist() for channel in image]
+    assert sorted(channels) == [[[0, which], [156, 255]] for which in (1, 2, 3, 4) for _ in range(3)]
+
+
+def test_images_of_32_bits_whose_white_nobody_knows_are_refused(tmp_path):
+    write_classes(tmp_path)
+    Image.fromarray(np.ones((4, 6), dtype=np.float32)).save(tmp_path / "ant" / "2.tif")
+    with pytest.raises(DataError, match=r"ant/2\.tif has one number of 32 bits a pixel \(mode F\).*8-bit PNG"):
         load("folder", dir=tmp_path)
 
 

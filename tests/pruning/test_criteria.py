@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import anymask
-from anymask.errors import MaskError
+from anymask.errors import MaskError, TechniqueError
 from anymask.prunables import prunable
 from anymask.pruning import criteria
 from anymask.pruning.batches import Batches
@@ -55,6 +55,33 @@ def test_removing_what_grasp_scores_lowest_raises_the_gradient_flow_most():
 def test_grasp_of_a_loss_without_curvature_is_zero():
     got = scores_of(criteria.grasp, net(3, 2), pairs=data(), loss=lambda out, y: out.sum())
     assert not got["0.weight"].any()
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(
+            4, 2, 8, dropout=0.0, batch_first=True
+        )  # with dropout torch takes the one that is not fused
+        self.head = nn.Sequential(nn.Hardsigmoid(), nn.Linear(4, 2))
+
+    def forward(self, x):
+        return self.head(self.layer(x).mean(1))
+
+
+def test_grasp_scores_attention_and_hard_sigmoids_which_have_no_second_derivative_as_they_are():
+    torch.manual_seed(0)
+    mask = anymask.prune(Attention(), "grasp", sparsity=0.5, data=[(torch.randn(4, 3, 4), torch.tensor([0, 1, 1, 0]))])
+    assert mask.kept == mask.total // 2
+
+
+def test_grasp_refuses_a_network_that_cannot_be_differentiated_twice():
+    class Net(nn.Linear):
+        def forward(self, x):
+            return torch.ops.aten.hardsigmoid.default(super().forward(x))  # what nobody can replace
+
+    with pytest.raises(TechniqueError, match=r"Net cannot be differentiated twice.*another method, such as snip"):
+        anymask.prune(Net(3, 2), "grasp", sparsity=0.5, data=[(torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))])
 
 
 def test_synflow_takes_100_rounds_unless_told_otherwise():

@@ -1,5 +1,6 @@
 """`anymask.prune`: what it takes, what it refuses, and that pruned stays pruned."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -44,6 +45,11 @@ LOADER = [(torch.randn(4, 8), torch.arange(4))]
         ({"pattern": "2:4", "sparsity": 0.9}, SettingError, r"sparsity came as 0\.9 with pattern 2:4.*0\.5"),
         ({"pattern": "2:4"}, MaskError, r"pattern 2:4 does not fit 2\.weight \(6 inputs\).*exclude=\['2\.weight'\]"),
         ({"sparsity": None}, SettingError, "sparsity came as None"),
+        ({"seed": 1.5}, SettingError, r"seed came as 1\.5.*a whole number"),
+        ({"seed": 2**64, "method": "random"}, SettingError, "seed came as 18446744073709551616"),
+        ({"seed": None, "method": "lottery", "train": print}, SettingError, "seed came as None"),
+        ({"exclude": "02"}, SettingError, r"exclude came as '02', a text.*write exclude=\['02'\]"),
+        ({"kinds": "linear"}, SettingError, "kinds came as 'linear', a text"),
         ({"floor": -1}, SettingError, "floor came as -1"),
         ({"floor": 25}, MaskError, "a budget of 36 weights came for 2 layers.*49 or more"),
     ],
@@ -55,6 +61,13 @@ def test_what_cannot_be_is_refused_in_three_parts(how, error, says):
     assert caught.value.came
     assert caught.value.allowed
     assert caught.value.fix
+
+
+def test_a_seed_of_numpy_is_the_seed_of_that_number_and_can_be_saved(tmp_path):
+    mask = prune(NET, "random", sparsity=0.5, seed=np.int64(3))
+    assert mask == prune(NET, "random", sparsity=0.5, seed=3)
+    mask.save(tmp_path / "my.mask")
+    assert anymask.load_mask(tmp_path / "my.mask").info["seed"] == 3
 
 
 def test_nan_in_a_weight_is_refused_with_the_layer_named():

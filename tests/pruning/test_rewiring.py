@@ -296,6 +296,13 @@ def test_a_mask_with_nothing_to_move_or_a_sparsity_too_many_is_refused(method):
         anymask.rewire(hold, method, total_steps=9, every="1it", sparsity=0.9)
 
 
+def test_a_seed_that_the_first_update_could_not_use_is_refused_at_once():
+    model = net()
+    hold = anymask.hold(mask_of(), model, torch.optim.SGD(model.parameters(), lr=LR))
+    with pytest.raises(SettingError, match=r"seed came as -1.*a whole number from 0"):
+        anymask.rewire(hold, "set", total_steps=9, every="1it", seed=-1)
+
+
 @pytest.mark.parametrize("method", ["set", "rigl"])
 def test_full_layers_and_layers_of_one_kept_weight_stay(method):
     model = net()

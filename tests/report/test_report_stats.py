@@ -192,3 +192,10 @@ def test_a_row_that_lacks_something_is_named_with_what_it_lacks(broken):
 def test_an_accuracy_that_is_no_share_is_refused(test):
     with pytest.raises(FileFormatError, match=r"row 2 has accuracy\.test .*\[0, 1\]"):
         paired([made_row("snip", "default", 0, 0.8), made_row("snip", "tost", 0, test)])
+
+
+@pytest.mark.parametrize(("wrong", "says"), [({"sparsity": "90%"}, r"settings\.sparsity '90%'"), ({"seed": "a"}, r"settings\.seed 'a'")])
+def test_settings_that_cannot_be_put_in_order_are_refused(wrong, says):
+    row = made_row("snip", "default", 0, 0.8)
+    with pytest.raises(FileFormatError, match=rf"row 2 has {says}.*a share of zeros, and a whole number"):
+        paired([row, {**row, "id": "b", "settings": row["settings"] | wrong}])

@@ -59,6 +59,12 @@ def test_a_machine_without_git_says_no_commit(monkeypatch: pytest.MonkeyPatch, t
     assert versions()["commit"] is None
 
 
+def test_what_a_grid_names_twice_is_one_training() -> None:
+    once = list(cells(Grid(masks=("snip",), sparsity=(0.9,), recipes=("default", "tost"), seeds=2)))
+    twice = Grid(masks=("snip", "snip"), sparsity=(0.9, 0.90), recipes=("default", "tost", "default"), seeds=2)
+    assert list(cells(twice)) == once
+
+
 class Log(Watcher):
     def __init__(self, *, stop_at: int | None = None) -> None:
         self.epochs, self.rows, self.stop_at = 0, 0, stop_at
@@ -221,7 +227,7 @@ def test_a_mask_file_that_is_not_there_is_not_taken_for_a_method() -> None:
         Grid(masks=("gone/mine.mask",))
 
 
-@pytest.mark.parametrize("wrong", [{"sparsity": (1.0,)}, {"sparsity": (-0.1,)}, {"seeds": 0}])
+@pytest.mark.parametrize("wrong", [{"sparsity": (1.0,)}, {"sparsity": (-0.1,)}, {"seeds": 0}, {"first_seed": -1}])
 def test_numbers_out_of_range_are_refused(wrong: dict) -> None:
     with pytest.raises(SettingError):
         Grid(**wrong)

@@ -73,6 +73,7 @@ WRONG = [
     ("[[block]]\nmodel = []", SettingError, r"block 1 of .*: model came as \[\]"),
     ("[[block]]\nseeds = 2.5", SettingError, r"block 1 of .*: seeds came as 2\.5"),
     ("[[block]]\nseeds = 0", SettingError, r"block 1 of .*: seeds came as 0"),
+    ("[[block]]\nfirst_seed = -1", SettingError, r"block 1 of .*: first_seed came as -1"),
     ("[[block]]\nseeds = [1, 1]", SettingError, r"block 1 of .*: seeds came as \[1, 1\]"),
     ("[[block]]\nseeds = [1]\nfirst_seed = 2", SettingError, r"block 1 of .*: first_seed came as 2 with a list"),
     ('[[block]]\ndense = "yes"', SettingError, r"block 1 of .*: dense came as 'yes'. Allowed: true or false"),

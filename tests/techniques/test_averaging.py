@@ -132,6 +132,21 @@ def test_a_mask_that_moves_takes_its_zeros_into_the_average() -> None:
     assert model[0].weight[~half].any()
 
 
+def test_a_mask_that_is_held_after_attach_takes_its_zeros_into_the_average() -> None:
+    left = []
+    for late in (False, True):
+        model, mask = net(), Mask({"0.weight": torch.eye(6, 4)})
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+        if not late:
+            hold(mask, model, optimizer)
+        running = Recipe((Averaging(),)).attach(model, optimizer, total_steps=3, mask=mask)
+        if late:
+            hold(mask, model, optimizer)
+        train(model, optimizer, running, steps=3)
+        left.append(running.finish().state_dict())
+    assert all(torch.equal(value, left[1][name]) for name, value in left[0].items())
+
+
 def test_after_a_perturbation_the_average_is_of_the_weights_without_it() -> None:
     left = []
     for techniques in ((SAM(rho=0.5), Averaging(decay=0.0)), (SAM(rho=0.5),)):

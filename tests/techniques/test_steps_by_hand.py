@@ -14,18 +14,28 @@ LR, STEPS = 0.05, 4
 
 
 def trained(
-    *techniques: Technique, momentum: float = 0.0, decay: float = 0.0, steps: int = STEPS, total: int = STEPS
+    *techniques: Technique,
+    momentum: float = 0.0,
+    decay: float = 0.0,
+    steps: int = STEPS,
+    total: int = STEPS,
+    sign: int = 1,
+    bend: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """First and last weights (3, 4) of a linear map trained with `techniques` on sum(c * W), and the constants c of each step."""
+    """First and last weights (3, 4) of a linear map trained with `techniques` on sum(c * W) + bend * |W|^2, and the c of each step.
+
+    Minimised, or with `sign` -1 turned round and maximised.
+    """
     torch.manual_seed(3)
     model = nn.Linear(4, 3, bias=False).double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=momentum, weight_decay=decay)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=momentum, weight_decay=decay, maximize=sign < 0)
     hold(Mask({"weight": torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1]])}), model, optimizer)
     first = model.weight.detach().numpy().copy()
     constants = [np.random.default_rng(step).normal(size=(3, 4)) for step in range(steps)]
     running = Recipe(techniques).attach(model, optimizer, total_steps=total, loss=lambda output, _: output)
     for c in constants:
-        running.loss((model.weight * torch.from_numpy(c)).sum(), None).backward()
+        curve = bend * model.weight.square().sum()
+        running.loss(sign * ((model.weight * torch.from_numpy(c)).sum() + curve), None).backward()
         optimizer.step()
         optimizer.zero_grad()
         running.step()
@@ -47,6 +57,12 @@ def test_ham_multiplies_after_each_step(momentum: float) -> None:
         w = w * np.exp(np.clip(LR * (-3.0 * np.sign(w) * g - 0.5), -5, 5))
     np.testing.assert_allclose(last, w, rtol=1e-12)
     assert not last[KEPT == 0].any()
+
+
+@pytest.mark.parametrize("technique", [HAM(alpha=3.0), SAM(rho=0.5), SignIn(), DensityLR(), Averaging()], ids=lambda t: t.name)
+def test_an_optimiser_that_maximises_what_others_minimise_ends_with_the_same_weights(technique: Technique) -> None:
+    ends = [trained(technique, sign=sign, bend=1.0)[1] for sign in (1, -1)]
+    np.testing.assert_allclose(ends[0], ends[1], rtol=1e-12)
 
 
 def test_an_exponent_of_ham_is_bounded() -> None:

@@ -1,6 +1,7 @@
 """How many weights are kept, and what happens to a layer that would keep none."""
 
 import math
+import operator
 import warnings
 from typing import Any
 
@@ -67,6 +68,21 @@ def at_least(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise SettingError(f"{name} came as {value!r}", allowed=f"a whole number >= {least}", fix=f"give {name}={least} or more")
     return value
+
+
+def seed_of(seed: Any, *, least: int = -(2**63)) -> int:
+    """`seed`, a whole number that generators take.
+
+    Raises:
+        SettingError: otherwise, and for one below `least`.
+    """
+    try:
+        number = operator.index(seed)  # of NumPy, too
+    except TypeError:
+        number = least - 1
+    if isinstance(seed, bool) or not least <= number < 2**64:
+        raise SettingError(f"seed came as {seed!r}", allowed=f"a whole number from {least} to {2**64 - 1}", fix="give seed=0, for example")
+    return number
 
 
 def report_collapse(mask: Mask, *, on_collapse: str) -> Mask:

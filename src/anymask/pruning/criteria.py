@@ -19,7 +19,7 @@ from torch.func import functional_call
 from anymask.errors import MaskError
 from anymask.pruning.batches import Batches, device_of
 from anymask.pruning.select import wide
-from anymask.surgery import logits_of
+from anymask.surgery import logits_of, twice_differentiable
 
 Weights = Mapping[str, Tensor]
 Criterion = Callable[[nn.Module, Weights, Batches], dict[str, Tensor]]
@@ -120,6 +120,9 @@ def grasp(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Ten
     weights are variables.
 
     Differs from the paper: any bounded number of batches instead of 10 images of each class; not divided by the sum.
+
+    Raises:
+        TechniqueError: for a model that cannot be differentiated twice.
     """
     model.train()
     wanted = _wanted(model, weights)
@@ -128,13 +131,14 @@ def grasp(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Ten
         return _gradients(batches.loss(logits_of(model(x)) / GRASP_TEMPERATURE, y), wanted, graph=graph)
 
     stopped = [torch.zeros_like(weight) for weight in wanted.values()]
-    for x, y in batches.pairs:
-        stopped = [s + g for s, g in zip(stopped, gradients(x, y, graph=False), strict=True)]
     product = _zeros(weights)
-    for x, y in batches.pairs:
-        flow = sum(((s * g).sum() for s, g in zip(stopped, gradients(x, y, graph=True), strict=True)), start=torch.zeros(()))
-        for name, hg in zip(wanted, _gradients(flow, wanted), strict=True):
-            product[name] += wide(hg)
+    with twice_differentiable(model, fix="take another method, such as snip"):
+        for x, y in batches.pairs:
+            stopped = [s + g for s, g in zip(stopped, gradients(x, y, graph=False), strict=True)]
+        for x, y in batches.pairs:
+            flow = sum(((s * g).sum() for s, g in zip(stopped, gradients(x, y, graph=True), strict=True)), start=torch.zeros(()))
+            for name, hg in zip(wanted, _gradients(flow, wanted), strict=True):
+                product[name] += wide(hg)
     return {name: wide(weight) * product[name] for name, weight in weights.items()}
 
 

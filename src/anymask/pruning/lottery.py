@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from anymask.errors import MaskError, SettingError
 from anymask.mask import Mask
-from anymask.prunables import prunable
-from anymask.pruning.budget import at_least, keep_count, least_kept, report_collapse
+from anymask.prunables import names, prunable
+from anymask.pruning.budget import at_least, keep_count, least_kept, report_collapse, seed_of
 from anymask.pruning.isolation import isolated_random, masked_copy
 from anymask.pruning.lottery_folder import LotteryFolder
 from anymask.pruning.patterns import pattern as pattern_of
@@ -105,7 +105,7 @@ def lottery_ticket(
         >>> ticket.mask, sorted(ticket.weights)
         (Mask(1 parameters, 50 of 100 kept, sparsity 0.5000, lottery), ['bias', 'weight'])
     """
-    kinds, exclude, form = tuple(kinds), tuple(exclude), pattern_of(pattern)
+    kinds, exclude, form, seed = names("kinds", kinds), names("exclude", exclude), pattern_of(pattern), seed_of(seed)
     shapes = {name: tuple(weight.shape) for name, weight in prunable(model, kinds=kinds, exclude=exclude).items()}
     count, least = keep_count(shapes, sparsity, pattern=form), least_kept(floor, on_collapse=on_collapse)
     how: dict[str, Any] = {"scope": scope, "pattern": form, "floor": least}

@@ -15,7 +15,7 @@ from anymask.errors import MaskError, SettingError, TechniqueError
 from anymask.holding import Hold, held
 from anymask.mask import Mask
 from anymask.prunables import trained
-from anymask.pruning.budget import keep_count
+from anymask.pruning.budget import keep_count, seed_of
 from anymask.pruning.distribution import layer_counts
 from anymask.pruning.dynamic import Dynamic, Times, cosine, cubic, dynamic_of, exchange, lots, thin
 from anymask.pruning.gradients import DenseGradients
@@ -272,7 +272,7 @@ def rewire(
     the smallest positive and the largest negative ones apart, as large a share at every epoch, and grows random values; here it is
     RigL with another grow score, as in RigL's own comparison.
     """
-    row = dynamic_of(method, settings)
+    row, seed = dynamic_of(method, settings), seed_of(seed, least=0)  # refused now, and not at the first update
     if not 0 <= start < total_steps:
         came = f"total_steps came as {total_steps} and start as {start}"
         raise SettingError(came, allowed="0 <= start < total_steps", fix="give total_steps=epochs * len(loader)")

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from anymask.errors import SettingError
 from anymask.mask import Mask
-from anymask.prunables import prunable
+from anymask.prunables import names, prunable
 from anymask.pruning import criteria
 from anymask.pruning.batches import Batches, Loss, device_of, input_shape, take
-from anymask.pruning.budget import at_least, keep_count, least_kept, report_collapse
+from anymask.pruning.budget import at_least, keep_count, least_kept, report_collapse, seed_of
 from anymask.pruning.isolation import isolated_random, masked_copy
 from anymask.pruning.lottery import Train, lottery_ticket
 from anymask.pruning.methods import Method, method_of
@@ -86,11 +86,11 @@ def prune(
 
     Raises:
         UnknownName: for a method, scope, pattern or on_collapse that is not there.
-        SettingError: for a number out of range, or when what the method needs is missing.
+        SettingError: for a number out of range, a text in place of a list of names, or when what the method needs is missing.
         DataError: for data without a batch or without labels.
         MaskError: for scores that are not finite, a collapse that was to be refused, a pattern that does not fit a layer, a budget
             smaller than the floors, or nothing to prune.
-        TechniqueError: for an output of the model without logits.
+        TechniqueError: for an output of the model without logits, and with grasp for a model that cannot be differentiated twice.
 
     Example:
         >>> import anymask, torch
@@ -106,7 +106,8 @@ def prune(
     """
     row = method_of(method)
     _check_needs(row, data=data, example=example, train=train, rewind_step=rewind_step)
-    scope, pattern, kinds, exclude = scope or row.scope, pattern or row.pattern, tuple(kinds), tuple(exclude)
+    scope, pattern, seed = scope or row.scope, pattern or row.pattern, seed_of(seed)
+    kinds, exclude = names("kinds", kinds), names("exclude", exclude)
     if "train" in row.needs and train is not None:
         how: dict[str, Any] = {"sparsity": sparsity, "seed": seed, "kinds": kinds, "exclude": exclude, "on_collapse": on_collapse}
         how |= {"scope": scope, "pattern": pattern, "rounds": rounds or row.rounds, "floor": floor, "rewind_step": rewind_step or 0}

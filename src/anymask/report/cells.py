@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from anymask.errors import FileFormatError
@@ -213,6 +213,9 @@ def _check(number: int, row: Row) -> None:
             allowed="rows that the trainer of anymask wrote",
             fix="remove that row, or give another ledger: of a study the confirmation's, since its tuning has no test accuracies",
         )
+    kinds = {"sparsity": Real, "seed": Integral}  # they are put in order
+    if odd := [f"settings.{name} {settings[name]!r}" for name, kind in kinds.items() if not isinstance(settings[name], kind)]:
+        raise FileFormatError(f"row {number} has {', '.join(odd)}", allowed="a share of zeros, and a whole number", fix="mend that row")
     if not 0 <= test <= 1:  # NaN is not, either
         raise FileFormatError(
             f"row {number} has accuracy.test {test}", allowed="a share in [0, 1]", fix="remove that row; the same sweep trains it again"

@@ -4,7 +4,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -55,6 +55,8 @@ class Grid:
             variant(recipe)
         if self.seeds < 1:
             raise SettingError(f"seeds came as {self.seeds}", allowed="a number >= 1", fix="3 or more show the spread")
+        if self.first_seed < 0:
+            raise SettingError(f"first_seed came as {self.first_seed}", allowed="a number >= 0", fix="leave it out to begin with 0")
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,14 @@ def compare(
 
 
 def cells(grid: Grid, model: nn.Module | None = None) -> Iterator[Cell]:
-    """The trainings of `grid`, seed by seed, so that what is finished early is paired; mask files are read as those of `model`."""
-    targets = list(_targets(grid, model))
+    """The trainings of `grid`, seed by seed, so that what is finished early is paired; mask files are read as those of `model`.
+
+    What the grid names twice (0.9 and 0.90) is one training.
+    """
+    yield from dict.fromkeys(_cells(grid, list(_targets(grid, model))))
+
+
+def _cells(grid: Grid, targets: Sequence[tuple[str, float]]) -> Iterator[Cell]:
     for seed in range(grid.first_seed, grid.first_seed + grid.seeds):
         if grid.dense:
             yield Cell(DENSE, 0.0, grid.recipes[0], seed)

@@ -153,7 +153,7 @@ def parts_of(table: Mapping[str, Any], shared: Mapping[str, Any], *, plugins: tu
 def _seeds(block: Mapping[str, Any]) -> tuple[int, ...]:
     seeds, first = block.get("seeds", Grid.seeds), block.get("first_seed")
     if isinstance(seeds, int):
-        Grid(seeds=seeds)  # checks it
+        Grid(seeds=seeds, first_seed=first or 0)  # checks them
         return tuple(range(first or 0, (first or 0) + seeds))
     if first is not None:
         raise SettingError(f"first_seed came as {first} with a list of seeds", allowed="one of the two", fix="leave first_seed out")

@@ -1,5 +1,6 @@
 """Recipes with settings of their own, as one name: `tost@label_smoothing.eps=0.1,lr=0.05`."""
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def variant(name: str) -> Variant:
     if not changes:
         return Variant(Recipe.preset(base))
     lr = changes.pop(LR, None)
-    if lr is not None and (isinstance(lr, (bool, str)) or not lr > 0):
+    if lr is not None and (isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 < lr < math.inf):
         raise SettingError(f"lr came as {lr!r} in {name}", allowed="a number > 0", fix=f"write {base}@lr=0.1")
     return Variant(_changed(Recipe.preset(base), changes, name=name), None if lr is None else float(lr))
 
@@ -67,7 +68,11 @@ def _split(name: str) -> tuple[str, dict[str, Any]]:
     base, at, text = name.rpartition("@")
     if not at or "=" not in text:  # a path may hold an @
         return name, {}
-    return base, dict(_change(part, name) for part in text.split(","))
+    parts = [_change(part, name) for part in text.split(",")]
+    changes = dict(parts)
+    if len(changes) < len(parts):
+        raise SettingError(f"{name} changes a setting twice", allowed="each change once", fix="leave one of the two out")
+    return base, changes
 
 
 def _change(part: str, name: str) -> tuple[str, Any]:

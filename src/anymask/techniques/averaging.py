@@ -10,7 +10,7 @@ from torch import Tensor
 from anymask.durations import Duration
 from anymask.errors import SettingError, TechniqueError
 from anymask.holding import held
-from anymask.mask import local, shard
+from anymask.mask import Mask, local, shard
 from anymask.prunables import compact
 from anymask.registry import lookup
 from anymask.schedules import Schedule
@@ -92,7 +92,8 @@ class _Average(Attached):
     def __init__(self, settings: Averaging, context: Context, *, start: int | None) -> None:
         model = self.model = context.model
         self.optimizer, self.decay, self.start = context.needs_optimizer(settings.name), settings.decay, start
-        self.strength, self.steps, self._of = 1.0, 0, context.mask
+        self.strength, self.steps = 1.0, 0
+        self._of: Mask | None = None  # the mask that the averages have: none yet, because it may be held after this
         self.live = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if b.is_floating_point()}}
         self.averages = {name: tensor.detach().clone() for name, tensor in self.live.items()}
         self._aside: dict[str, Tensor] = {}  # what is trained, while the average is in its place

@@ -90,12 +90,13 @@ class _Ham(Attached):
             return
         skipped = getattr(self.optimizer, "found_inf", None)  # set by GradScaler for fused optimisers, which then make no step
         for group in self.optimizer.param_groups:
+            alpha = -self.settings.alpha if group.get("maximize") else self.settings.alpha  # then the optimiser goes uphill
             for parameter in group["params"]:
                 if id(parameter) in self._weights and parameter.grad is not None:
-                    self._multiply(local(parameter), _dense(parameter.grad), lr=group["lr"], skipped=skipped)
+                    self._multiply(local(parameter), _dense(parameter.grad), alpha=alpha, lr=group["lr"], skipped=skipped)
 
-    def _multiply(self, weight: Tensor, gradient: Tensor, *, lr: float | Tensor, skipped: Tensor | None) -> None:
-        exponent = torch.sign(weight).mul_(gradient).mul_(-self.settings.alpha).sub_(self.settings.beta)
+    def _multiply(self, weight: Tensor, gradient: Tensor, *, alpha: float, lr: float | Tensor, skipped: Tensor | None) -> None:
+        exponent = torch.sign(weight).mul_(gradient).mul_(-alpha).sub_(self.settings.beta)
         exponent = exponent.mul_(self.strength).mul_(lr).clamp_(-CLIP, CLIP)
         if skipped is not None:
             exponent = torch.where(skipped.to(exponent.device) > 0, 0.0, exponent)

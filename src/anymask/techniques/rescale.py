@@ -14,23 +14,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from math import isfinite
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map
 
 from anymask.errors import SettingError, TechniqueError
-from anymask.interrupts import Mode
 from anymask.mask import Mask
 from anymask.prunables import bare
 from anymask.ranks import from_rank
 from anymask.sparse import as_dense
-from anymask.surgery import logits_of
+from anymask.surgery import logits_of, twice_differentiable
 from anymask.techniques.batches import Batch, pairs
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -234,10 +231,7 @@ def _learn(network: _Network, batches: Iterable[Batch], settings: RescaleSetting
     history = []
     with _measuring(network.model, network.device):
         for now, ahead in islice(pairs(batches, settings.overlap), settings.iterations):
-            try:
-                loss, norm, scales.grad = _direction(network, scales, now, ahead, settings)
-            except RuntimeError as error:
-                raise _undifferentiable(network.model, error) from None
+            loss, norm, scales.grad = _direction(network, scales, now, ahead, settings)
             history.append((loss, norm))
             adam[norm > settings.gamma].step()
             with torch.no_grad():
@@ -273,15 +267,6 @@ def _pruned(model: nn.Module, mask: Mask | None) -> dict[int, Tensor]:
     return found
 
 
-class _TwiceDifferentiable(Mode):
-    """Hard sigmoid out of parts: torch's own (2.13) has no second derivative, and MobileNet v3 is full of them."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.hardsigmoid:
-            return F.relu6((args[0] if args else kwargs["input"]) + 3) / 6
-        return func(*args, **(kwargs or {}))
-
-
 @contextmanager
 def _measuring(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Norms on batch statistics, all else in eval mode, gradients on, the global generators given back as they were."""
@@ -292,8 +277,7 @@ def _measuring(model: nn.Module, device: torch.device) -> Iterator[None]:
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             torch.enable_grad(),
-            sdpa_kernel(SDPBackend.MATH),  # the fused attentions have no second derivative
-            _TwiceDifferentiable(),
+            twice_differentiable(model, fix="leave lrsi out of the recipe"),
         ):
             yield
     finally:
@@ -310,14 +294,6 @@ def _check(scales: Tensor) -> None:
             allowed="a network whose loss has a gradient",
             fix="check that the mask leaves a path from input to output (mask.collapsed())",
         )
-
-
-def _undifferentiable(model: nn.Module, error: RuntimeError) -> RuntimeError:
-    """What to raise for `error`: itself, unless it is about derivatives."""
-    if not any(part in str(error) for part in ("derivative for", "a second time")):
-        return error
-    said = f"{type(model).__name__} cannot be differentiated twice ({error})"
-    return TechniqueError(said, allowed="a forward pass that can, and keeps no tensor", fix="leave lrsi out of the recipe")
 
 
 def _not_finite(what: str) -> TechniqueError:

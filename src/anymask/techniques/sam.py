@@ -118,11 +118,13 @@ class _Perturbing(Attached):
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model: over all ranks
         # A fused optimiser is called for steps that GradScaler skips, with infinite gradients. Tensors, so that nothing waits for a GPU.
         usable, scale = norm.isfinite() & (norm > 0), self._rho * self._strength / norm
+        uphill = {id(p) for group in self._optimizer.param_groups if group.get("maximize") for p in group["params"]}
         for name, gradient in gradients.items():
             parameter = self._parameters[name]
             self._optimizer.state[parameter][_SLOT] = parameter.detach().clone()
             here = local(parameter)
-            moved = here + local(gradient) * scale.to(here.device)
+            towards = -scale if id(parameter) in uphill else scale  # against the optimiser, where it goes uphill itself
+            moved = here + local(gradient) * towards.to(here.device)
             here.copy_(torch.where(usable.to(here.device), moved, here))
 
     @torch.no_grad()
