@@ -370,13 +370,13 @@ class Worker:
         now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         reason = {"type": type(error).__name__, "message": str(error)}
         self.failures.append({"id": task.name, "training": str(task.cell), "block": task.part.block, **reason, "time": now})
-        return _why(reason)
+        return f"{type(error).__name__}: {error}"
 
     def failed(self) -> Mapping[str, list[str]]:
         """The reasons of all tries that failed since this sweep began, by the name of their training."""
         found: dict[str, list[str]] = {}
         for row in self.failures.rows()[self.seen :]:
-            found.setdefault(row["id"], []).append(_why(row))
+            found.setdefault(row["id"], []).append(f"{row['type']}: {row['message']}")
         return found
 
     def outcome(self) -> Outcome:
@@ -386,10 +386,6 @@ class Worker:
         rest = [(task, reasons.get(task.name, [])) for task in self.planned if task.name not in done]
         failed = tuple(Failed(task, len(why), why[-1]) for task, why in rest if len(why) > self.retries)
         return Outcome(finished, failed, tuple(task for task, why in rest if len(why) <= self.retries))
-
-
-def _why(row: Mapping[str, Any]) -> str:
-    return f"{row['type']}: {row['message']}"
 
 
 class _Timed(Watcher):
