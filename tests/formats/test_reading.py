@@ -292,6 +292,18 @@ def test_one_flipped_bit_in_a_zipped_mask_is_refused_or_harmless(tmp_path, name)
         assert load_mask(tmp_path / "m") == mask
 
 
+def test_an_entry_that_is_marked_as_a_folder_is_refused(tmp_path):
+    """PyTorch reads nothing then, and gives what the memory held: now and then what an earlier file had there."""
+    torch.save({"weight": torch.eye(2)}, tmp_path / "m.pt")
+    with zipfile.ZipFile(tmp_path / "m.pt") as archive, zipfile.ZipFile(tmp_path / "n.pt", "w") as marked:
+        for entry in archive.infolist():
+            content = archive.read(entry)
+            entry.external_attr |= 0x10 * entry.filename.endswith("/version")
+            marked.writestr(entry, content)
+    with pytest.raises(FileFormatError, match="an archive that is compressed, or damaged"):
+        load_mask(tmp_path / "n.pt")
+
+
 def test_a_folder_without_a_checkpoint_says_what_it_may_hold(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no mask file at .*pytorch_model\.bin\.index\.json"):
         load_mask(tmp_path)

@@ -13,6 +13,7 @@ from anymask.formats.refusal import refusal
 
 _MAGIC = b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # torch.serialization.MAGIC_NUMBER, which begins the old form
 _DEEPEST = 8  # dicts in dicts
+_FOLDER = 0x10  # MS-DOS's attribute, which PyTorch's reader goes by
 _PER_BYTE = 8  # numbers a byte of a file: enough for tensors under two names, too few for views that repeat one number endlessly
 
 
@@ -28,8 +29,8 @@ def read_zipped(path: Path, archive: zipfile.ZipFile) -> Contents:
         FileFormatError: for an archive that would unpack to more than it is, or whose checksums are wrong.
     """
     entries = archive.infolist()
-    # torch.load hands out memory that nobody wrote where the two sizes of a stored entry differ
-    if any(e.compress_type != zipfile.ZIP_STORED or e.compress_size != e.file_size for e in entries):
+    # torch.load hands out memory that nobody wrote where the two sizes of a stored entry differ, and for what is marked as a folder
+    if any(e.compress_type != zipfile.ZIP_STORED or e.compress_size != e.file_size or e.external_attr & _FOLDER for e in entries):
         raise refusal(path, "an archive that is compressed, or damaged: torch.save stores its entries as they are")
     if sum(e.file_size for e in entries) > path.stat().st_size:
         raise refusal(path, "an archive that unpacks to more than its size; torch.save writes none")
