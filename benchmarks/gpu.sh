@@ -42,7 +42,8 @@ choose_python() {
         [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
     fi
     export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-    "$PYTHON" -c 'import cyclopts, rich, scipy, safetensors, torch, yaml' ||
+    # torch is looked for alone: to import it takes seconds
+    "$PYTHON" -c 'import cyclopts, importlib.util, rich, safetensors, scipy, sys, yaml; sys.exit(importlib.util.find_spec("torch") is None)' ||
         fail "$PYTHON lacks a package that anymask needs" "install anymask, or carry wheels and name their folder in PYTHONPATH"
 }
 
