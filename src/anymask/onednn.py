@@ -10,7 +10,7 @@ def overruns(model: nn.Module) -> dict[str, nn.Conv2d]:
     """The convolutions of `model`, by name, whose weight gradient is written past its memory when images come as channels_last.
 
     Those with a kernel of one pixel, a stride, and fewer than 16 input channels a group. Crashes, hangs and wrong gradients come of it,
-    in PyTorch 2.13 and before: https://github.com/uxlfoundation/oneDNN/issues/6035.
+    in PyTorch 2.14 and before: https://github.com/uxlfoundation/oneDNN/issues/6035.
 
     Example:
         >>> list(overruns(nn.Sequential(nn.Conv2d(4, 8, 1, stride=2), nn.Conv2d(16, 8, 1, stride=2), nn.Conv2d(4, 8, 3, stride=2))))

@@ -44,14 +44,15 @@ def side_by_side(worker: Worker, number: int, *, streams: int, watcher: Watcher)
     def hire() -> _Member:
         here, there = context.Pipe(duplex=False)  # one each: whoever is killed holds nothing that others wait for
         process = context.Process(target=_work, args=(settings, threads, streams, there), daemon=True)
-        with _deaf(), there:
+        with there:
             process.start()
         return _Member(process, here)
 
     crew = list[_Member]()
     try:
-        for _ in range(number):
-            crew.append(hire())
+        with _deaf():
+            for _ in range(number):
+                crew.append(hire())
         _report(worker, crew, watcher, hire=hire if streams == 1 else None)
     finally:
         _end([member.process for member in crew])
@@ -95,11 +96,16 @@ class _Member:
 
     def pass_on(self, watcher: Watcher) -> None:
         """Tell `watcher` what it sent."""
-        with suppress(EOFError, OSError):  # it has ended
+        for what, args, named in self._sent():
+            self.at = args[0] if what == Watcher.cell.__name__ else self.at
+            getattr(watcher, what)(*args, **named)
+
+    def _sent(self) -> Iterator[Any]:
+        try:
             while self.news.poll():
-                what, args, named = self.news.recv()
-                self.at = args[0] if what == Watcher.cell.__name__ else self.at
-                getattr(watcher, what)(*args, **named)
+                yield self.news.recv()
+        except (EOFError, OSError):  # it has ended; what `watcher` raises does not come here
+            return
 
 
 def how_it_ended(code: int) -> str:
@@ -142,7 +148,8 @@ def _report(worker: Worker, crew: list[_Member], watcher: Watcher, *, hire: Call
             left = [task for task in worker.planned if task.cell == member.at and task.name not in known]
             if len(left) == 1:
                 watcher.left(left[0].cell, worker.note(left[0], Crashed(f"its process died {how_it_ended(code)}")))
-                crew[place], alive = hire(), True
+                with _deaf():  # or a Ctrl-C could come when it runs and is not in the crew yet
+                    crew[place], alive = hire(), True
         if alive:
             time.sleep(LOOK_AGAIN)
 
