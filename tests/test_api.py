@@ -21,6 +21,7 @@ NAMES = [
     "load_mask",
     "prunable",
     "prune",
+    "reconstruct",
     "rewire",
     "ship",
     "to_dense",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from anymask.shipping.making import ship
     from anymask.shipping.runtime import load
     from anymask.sparse import to_dense, to_semi_structured, to_sparse
+    from anymask.techniques.refitting import reconstruct
     from anymask.train import fit
 
 _HOME = {
@@ -34,6 +35,7 @@ _HOME = {
     "load_mask": "formats",
     "prunable": "prunables",
     "prune": "pruning",
+    "reconstruct": "techniques.refitting",
     "rewire": "pruning.rewiring",
     "ship": "shipping.making",
     "to_dense": "sparse",
@@ -42,7 +44,7 @@ _HOME = {
 }
 __all__ = [
     "Diagnostics", "Hold", "Mask", "Recipe", "Rewiring", "__version__", "fit", "hold", "load", "load_mask", "prunable", "prune",
-    "rewire", "ship", "to_dense", "to_semi_structured", "to_sparse",
+    "reconstruct", "rewire", "ship", "to_dense", "to_semi_structured", "to_sparse",
 ]  # fmt: skip
 
 

@@ -13,10 +13,13 @@ from torch import nn
 
 from anymask import data, models
 from anymask.data import Augment, Batches, Dataset
-from anymask.errors import SettingError
+from anymask.errors import MissingFile, SettingError
+from anymask.formats import load_weights
+from anymask.formats.reading import load_into
 from anymask.onednn import memory_format
-from anymask.ranks import first_of_machine, ranks, together
+from anymask.ranks import by_rank_0, first_of_machine, ranks, together
 from anymask.registry import imported
+from anymask.runlog import file_hash
 from anymask.surgery import evaluating
 from anymask.train import Protocol
 
@@ -33,6 +36,8 @@ class Experiment:
     """Fetch the files into the data folder first, checked against the published checksums."""
     model: str = "demonet"
     """The network: demonet, resnet18, resnet32-2x, vgg16, mobilenet ...; `anymask list` shows all; mine:Net is one of yours, of mine.py."""
+    weights: Path | None = None
+    """A checkpoint of a trained network to begin with, in place of the initialisation of a seed; {seed} in its path stands for the seed."""
     validation: float = 0.1
     """Share of the training images kept aside to choose the checkpoint on, in (0, 1); a folder with test and val has its own."""
     device: str = "auto"
@@ -66,6 +71,7 @@ class Bench:
         self.mean, self.std = data.statistics(self.dataset.train)
         self.data_hash = _hash(self.dataset)
         self._formats: dict[str, torch.memory_format] = {}  # by the network's name
+        self._hashes: dict[Path, str] = {}  # of checkpoints
 
     def batches(self, seed: int) -> tuple[Batches, Batches, Batches | None]:
         """Training, validation and test batches (None without `tests`); split, order and augmentation depend on `seed` only."""
@@ -81,8 +87,10 @@ class Bench:
         )
 
     def model(self, seed: int) -> nn.Module:
-        """The network with the initialisation of `seed`, on the device."""
+        """The network with the initialisation of `seed`, or the experiment's weights, on the device."""
         model = self._built(seed)
+        if (path := self.checkpoint(seed)) is not None:
+            load_into(model, by_rank_0(lambda: load_weights(_there(path))), name=self.experiment.model)
         return model.to(self.device, memory_format=self._format)  # type: ignore[call-overload]
 
     def _built(self, seed: int) -> nn.Module:
@@ -140,12 +148,24 @@ class Bench:
         train, _, _ = self.batches(seed)
         return self.protocol.epochs * math.ceil(len(train) / self.protocol.accumulate)
 
-    def settings(self) -> dict[str, Any]:
-        """What decides the numbers of a training here, as plain values."""
-        e = self.experiment
+    def checkpoint(self, seed: int) -> Path | None:
+        """The file that trainings of `seed` begin with; None where they begin with the initialisation."""
+        given = self.experiment.weights
+        return None if given is None else Path(str(given).replace("{seed}", str(seed)))
+
+    def settings(self, seed: int) -> dict[str, Any]:
+        """What decides the numbers of the trainings of `seed` here, as plain values.
+
+        Raises:
+            MissingFile: when the checkpoint that they begin with is not there.
+        """
+        e, path = self.experiment, self.checkpoint(seed)
         untested = {} if self.tests else {"tests": False}
+        if path is not None and path not in self._hashes:
+            self._hashes[path] = by_rank_0(lambda: file_hash(_there(path)))
+        begun = {} if path is None else {"weights": str(e.weights), "weights_hash": self._hashes[path]}
         here = {"data": e.data, "data_hash": self.data_hash, "model": e.model, "validation": e.validation}
-        return {**here, **self.protocol.plain(), **untested}
+        return {**here, **begun, **self.protocol.plain(), **untested}
 
     def _load(self, download: bool) -> Dataset:
         return data.load(self.experiment.data, dir=self.experiment.data_dir, download=download)
@@ -181,6 +201,13 @@ def _check_one_each(name: str) -> None:
             allowed="cuda, with a GPU for each rank, or cpu",
             fix="leave --device at auto, and give torchrun --nproc-per-node as many as there are GPUs",
         )
+
+
+def _there(checkpoint: Path) -> Path:
+    if not checkpoint.is_file():
+        fix = "check the path; `anymask train --mask dense` leaves a model.safetensors, and {seed} stands for the seed"
+        raise MissingFile(f"no checkpoint at {checkpoint}", allowed="the file of a trained network", fix=fix)
+    return checkpoint
 
 
 def _hash(dataset: Dataset) -> str:

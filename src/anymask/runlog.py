@@ -64,6 +64,11 @@ def settings_id(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """What tells two files of the same name apart."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+
+
 class Ledger:
     """The append-only file of finished runs, one JSON object a line.
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from anymask import prunables
-from anymask.errors import MissingFile
+from anymask.errors import MissingFile, SettingError
 from anymask.formats.families import find, named_leaves, unwrapped, without_marks
 from anymask.formats.names import matched
 from anymask.formats.opening import SAFETENSORS, file_in, kind_of, opened
@@ -76,6 +76,28 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise refusal(path, "a mask of ours, where a checkpoint is needed", fix="name the file with the weights")
     with opened(path) as contents:
         return {name: leaf.read().clone() for name, leaf in without_marks(named_leaves(unwrapped(contents.leaves), prefixes=True)).items()}
+
+
+def load_into(model: nn.Module, weights: Mapping[str, Tensor], *, name: str) -> None:
+    """Give `model`, which people call `name`, the weights of `load_weights`.
+
+    Raises:
+        SettingError: when they are those of another network.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> load_into(model, {"weight": torch.ones(1, 1)}, name="linear")
+        >>> model.weight.item()
+        1.0
+    """
+    try:
+        model.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        said = " ".join(str(error).split())[:300]
+        raise SettingError(
+            f"the weights are not those of {name} ({said})", allowed="its state dict", fix="name the right --model"
+        ) from None
 
 
 def _file(path: Path, *, what: str = "mask file") -> Path:

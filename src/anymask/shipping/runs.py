@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from anymask import models
 from anymask.errors import AnymaskError, MaskError, SettingError
 from anymask.formats import load_mask, load_weights
+from anymask.formats.reading import load_into
 from anymask.mask import Mask
 from anymask.runlog import Ledger
 
@@ -111,13 +112,7 @@ def _trained(
         )
     classes = next((weight.shape[0] for weight in reversed(list(weights.values())) if weight.ndim == 2), 10)
     model = models.build(name, classes=classes, channels=shape[0])
-    try:
-        model.load_state_dict(dict(weights))
-    except RuntimeError as error:
-        said = " ".join(str(error).split())[:300]
-        raise SettingError(
-            f"the weights are not those of {name} ({said})", allowed="its state dict", fix="name the right --model"
-        ) from None
+    load_into(model, weights, name=name)
     if mask is not None and not set(mask) <= set(weights):
         raise MaskError(f"the mask is not of {name}", allowed="the mask it was trained with", fix="copy the whole folder")
     generator = torch.Generator().manual_seed(0)

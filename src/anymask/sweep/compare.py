@@ -20,8 +20,8 @@ from anymask.connectivity import reachable
 from anymask.errors import SettingError
 from anymask.mask import Mask
 from anymask.ranks import by_rank_0, leads, ranks
-from anymask.runlog import Ledger, settings_id
-from anymask.sweep.masks import DENSE, Masks, Start, check_mask, digests, file_hash, file_name, file_sparsity, is_dynamic, is_mask_file
+from anymask.runlog import Ledger, file_hash, settings_id
+from anymask.sweep.masks import DENSE, Masks, Start, check_mask, digests, file_name, file_sparsity, is_dynamic, is_mask_file
 from anymask.sweep.teachers import Teachers
 from anymask.sweep.variants import variant
 from anymask.train import Computing, Protocol, fit
@@ -200,7 +200,7 @@ class Runner:
         """What decides the numbers of `cell`, apart from what its recipe's name stands for."""
         file = {"mask_hash": file_hash(cell.mask)} if is_mask_file(cell.mask) else {}
         here = {"mask": cell.mask, "sparsity": cell.sparsity, "recipe": cell.recipe, "seed": cell.seed}
-        return {**self.bench.settings(), **here, **file}
+        return {**self.bench.settings(cell.seed), **here, **file}
 
     def run(self, cell: Cell, name: str, watcher: Watcher) -> dict[str, Any]:
         """Train `cell`, or go on with it, and put it into the ledger."""
@@ -276,7 +276,7 @@ class Runner:
 
     def mask_file(self, mask: str, sparsity: float, seed: int) -> Path:
         """Where the mask of these is kept."""
-        settings = settings_id({**self.bench.settings(), "mask": mask, "sparsity": sparsity, "seed": seed})
+        settings = settings_id({**self.bench.settings(seed), "mask": mask, "sparsity": sparsity, "seed": seed})
         return self.folder / "masks" / file_name(mask, sparsity=sparsity, seed=seed, settings=settings)
 
     def density(self, mask: Mask | None, model: nn.Module) -> dict[str, Any]:

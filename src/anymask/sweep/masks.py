@@ -181,7 +181,7 @@ class Masks:
         """What trains the rounds of a lottery ticket: the default recipe on the training images; one that stopped goes on."""
         train, _, _ = self.bench.batches(seed)
         # Of the round that is not there yet; the folder of `anymask prune` knows nothing of data and protocol.
-        unfinished = folder / f"unfinished-{settings_id(self.bench.settings())}.pt"
+        unfinished = folder / f"unfinished-{settings_id(self.bench.settings(seed))}.pt"
 
         def trainer(model: nn.Module, mask: Mask | None, first: int, last: int | None) -> None:
             computing = self.computing if mask is not None else replace(self.computing, sparse="auto")
@@ -256,8 +256,3 @@ def file_name(mask: str, *, sparsity: float, seed: int, settings: str) -> str:
 def file_sparsity(mask: str, model: nn.Module | None = None) -> float:
     """The sparsity of a mask file; with the model of all its prunable weights, where the mask of a checkpoint is its zeros."""
     return round(load_mask(mask, model=model).sparsity, 6)
-
-
-def file_hash(mask: str) -> str:
-    """What tells two mask files of the same name apart."""
-    return hashlib.sha256(Path(mask).read_bytes()).hexdigest()[:12]

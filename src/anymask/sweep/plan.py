@@ -91,7 +91,8 @@ PLUGIN = Kind("the name of a module in quotes", TEXT.fits, lambda value: importe
 
 _TOP = {"plugins": PLUGIN, "about": TEXT, "retries": WHOLE, "protocol": TABLE, "block": _BLOCKS}
 _LISTS = {"data": TEXT, "model": TEXT, "masks": TEXT, "sparsity": NUMBER, "recipes": TEXT}
-_SINGLES = {"about": TEXT, "seeds": _SEEDS, "first_seed": WHOLE, "dense": _SWITCH, "data_dir": _FOLDER, "validation": NUMBER}
+_PLACE = {"data_dir": _FOLDER, "weights": _FOLDER, "validation": NUMBER}  # of an `Experiment`
+_SINGLES = {"about": TEXT, "seeds": _SEEDS, "first_seed": WHOLE, "dense": _SWITCH, **_PLACE}
 BLOCK = {**_LISTS, **_SINGLES, "protocol": TABLE}
 _MANY = {*_LISTS, "plugins"}
 
@@ -100,8 +101,8 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
     """Read a plan: `about`, `retries` (1), `plugins` (modules to import), `[protocol]`, and `[[block]]` tables, the most urgent first.
 
     A block has data, model, masks, sparsity and recipes, each one value or a list; seeds (how many from first_seed on, or a list of
-    them), dense, data_dir, validation; and [block.protocol], whose settings go over those of [protocol], or instead of them where it
-    names a preset. What is left out is as `anymask compare` has it.
+    them), dense, data_dir, weights, validation; and [block.protocol], whose settings go over those of [protocol], or instead of them
+    where it names a preset. What is left out is as `anymask compare` has it.
 
     Raises:
         OSError: when the file cannot be read.
@@ -140,7 +141,7 @@ def parts_of(table: Mapping[str, Any], shared: Mapping[str, Any], *, plugins: tu
         own = block.get("protocol", {})
         protocol = protocol_of(own if "preset" in own else {**shared, **own})
         grid, seeds = _grid(block), _seeds(block)
-        place: dict[str, Any] = {name: block[name] for name in ("data_dir", "validation") if name in block}
+        place: dict[str, Any] = {name: block[name] for name in _PLACE if name in block}
         sets, networks = block.get("data", (Experiment.data,)), block.get("model", (Experiment.model,))
         for name in sets:
             lookup(DATASETS, name, what="data set")

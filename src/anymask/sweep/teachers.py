@@ -34,7 +34,9 @@ class Teachers:
         self.on_step: Callable[[], None] | None = None  # called after each step
 
     def of(self, seed: int) -> nn.Module:
-        """The teacher of `seed`, trained if it was not yet; a training that is stopped goes on."""
+        """The teacher of `seed`, trained if it was not yet; a training that is stopped goes on. A checkpoint to begin with is a teacher."""
+        if self.bench.checkpoint(seed) is not None:
+            return self.bench.model(seed)
         file = self.file(seed)
         if not by_rank_0(file.exists):
             make_once(file, lambda: self._train(seed, file), wait=self.wait)
@@ -44,7 +46,7 @@ class Teachers:
 
     def file(self, seed: int) -> Path:
         """Where the weights of the teacher of `seed` are kept."""
-        return self.folder / f"dense-seed{seed}-{settings_id({**self.bench.settings(), 'seed': seed})}.safetensors"
+        return self.folder / f"dense-seed{seed}-{settings_id({**self.bench.settings(seed), 'seed': seed})}.safetensors"
 
     def _train(self, seed: int, file: Path) -> None:
         model, unfinished = self.bench.model(seed), file.with_suffix(".pt")

@@ -1,0 +1,199 @@
+"""Refitting pruned networks: the least squares by hand, what stays as it was, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import anymask
+from anymask import Mask, Recipe, data, fit, models, prune, to_sparse
+from anymask.errors import MaskError, SettingError, TechniqueError
+from anymask.surgery import fingerprint
+from anymask.techniques import GhostActivation, GhostSkip, LabelSmoothing, Reconstruction, Refit
+from anymask.techniques.refitting import least_squares
+from anymask.train import Protocol, accuracy
+
+
+class Grouped(nn.Module):
+    """Plain, strided and dilated, grouped and depthwise convolutions with and without bias, a norm, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.strided = nn.Conv2d(8, 8, 3, stride=2, dilation=2, padding=2, padding_mode="circular")
+        self.grouped, self.depthwise = nn.Conv2d(8, 8, (1, 3), groups=2), nn.Conv2d(8, 8, 2, groups=8, bias=False)
+        self.head, self.drop = nn.Linear(8, 5), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.plain(x)).relu()
+        x = self.depthwise(self.grouped(self.strided(x).relu()).relu()).relu()
+        return self.head(self.drop(x.mean((2, 3))))
+
+
+def network(seed: int = 0) -> tuple[nn.Module, Mask, Tensor]:
+    torch.manual_seed(seed)
+    model, x = Grouped(), torch.randn(16, 3, 9, 9)
+    model.train()(x)  # statistics of its own
+    return model.eval(), prune(model, "magnitude+uniform", sparsity=0.5), x
+
+
+def by_hand(rows: Tensor, wanted: Tensor, start: Tensor, kept: Tensor, damping: float) -> Tensor:
+    """The normal equations of each neuron, solved."""
+    found = torch.zeros_like(start)
+    for g, neuron in ((g, n) for g in range(start.shape[0]) for n in range(start.shape[1])):
+        k = kept[g, neuron].nonzero()[:, 0]
+        seen, held = rows[g][:, k], damping * (rows[g] ** 2).mean()
+        left = seen.T @ seen / len(seen) + held * torch.eye(len(k), dtype=rows.dtype)
+        right = seen.T @ wanted[g][:, neuron] / len(seen) + held * start[g, neuron, k]
+        found[g, neuron, k] = torch.linalg.solve(left, right)
+    return found
+
+
+SIZES = st.tuples(st.integers(1, 3), st.integers(1, 12), st.integers(1, 9), st.integers(1, 4))  # groups, samples, inputs, neurons
+
+
+@given(st.integers(0, 2**31), SIZES, st.sampled_from([0.01, 1.0]))
+def test_the_weights_are_those_of_the_normal_equations(seed: int, sizes: tuple[int, int, int, int], damping: float) -> None:
+    groups, samples, inputs, neurons = sizes
+    draws = torch.Generator().manual_seed(seed)
+    shape = {"generator": draws, "dtype": torch.float64}
+    rows, wanted = torch.randn(groups, samples, inputs, **shape), torch.randn(groups, samples, neurons, **shape)
+    kept = torch.rand(groups, neurons, inputs, generator=draws) < 0.6  # a neuron may have nothing left
+    start = torch.randn(groups, neurons, inputs, **shape) * kept
+    found = least_squares(rows, wanted, start, kept, damping=damping, iterations=60)
+    assert not found[~kept].any()
+    torch.testing.assert_close(found, by_hand(rows, wanted, start, kept, damping), rtol=1e-6, atol=1e-8)
+
+
+def test_every_kind_of_layer_explains_its_outputs_better_and_nothing_else_changes() -> None:
+    model, mask, x = network()
+    dense, print_before, random = copy.deepcopy(model), fingerprint(model), torch.get_rng_state()
+    model.head.train()
+    done = anymask.reconstruct(model, mask, data=[x, (x.flip(3), torch.zeros(16))])
+    assert list(done.unexplained) == ["plain", "strided", "grouped", "depthwise", "head"]
+    assert all(after < before for before, after in done.unexplained.values())
+    assert not any(p[~mask[n]].any() for n, p in mask.check(model).items())
+    assert all(torch.equal(t, dense.state_dict()[n]) for n, t in model.state_dict().items() if n.startswith("norm."))
+    assert (fingerprint(model), model.head.training, model.norm.training) == (print_before, True, False)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_what_can_be_made_up_for_is() -> None:
+    """Of two inputs that say the same, one is pruned: the other takes over its weight, and a bias what is left."""
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 4)
+    x = torch.randn(200, 1)
+    x = torch.cat([x, x, torch.ones(200, 1)], 1)
+    whole, before = copy.deepcopy(layer), layer(x)
+    mask = Mask({"weight": torch.tensor([[True, False, False]]).expand(4, 3).clone()})
+    pruned = copy.deepcopy(layer)
+    mask.apply(pruned)
+    anymask.reconstruct(layer, mask, data=[x], settings=Refit(damping=1e-6))
+    assert (pruned(x) - before).abs().max() > 0.1
+    torch.testing.assert_close(layer(x), before, atol=1e-3, rtol=0)
+    both = Mask({"weight": mask["weight"], "bias": torch.tensor([True, False, False, False])})
+    anymask.reconstruct(layer, both, data=[x], dense=whole)
+    assert not layer.bias[1:].any()
+
+
+def test_a_network_that_was_pruned_is_nearly_what_it_was_without_training() -> None:
+    images = data.load("fashion-mnist-5k")
+    train = data.Batches(data.Split(images.train.images[:1500], images.train.labels[:1500]), batch_size=100, shuffle=True)
+    test = data.Batches(images.test, batch_size=500)
+    dense = models.build("demonet-0.5x", classes=10, channels=1, seed=0)
+    fit(dense, train, recipe="default", protocol=Protocol(epochs=3, lr=0.05, augment=False))
+    model = copy.deepcopy(dense)
+    mask = prune(model, "magnitude+erk", sparsity=0.8)
+    pruned = copy.deepcopy(model)
+    mask.apply(pruned)
+    anymask.reconstruct(model, mask, data=train)
+    whole, cut, mended = (accuracy(net, test) for net in (dense, pruned, model))
+    assert whole > 0.7
+    assert mended - cut > 0.5 * (whole - cut)
+    taught = models.build("demonet-0.5x", classes=10, channels=1, seed=1)
+    result = fit(
+        taught, train, mask=mask, recipe=Recipe((Reconstruction(),)), teacher=dense, protocol=Protocol(epochs=1, lr=1e-6), test=test
+    )
+    assert result.test > cut + 0.5 * (whole - cut)
+
+
+def test_sparse_layers_stay_sparse_and_wrappers_where_they_are() -> None:
+    model, mask, x = network()
+    twin, dense = copy.deepcopy(model), copy.deepcopy(model)
+    anymask.reconstruct(model, mask, data=[x])
+    mask.apply(twin)
+    twin = to_sparse(twin, mask, x)
+    kinds = [type(m) for m in twin.modules()]
+    anymask.reconstruct(twin, mask, data=[x], dense=dense)
+    assert [type(m) for m in twin.modules()] == kinds
+    torch.testing.assert_close(twin.eval()(x), model.eval()(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(anymask.to_dense(twin).state_dict(), model.state_dict(), atol=1e-6, rtol=1e-5)
+
+
+def test_it_comes_before_ghosts_whatever_the_order_of_the_recipe() -> None:
+    found = []
+    for place in (0, 2):
+        model, mask, x = network()
+        dense, optimizer = copy.deepcopy(model), torch.optim.SGD(model.parameters(), lr=0.1)
+        anymask.hold(mask, model, optimizer)
+        techniques = [GhostActivation(), LabelSmoothing()]
+        techniques.insert(place, Reconstruction())
+        Recipe(tuple(techniques)).attach(model, optimizer, total_steps=9, example=x, teacher=dense)
+        found.append(model.strided.weight.detach().clone())
+    assert torch.equal(*found)
+
+
+def test_a_recipe_that_cannot_be_attached_leaves_weights_and_statistics_as_they_were() -> None:
+    linear = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    other, steps = copy.deepcopy(linear), torch.optim.SGD(linear.parameters(), lr=0.1)
+    other.load_state_dict({n: t + 1 for n, t in linear.state_dict().items()})
+    anymask.hold(Mask({"0.weight": torch.arange(12).view(4, 3) % 2 == 0}), linear, steps)
+    kept = copy.deepcopy(linear.state_dict())
+    recipe = Recipe((Reconstruction(), GhostSkip(where="spatial"), LabelSmoothing()))
+    with pytest.raises(TechniqueError, match="ghost_skip"):
+        recipe.attach(linear, steps, total_steps=9, example=torch.randn(9, 3), teacher=other)
+    torch.testing.assert_close(linear.state_dict(), kept, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"data": []}, TechniqueError, "no data"),
+        ({"dense": "pruned"}, TechniqueError, "0 already wherever the mask prunes"),
+        ({"dense": nn.Linear(3, 4)}, TechniqueError, "other weights than Grouped: bias, depthwise.weight"),
+        ({"mask": Mask({"norm.weight": torch.ones(8, dtype=torch.bool)})}, TechniqueError, "found nothing"),
+        ({"mask": Mask({"gone.weight": torch.ones(8, dtype=torch.bool)})}, MaskError, "gone.weight"),
+        ({"data": [torch.full((2, 3, 9, 9), float("nan"))]}, TechniqueError, "not finite"),
+        ({"data": [torch.zeros(2, 4, 9, 9)]}, RuntimeError, "channels"),  # the network's own
+    ],
+)
+def test_what_cannot_be_is_refused_and_the_model_is_as_before(change: dict, error: type[Exception], said: str) -> None:
+    model, mask, x = network()
+    pruned = copy.deepcopy(model)
+    mask.apply(pruned)
+    before, prints = copy.deepcopy(model.state_dict()), fingerprint(model)
+    given = {"mask": mask, "data": [x]} | change
+    if given.get("dense") == "pruned":
+        given["dense"] = pruned
+    with pytest.raises(error, match=said):
+        anymask.reconstruct(model, given.pop("mask"), **given)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert fingerprint(model) == prints
+
+
+@pytest.mark.parametrize("wrong", [{"batches": 0}, {"samples": 0}, {"iterations": 0}, {"damping": 0.0}, {"damping": float("nan")}])
+def test_settings_out_of_range_are_refused(wrong: dict) -> None:
+    with pytest.raises(SettingError, match=next(iter(wrong))):
+        Refit(**wrong)
+
+
+def test_without_a_teacher_or_with_itself_it_says_so() -> None:
+    model, mask, x = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    anymask.hold(mask, model, optimizer)
+    for teacher in (None, model):
+        with pytest.raises(TechniqueError, match="teacher"):
+            Recipe((Reconstruction(),)).attach(model, optimizer, total_steps=9, example=x, teacher=teacher)
