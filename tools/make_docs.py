@@ -117,6 +117,38 @@ def fine_tuning() -> str:
     return "\n".join([*lines, "\nMean ± sample standard deviation over the seeds.\n"])
 
 
+def refitting() -> str:
+    """What tools/refitting.py measured, a line a network, mask and sparsity: means of the seeds."""
+    found = [json.loads(line) for line in (ROOT / "results" / "refitting.jsonl").read_text().splitlines()]
+    by: dict[tuple, list[dict]] = {}
+    for row in found:
+        by.setdefault((row["model"], row["mask"], row["sparsity"]), []).append(row)
+    head = "| network | mask | sparsity | dense | pruned | norms anew | refitted | refitted - dense | outputs unexplained | seeds |"
+    lines = [head, "|" + "---|" * 10]
+    for (model, mask, sparsity), several in by.items():
+        means = " | ".join(f"{fmean(r[name] for r in several):.2f}" for name in ("dense", "pruned", "norms", "refitted"))
+        lost = [r["refitted"] - r["dense"] for r in several]
+        shares = " to ".join(f"{fmean(r[name] for r in several):.0%}" for name in ("unexplained_before", "unexplained"))
+        spread = _spread(lost) if len(lost) > 1 else f"{lost[0]:.2f}"
+        lines.append(f"| {model} | {mask} | {sparsity:.0%} | {means} | {spread} | {shares} | {len(several)} |")
+    times = [r["seconds"] for r in found]
+    return "\n".join([*lines, f"\nRefitting took {min(times):.0f} to {max(times):.0f} seconds (2 threads, a busy machine).\n"])
+
+
+def refitting_short() -> str:
+    """One sentence of it, for the README: the first network and mask at each sparsity."""
+    found = [json.loads(line) for line in (ROOT / "results" / "refitting.jsonl").read_text().splitlines()]
+    first = [r for r in found if (r["model"], r["mask"]) == (found[0]["model"], found[0]["mask"])]
+    means = {
+        sparsity: [fmean(r[name] for r in first if r["sparsity"] == sparsity) for name in ("pruned", "refitted")]
+        for sparsity in sorted({r["sparsity"] for r in first})
+    }
+    each = ", ".join(f"{refitted:.1f}% at {sparsity:.0%} sparsity ({pruned:.1f}% before)" for sparsity, (pruned, refitted) in means.items())
+    seeds = len({r["seed"] for r in first})
+    dense = fmean(r["dense"] for r in first)
+    return f"{found[0]['model']} on a fifth of CIFAR-100, pruned by {found[0]['mask']}, {seeds} seeds: {dense:.1f}% dense; {each}.\n"
+
+
 def _spread(values: list[float]) -> str:
     return f"{fmean(values):.2f} ± {stdev(values):.2f}"
 
@@ -159,6 +191,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "overhead": overhead,
     "networks": networks,
     "fine-tuning": fine_tuning,
+    "refitting": refitting,
+    "refitting-short": refitting_short,
     "evidence-time": lambda: seconds("evidence"),
     "tuning-grid": tuning,
     "tuning-early": tuning_early,

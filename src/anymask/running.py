@@ -55,7 +55,7 @@ class RunningRecipe:
         self._handles: list[Any] = []  # of the optimiser's hooks
         self._settled = False  # while the model is as `plain` gives it
         self._strengths = {t.name: self.strength(t, self.position) for t in techniques if t.seam != "init"}
-        weights: list[tuple[Tensor, Tensor]] = []
+        weights: list[tuple[nn.Parameter, Tensor]] = []
         try:
             vars(context.model)[MARK] = _Name(name)
             if state is None and any(t.seam == "init" for t in techniques):
@@ -70,8 +70,8 @@ class RunningRecipe:
             _forget_graphs()
         except BaseException:
             self.leave()
-            for tensor, value in weights:
-                tensor.detach().copy_(value)
+            for parameter, value in weights:
+                parameter.detach().copy_(value)
             raise
 
     @property
@@ -235,14 +235,13 @@ class RunningRecipe:
             )
         return int(state["position"])
 
-    def _weights(self) -> list[tuple[Tensor, Tensor]]:
-        model = self._context.model
-        return [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
+    def _weights(self) -> list[tuple[nn.Parameter, Tensor]]:
+        return [(parameter, parameter.detach().clone()) for parameter in self._context.model.parameters()]
 
     def _join_all(self, remedy: Callable[[Iterable[str]], str], *, fresh: bool) -> None:
         """Attach each technique in order; what they refuse is said at once, of all of them."""
         refused: dict[str, TechniqueError] = {}
-        for technique in sorted(self.techniques, key=lambda technique: not technique.first):
+        for technique in self.techniques:
             try:
                 self._join(technique, fresh=fresh)
             except TechniqueError as error:

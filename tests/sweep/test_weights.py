@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from anymask import models
 from anymask.config import Bench, Experiment
-from anymask.errors import MissingFile, SettingError, TechniqueError
+from anymask.errors import MissingFile, SettingError
 from anymask.report.cells import cells
 from anymask.sweep import Cell, Grid, compare, train_one
 from anymask.sweep.compare import Runner
@@ -19,7 +19,7 @@ from anymask.sweep.run import sweep
 from anymask.train import Protocol
 from tests.sweep.plans import DENSELY, write_images
 
-MENDED = "default@reconstruction=true,distillation=true"
+TAUGHT = "default@distillation=true"
 STILL = Protocol(epochs=1, batch_size=16, lr=1e-9, augment=False)
 
 
@@ -52,15 +52,14 @@ def test_masks_and_trainings_begin_with_the_checkpoint_of_their_seed(place: Path
 
 
 def test_the_checkpoint_is_the_teacher_and_seeds_of_one_cell_are_paired(place: Path, tmp_path: Path) -> None:
-    grid = Grid(masks=("magnitude",), sparsity=(0.5,), recipes=("default", MENDED), seeds=2, dense=False)
+    grid = Grid(masks=("magnitude",), sparsity=(0.5,), recipes=("default", TAUGHT), seeds=2, dense=False)
     rows = compare(grid, tmp_path, experiment=experiment(place, "net{seed}.safetensors"), protocol=STILL, computing=DENSELY).rows()
     assert not (tmp_path / "teachers").exists()
     assert {row["settings"]["weights"] for row in rows} == {str(place / "net{seed}.safetensors")}
     hashes = {(row["settings"]["seed"], row["settings"]["weights_hash"]) for row in rows}
     assert len(hashes) == len({digest for _, digest in hashes}) == 2
     (cell,) = cells(rows)
-    assert sorted(cell.runs) == [("default", 0), ("default", 1), (MENDED, 0), (MENDED, 1)]
-    assert all("unexplained" in row["found"]["reconstruction"] for row in rows if row["settings"]["recipe"] == MENDED)
+    assert sorted(cell.runs) == [("default", 0), ("default", 1), (TAUGHT, 0), (TAUGHT, 1)]
     one = compare(grid, tmp_path, experiment=experiment(place, "net0.safetensors"), protocol=STILL, computing=DENSELY).rows()
     assert len(one) == 8  # another way to say which, for all seeds
     assert len(cells(one)) == 2
@@ -86,7 +85,7 @@ def test_a_plan_has_it_in_a_block(place: Path, tmp_path: Path) -> None:
     model = "resnet8-0.25x"
     masks = "magnitude"
     sparsity = 0.5
-    recipes = "{MENDED}"
+    recipes = "{TAUGHT}"
     seeds = 2
     dense = false
     [block.protocol]
@@ -122,13 +121,3 @@ def test_a_checkpoint_that_does_not_fit_is_told_before_the_work(
     with pytest.raises(error, match=said):
         train_one(Cell("magnitude", 0.5, "default", 0), tmp_path / "train", **how)
     assert not list((tmp_path).rglob("*.jsonl"))
-
-
-def test_a_checkpoint_that_is_pruned_already_is_no_dense_network_to_refit_to(place: Path, tmp_path: Path) -> None:
-    state = load_file(place / "net0.safetensors")
-    halves = {n: t * (torch.arange(t.numel()).view(t.shape) % 2) if t.ndim == 4 else t for n, t in state.items()}
-    save_file(halves, place / "half.safetensors")
-    how: dict[str, Any] = {"experiment": experiment(place, "half.safetensors"), "protocol": STILL, "computing": DENSELY}
-    train_one(Cell(str(place / "half.safetensors"), 0.5, "default", 0), tmp_path / "default", **how)
-    with pytest.raises(TechniqueError, match="0 already wherever the mask prunes"):
-        train_one(Cell(str(place / "half.safetensors"), 0.5, "default@reconstruction=true", 0), tmp_path / "mended", **how)

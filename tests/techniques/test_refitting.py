@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import anymask
-from anymask import Mask, Recipe, data, fit, models, prune, to_sparse
+from anymask import Mask, data, fit, models, prune, to_sparse
 from anymask.errors import MaskError, SettingError, TechniqueError
 from anymask.surgery import fingerprint
-from anymask.techniques import GhostActivation, GhostSkip, LabelSmoothing, Reconstruction, Refit
-from anymask.techniques.refitting import least_squares
+from anymask.techniques.refitting import Refit, least_squares
 from anymask.train import Protocol, accuracy
 
 
@@ -95,8 +94,8 @@ def test_what_can_be_made_up_for_is() -> None:
     assert (pruned(x) - before).abs().max() > 0.1
     torch.testing.assert_close(layer(x), before, atol=1e-3, rtol=0)
     both = Mask({"weight": mask["weight"], "bias": torch.tensor([True, False, False, False])})
-    anymask.reconstruct(layer, both, data=[x], dense=whole)
-    assert not layer.bias[1:].any()
+    anymask.reconstruct(whole, both, data=[x])
+    assert not whole.bias[1:].any()
 
 
 def test_a_network_that_was_pruned_is_nearly_what_it_was_without_training() -> None:
@@ -113,58 +112,27 @@ def test_a_network_that_was_pruned_is_nearly_what_it_was_without_training() -> N
     whole, cut, mended = (accuracy(net, test) for net in (dense, pruned, model))
     assert whole > 0.7
     assert mended - cut > 0.5 * (whole - cut)
-    taught = models.build("demonet-0.5x", classes=10, channels=1, seed=1)
-    result = fit(
-        taught, train, mask=mask, recipe=Recipe((Reconstruction(),)), teacher=dense, protocol=Protocol(epochs=1, lr=1e-6), test=test
-    )
-    assert result.test > cut + 0.5 * (whole - cut)
 
 
-def test_sparse_layers_stay_sparse_and_wrappers_where_they_are() -> None:
+def test_sparse_layers_stay_sparse() -> None:
     model, mask, x = network()
-    twin, dense = copy.deepcopy(model), copy.deepcopy(model)
-    anymask.reconstruct(model, mask, data=[x])
-    mask.apply(twin)
-    twin = to_sparse(twin, mask, x)
+    wider = Mask({n: kept | (torch.arange(kept.numel()).view(kept.shape) % 3 == 0) for n, kept in mask.items()})
+    wider.apply(model)
+    twin = to_sparse(copy.deepcopy(model), wider, x)
     kinds = [type(m) for m in twin.modules()]
-    anymask.reconstruct(twin, mask, data=[x], dense=dense)
+    anymask.reconstruct(model, mask, data=[x])
+    anymask.reconstruct(twin, mask, data=[x])
     assert [type(m) for m in twin.modules()] == kinds
     torch.testing.assert_close(twin.eval()(x), model.eval()(x), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(anymask.to_dense(twin).state_dict(), model.state_dict(), atol=1e-6, rtol=1e-5)
-
-
-def test_it_comes_before_ghosts_whatever_the_order_of_the_recipe() -> None:
-    found = []
-    for place in (0, 2):
-        model, mask, x = network()
-        dense, optimizer = copy.deepcopy(model), torch.optim.SGD(model.parameters(), lr=0.1)
-        anymask.hold(mask, model, optimizer)
-        techniques = [GhostActivation(), LabelSmoothing()]
-        techniques.insert(place, Reconstruction())
-        Recipe(tuple(techniques)).attach(model, optimizer, total_steps=9, example=x, teacher=dense)
-        found.append(model.strided.weight.detach().clone())
-    assert torch.equal(*found)
-
-
-def test_a_recipe_that_cannot_be_attached_leaves_weights_and_statistics_as_they_were() -> None:
-    linear = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    other, steps = copy.deepcopy(linear), torch.optim.SGD(linear.parameters(), lr=0.1)
-    other.load_state_dict({n: t + 1 for n, t in linear.state_dict().items()})
-    anymask.hold(Mask({"0.weight": torch.arange(12).view(4, 3) % 2 == 0}), linear, steps)
-    kept = copy.deepcopy(linear.state_dict())
-    recipe = Recipe((Reconstruction(), GhostSkip(where="spatial"), LabelSmoothing()))
-    with pytest.raises(TechniqueError, match="ghost_skip"):
-        recipe.attach(linear, steps, total_steps=9, example=torch.randn(9, 3), teacher=other)
-    torch.testing.assert_close(linear.state_dict(), kept, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
         ({"data": []}, TechniqueError, "no data"),
-        ({"dense": "pruned"}, TechniqueError, "0 already wherever the mask prunes"),
-        ({"dense": nn.Linear(3, 4)}, TechniqueError, "other weights than Grouped: bias, depthwise.weight"),
-        ({"mask": Mask({"norm.weight": torch.ones(8, dtype=torch.bool)})}, TechniqueError, "found nothing"),
+        ({"mask": Mask({"plain.weight": torch.ones(8, 3, 3, 3, dtype=torch.bool)})}, TechniqueError, "Grouped is 0 already wherever"),
+        ({"mask": Mask({"norm.weight": torch.ones(8, dtype=torch.bool)})}, TechniqueError, "nothing to refit in Grouped"),
         ({"mask": Mask({"gone.weight": torch.ones(8, dtype=torch.bool)})}, MaskError, "gone.weight"),
         ({"data": [torch.full((2, 3, 9, 9), float("nan"))]}, TechniqueError, "not finite"),
         ({"data": [torch.zeros(2, 4, 9, 9)]}, RuntimeError, "channels"),  # the network's own
@@ -172,12 +140,8 @@ def test_a_recipe_that_cannot_be_attached_leaves_weights_and_statistics_as_they_
 )
 def test_what_cannot_be_is_refused_and_the_model_is_as_before(change: dict, error: type[Exception], said: str) -> None:
     model, mask, x = network()
-    pruned = copy.deepcopy(model)
-    mask.apply(pruned)
     before, prints = copy.deepcopy(model.state_dict()), fingerprint(model)
     given = {"mask": mask, "data": [x]} | change
-    if given.get("dense") == "pruned":
-        given["dense"] = pruned
     with pytest.raises(error, match=said):
         anymask.reconstruct(model, given.pop("mask"), **given)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
@@ -188,12 +152,3 @@ def test_what_cannot_be_is_refused_and_the_model_is_as_before(change: dict, erro
 def test_settings_out_of_range_are_refused(wrong: dict) -> None:
     with pytest.raises(SettingError, match=next(iter(wrong))):
         Refit(**wrong)
-
-
-def test_without_a_teacher_or_with_itself_it_says_so() -> None:
-    model, mask, x = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    anymask.hold(mask, model, optimizer)
-    for teacher in (None, model):
-        with pytest.raises(TechniqueError, match="teacher"):
-            Recipe((Reconstruction(),)).attach(model, optimizer, total_steps=9, example=x, teacher=teacher)

@@ -159,7 +159,7 @@ Examples:
     ),
     "prune": Command(
         "anymask.cli.prune:prune",
-        "Make a mask on the initialisation of a seed, and save it.",
+        "Make a mask on the initialisation of a seed, or a trained network, and save it.",
         """\
 Examples:
 
@@ -172,6 +172,11 @@ Examples:
   # Another scope, and whole channels, in each layer at least ten weights
   anymask prune magnitude --scope erk --pattern channel --sparsity 0.9 \\
     --floor 10 --out channels.mask
+
+  # A trained network, pruned, and mended without training it
+  anymask prune magnitude --sparsity 0.8 --data cifar100 --data-dir data \\
+    --model resnet32-2x --weights runs/dense/model.safetensors \\
+    --out dense.mask --refit mended.safetensors
 
   # Which methods there are
   anymask list masks

@@ -3,7 +3,7 @@
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -33,18 +33,26 @@ def prune(
     exclude: Annotated[tuple[str, ...], Parameter(group=METHOD, help="Modules or parameters to leave dense and out of the count.")] = (),
     experiment: Annotated[Experiment | None, Parameter(name="*", group=EXPERIMENT)] = None,
     protocol: Annotated[Protocol | None, Parameter(name="*", group=PROTOCOL)] = None,
+    refit: Annotated[
+        Path | None, Parameter(group=RUN, help="Write the network of --weights there, pruned and refitted; no training.")
+    ] = None,
     force: Annotated[bool, Parameter(group=RUN, negative=(), help="Replace OUT if it is there.")] = False,
     config: ConfigFile = None,
 ) -> int:
-    """Make a mask on the initialisation of a seed, and save it."""
-    if out.exists() and not force:
-        raise SettingError(f"{out} is there already", allowed="a new file", fix="choose another --out, or add --force to replace it")
-    writable(out.parent)
+    """Make a mask on the initialisation of a seed, or a trained network, and save it."""
+    for path in (out, refit):
+        if path is not None and path.exists() and not force:
+            raise SettingError(f"{path} is there already", allowed="a new file", fix="choose another, or add --force to replace it")
+        if path is not None:
+            writable(path.parent)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CollapseWarning)  # shown below
         how = {"scope": scope, "pattern": pattern, "rounds": rounds, "floor": floor, "exclude": exclude}
-        given = {name: value for name, value in how.items() if value}
-        mask = prune_to(out, method, sparsity=sparsity, seed=seed, experiment=experiment, protocol=protocol, **given)
+        given: dict[str, Any] = {name: value for name, value in how.items() if value}
+        given |= {"experiment": experiment, "protocol": protocol, "refit": refit}
+        mask, accuracies = prune_to(out, method, sparsity=sparsity, seed=seed, **given)
     show_mask(mask, title=str(out))
+    if accuracies:
+        print("Test accuracy: " + ", ".join(f"{100 * share:.2f}% {name}" for name, share in accuracies.items()))
     print(f"Mask: {out}", file=sys.stderr)
     return 0

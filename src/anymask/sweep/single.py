@@ -14,7 +14,8 @@ from anymask.ranks import by_rank_0, leads
 from anymask.sweep.compare import Cell, Grid, Runner, Trained, Watcher
 from anymask.sweep.masks import DENSE, Masks, check_mask, file_sparsity, is_dynamic, is_mask_file
 from anymask.sweep.teachers import write_weights
-from anymask.train import Computing, Protocol
+from anymask.techniques.refitting import reconstruct
+from anymask.train import Computing, Protocol, accuracy
 
 
 class _Single(Runner):
@@ -138,20 +139,25 @@ def prune_to(
     seed: int = 0,
     experiment: Experiment | None = None,
     protocol: Protocol | None = None,
+    refit: str | Path | None = None,
     **how: Any,
-) -> Mask:
-    """Write the mask that `compare` makes for `seed` to `out`: by `method`, on the initialisation of that seed.
+) -> tuple[Mask, dict[str, float]]:
+    """Write the mask that `compare` makes for `seed` to `out`: by `method`, on the initialisation of that seed or on weights.
 
     Until a lottery ticket is found its finished rounds are beside `out`, in a folder that ends in .rounds; a second call
     goes on from there, in the middle of a round. Where a ticket starts from other weights than the initial ones, they are beside
     `out`, too, in a file that ends in .safetensors.
 
     Args:
+        refit: where to write the network of the experiment's weights, pruned by the mask and refitted (`anymask.reconstruct`).
         how: other settings of `anymask.prune`: rounds, exclude, floor ...
+
+    Returns:
+        The mask, and with `refit` test accuracies in [0, 1]: "dense", "pruned" as it is, "refitted".
 
     Raises:
         UnknownName: for a method that is not in `METHODS`.
-        SettingError: for a sparsity out of range, or a method whose mask is made by training.
+        SettingError: for a sparsity out of range, a method whose mask is made by training, or `refit` without weights.
     """
     if is_dynamic(method):
         raise SettingError(
@@ -163,8 +169,24 @@ def prune_to(
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)  # fails now, not after the work
     bench = Bench(experiment or Experiment(), protocol or Protocol())
+    if refit is not None and bench.experiment.weights is None:
+        raise SettingError(
+            f"refit came as {refit} without a trained network",
+            allowed="it with weights, whose network is pruned and refitted",
+            fix="give --weights CHECKPOINT, or leave --refit out",
+        )
     masks = Masks(bench, lambda *_: out)
     mask = masks.make(method, sparsity=sparsity, seed=seed, model=bench.model(seed), **how)
     mask.save(out)
     shutil.rmtree(out.with_suffix(".rounds"), ignore_errors=True)
-    return mask
+    return mask, {} if refit is None else _refit_to(Path(refit), mask, bench, seed)
+
+
+def _refit_to(path: Path, mask: Mask, bench: Bench, seed: int) -> dict[str, float]:
+    train, _, test = bench.batches(seed)
+    assert test is not None
+    dense, pruned, refitted = (bench.model(seed) for _ in range(3))
+    mask.apply(pruned)
+    reconstruct(refitted, mask, data=train, seed=seed)
+    write_weights(refitted, path)
+    return {name: accuracy(model, test) for name, model in {"dense": dense, "pruned": pruned, "refitted": refitted}.items()}

@@ -13,8 +13,6 @@ from anymask.techniques.isometry_init import IsometryInit
 from anymask.techniques.label_smoothing import LabelSmoothing
 from anymask.techniques.lrsi import LRsI
 from anymask.techniques.preconditioning import Preconditioning
-from anymask.techniques.reconstruction import Reconstruction
-from anymask.techniques.refitting import Refit
 from anymask.techniques.rescale import RescaleSettings
 from anymask.techniques.sam import SAM
 from anymask.techniques.sign_in import SignIn
@@ -23,7 +21,6 @@ TECHNIQUES: dict[str, type[Technique]] = {
     "lrsi": LRsI,
     "fan_in_init": FanInInit,
     "isometry_init": IsometryInit,
-    "reconstruction": Reconstruction,
     "density_lr": DensityLR,
     "ghost_activation": GhostActivation,
     "ghost_skip": GhostSkip,
@@ -55,8 +52,6 @@ __all__ = [
     "LabelSmoothing",
     "Loss",
     "Preconditioning",
-    "Reconstruction",
-    "Refit",
     "RescaleSettings",
     "SignIn",
     "Technique",

@@ -166,7 +166,6 @@ class Technique:
     about: ClassVar[str]  # one line for `anymask list`
     paper: ClassVar[str]
     taught: ClassVar[bool] = False  # whether it needs a teacher
-    first: ClassVar[bool] = False  # whether it is attached before all others, which would change what it sees
     depth: ClassVar[int] = 3  # at the seam "step": the smaller, the earlier before a step, and the later after it
     schedule: Schedule = field(default_factory=Schedule)
 

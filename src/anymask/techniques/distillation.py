@@ -81,8 +81,13 @@ class Distillation(Technique):
         lookup(dict.fromkeys(PRECISIONS), self.precision, what="precision of a teacher")
 
     def attach(self, context: Context) -> "_Taught":
-        teacher_of(context, self.name)
-        assert context.teacher is not None
+        teacher = context.teacher.teacher if isinstance(context.teacher, Remembered) else context.teacher
+        if context.teacher is None or teacher is None or bare(teacher) is context.model:
+            raise TechniqueError(
+                f"{self.name} got {'no teacher' if context.teacher is None else 'the network itself as its teacher'}",
+                allowed="another, trained network that takes the same inputs and gives the same classes",
+                fix=f"pass teacher=dense_model to Recipe.attach or fit, or leave {self.name} out of the recipe",
+            )
         return _Taught(self, context.model, context.teacher.eval())
 
     def say(self, teacher: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -118,18 +123,6 @@ class Remembered(nn.Module):
         if self.said is None:
             self.said = torch.stack([torch.cat([logits_of(self.teacher(x)).float() for x in batches]) for batches in self.passes])
         return self.said[self.rows]
-
-
-def teacher_of(context: Context, technique: str) -> nn.Module:
-    """The trained network that is there to learn from; raises TechniqueError when there is none."""
-    teacher = context.teacher.teacher if isinstance(context.teacher, Remembered) else context.teacher
-    if teacher is None or bare(teacher) is context.model:
-        raise TechniqueError(
-            f"{technique} got {'no teacher' if teacher is None else 'the network itself as its teacher'}",
-            allowed="another, trained network that takes the same inputs and gives the same classes",
-            fix=f"pass teacher=dense_model to Recipe.attach or fit, or leave {technique} out of the recipe",
-        )
-    return teacher
 
 
 class _Taught(Attached):

@@ -65,7 +65,6 @@ def reconstruct(
     mask: Mask,
     *,
     data: Iterable[Any],
-    dense: nn.Module | None = None,
     settings: Refit | None = None,
     seed: int = 0,
 ) -> Reconstructed:
@@ -86,15 +85,14 @@ def reconstruct(
         model: changed in place; sparse layers (`to_sparse`) stay so.
         mask: what is kept.
         data: batches of inputs, or of (inputs, target) pairs of which the inputs are taken; inputs as `Recipe.attach` takes them.
-        dense: the trained network, of the same kind, whose weights and statistics `model` takes over; None: `model` as it is.
         settings: see `Refit`.
         seed: of the places that are drawn.
 
     On several ranks of torch.distributed each has to call this, and the weights of rank 0 are used.
 
     Raises:
-        TechniqueError: when no layer can be refitted, `dense` is another kind of network or 0 already wherever `mask` prunes, there are
-            no data, the model is cut by fully_shard, or outputs are not finite. The model is then as before.
+        TechniqueError: when no layer can be refitted, the model is 0 already wherever `mask` prunes, there are no data, the model is
+            cut by fully_shard, or outputs are not finite. The model is then as before.
         MaskError: when the mask does not fit.
 
     Example:
@@ -120,17 +118,14 @@ def reconstruct(
     if not batches:
         raise TechniqueError("no data to refit layers on", allowed="at least one batch", fix="give a list or a loader that is not empty")
     with as_dense(model):
-        twin = copied(model) if dense is None else bare(dense)
-        names = _refittable(twin, model, mask)
-        before = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
+        names = _refittable(model, mask)
+        dense = copied(model)
         try:
-            model.load_state_dict(twin.state_dict())
             mask.apply(model)
-            with evaluating(model), evaluating(twin):
-                return Reconstructed(_refitted(model, twin, names, mask, batches, settings=settings, seed=seed))
+            with evaluating(model), evaluating(dense):
+                return Reconstructed(_refitted(model, dense, names, mask, batches, settings=settings, seed=seed))
         except BaseException:
-            for tensor, value in before:
-                tensor.detach().copy_(value)
+            model.load_state_dict(dense.state_dict())
             raise
 
 
@@ -140,30 +135,23 @@ def _on(device: torch.device, batch: Any) -> Any:
     return tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, inputs)
 
 
-def _refittable(dense: nn.Module, model: nn.Module, mask: Mask) -> list[str]:
+def _refittable(model: nn.Module, mask: Mask) -> list[str]:
     """The names of the layers that can be refitted, of those that are pruned."""
     mask.check(model)
-    here, there = ({name: tuple(tensor.shape) for name, tensor in net.state_dict().items()} for net in (model, dense))
-    if other := sorted(name for name in {*here, *there} if here.get(name) != there.get(name)):
-        raise TechniqueError(
-            f"the dense network has other weights than {type(model).__name__}: {', '.join(other[:4])}",
-            allowed="the network as it was before it was pruned",
-            fix="give that one, or leave reconstruction out",
-        )
-    users = Counter(id(p) for module in dense.modules() for p in module.parameters(recurse=False))
-    found = {name: module for name, module in dense.named_modules() if isinstance(module, (*CONVS, nn.Linear)) and _weight(name) in mask}
+    users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    found = {name: module for name, module in model.named_modules() if isinstance(module, (*CONVS, nn.Linear)) and _weight(name) in mask}
     found = {name: module for name, module in found.items() if users[id(module.weight)] == 1 and module.weight.is_floating_point()}
     if not found:
         raise TechniqueError(
-            f"reconstruction found nothing to apply to in {type(model).__name__}",
+            f"there is nothing to refit in {type(model).__name__}",
             allowed="a mask of convolutions or linear layers",
-            fix="leave reconstruction out",
+            fix="give such a mask",
         )
     if not any(module.weight.cpu()[~mask[_weight(name)]].any() for name, module in found.items()):
         raise TechniqueError(
-            "the dense network is 0 already wherever the mask prunes",
+            f"{type(model).__name__} is 0 already wherever the mask prunes",
             allowed="the network as it was before it was pruned, and a mask that takes something away",
-            fix="give that one, or leave reconstruction out",
+            fix="give that network",
         )
     return list(found)
 
