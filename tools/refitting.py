@@ -24,7 +24,7 @@ from anymask.train import Protocol, accuracy
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE, DENSE = ROOT / "results" / "refitting.jsonl", ROOT / "runs" / "dense"
-MODELS, SEEDS, BATCHES = ("vgg11-0.5x", "resnet18-0.25x"), (0, 1, 2), 8
+MODELS, SEEDS, BATCHES = ("vgg11-0.5x",), (0, 1, 2), 8
 MASKS, SPARSITIES = ("magnitude", "wanda"), (0.5, 0.8, 0.9, 0.95)
 
 

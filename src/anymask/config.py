@@ -13,7 +13,7 @@ from torch import nn
 
 from anymask import data, models
 from anymask.data import Augment, Batches, Dataset
-from anymask.errors import MissingFile, SettingError
+from anymask.errors import FileFormatError, MissingFile, SettingError
 from anymask.formats import load_weights
 from anymask.formats.reading import load_into
 from anymask.onednn import memory_format
@@ -71,7 +71,7 @@ class Bench:
         self.mean, self.std = data.statistics(self.dataset.train)
         self.data_hash = _hash(self.dataset)
         self._formats: dict[str, torch.memory_format] = {}  # by the network's name
-        self._hashes: dict[Path, str] = {}  # of checkpoints
+        self._hashes: dict[tuple[Any, ...], str] = {}  # of checkpoints, as they are now
 
     def batches(self, seed: int) -> tuple[Batches, Batches, Batches | None]:
         """Training, validation and test batches (None without `tests`); split, order and augmentation depend on `seed` only."""
@@ -90,7 +90,7 @@ class Bench:
         """The network with the initialisation of `seed`, or the experiment's weights, on the device."""
         model = self._built(seed)
         if (path := self.checkpoint(seed)) is not None:
-            load_into(model, by_rank_0(lambda: load_weights(_there(path))), name=self.experiment.model)
+            load_into(model, by_rank_0(lambda: _read(path)), name=self.experiment.model)
         return model.to(self.device, memory_format=self._format)  # type: ignore[call-overload]
 
     def _built(self, seed: int) -> nn.Module:
@@ -161,11 +161,16 @@ class Bench:
         """
         e, path = self.experiment, self.checkpoint(seed)
         untested = {} if self.tests else {"tests": False}
-        if path is not None and path not in self._hashes:
-            self._hashes[path] = by_rank_0(lambda: file_hash(_there(path)))
-        begun = {} if path is None else {"weights": str(e.weights), "weights_hash": self._hashes[path]}
+        begun = {} if path is None else {"weights": str(e.weights), "weights_hash": by_rank_0(lambda: self._hash_of(path))}
         here = {"data": e.data, "data_hash": self.data_hash, "model": e.model, "validation": e.validation}
         return {**here, **begun, **self.protocol.plain(), **untested}
+
+    def _hash_of(self, checkpoint: Path) -> str:
+        stat = _there(checkpoint).stat()
+        now = checkpoint, stat.st_mtime_ns, stat.st_size
+        if now not in self._hashes:
+            self._hashes[now] = file_hash(checkpoint)
+        return self._hashes[now]
 
     def _load(self, download: bool) -> Dataset:
         return data.load(self.experiment.data, dir=self.experiment.data_dir, download=download)
@@ -201,6 +206,14 @@ def _check_one_each(name: str) -> None:
             allowed="cuda, with a GPU for each rank, or cpu",
             fix="leave --device at auto, and give torchrun --nproc-per-node as many as there are GPUs",
         )
+
+
+def _read(checkpoint: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_weights(_there(checkpoint))
+    except FileFormatError as error:  # which is worded for masks
+        fix = "give the safetensors, or the file of torch.save, that holds the state dict"
+        raise FileFormatError(f"{checkpoint} is no checkpoint ({error.came})", allowed="the weights of a network", fix=fix) from error
 
 
 def _there(checkpoint: Path) -> Path:

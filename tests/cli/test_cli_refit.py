@@ -41,13 +41,21 @@ def test_a_trained_network_is_pruned_refitted_and_shipped(anymask, small, here):
     assert json.loads((here / "on/ledger.jsonl").read_text())["settings"]["weights"] == "new/net.safetensors"
 
 
+def test_the_weights_that_a_ticket_starts_from_are_not_written_over(anymask, small, here):
+    said = anymask("prune", "lottery-rewind", "--out", "m.mask", "--refit", "m.safetensors", "--weights", "dense/model.safetensors", *small)
+    check(said, "m.safetensors", "another file of this command")
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
         (["--refit", "net.safetensors"], ["refit came as net.safetensors", "--weights"]),
         (["--refit", "dense/model.safetensors", "--weights", "dense/model.safetensors"], ["is there already", "--force"]),
         (["--refit", "net.safetensors", "--weights", "dence/model.safetensors"], ["no checkpoint at dence", "check the path"]),
-        (["--refit", "net.safetensors", "--weights", "dense/ledger.jsonl"], ["ledger.jsonl"]),
+        (["--refit", "net.safetensors", "--weights", "dense/ledger.jsonl"], ["dense/ledger.jsonl is no checkpoint", "state dict"]),
+        (["--refit", "m.mask", "--weights", "dense/model.safetensors"], ["m.mask", "another file of this command"]),
+        (["--refit", "dense", "--weights", "dense/model.safetensors", "--force"], ["dense", "a folder"]),
+        (["--refit", "dense/model.safetensors", "--weights", "dense/model.safetensors", "--force"], ["another file of this command"]),
     ],
 )
 def test_mistakes_are_said_and_write_nothing(anymask, small, here, more, words):

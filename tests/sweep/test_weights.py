@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from anymask import models
 from anymask.config import Bench, Experiment
 from anymask.errors import MissingFile, SettingError
+from anymask.report import paired
 from anymask.report.cells import cells
 from anymask.sweep import Cell, Grid, compare, train_one
 from anymask.sweep.compare import Runner
@@ -63,6 +64,17 @@ def test_the_checkpoint_is_the_teacher_and_seeds_of_one_cell_are_paired(place: P
     one = compare(grid, tmp_path, experiment=experiment(place, "net0.safetensors"), protocol=STILL, computing=DENSELY).rows()
     assert len(one) == 8  # another way to say which, for all seeds
     assert len(cells(one)) == 2
+
+
+def test_runs_of_different_files_under_one_name_are_no_pair(place: Path, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"protocol": STILL, "computing": DENSELY}
+    begins = replace(experiment(place, ""), weights=tmp_path / "at{seed}.safetensors")
+    for recipe, source in (("default", "net0"), ("tost:label_smoothing", "net1")):
+        (tmp_path / "at0.safetensors").write_bytes((place / f"{source}.safetensors").read_bytes())
+        grid = Grid(masks=("random",), sparsity=(0.5,), recipes=(recipe,), seeds=1, dense=False)
+        rows = compare(grid, tmp_path / "run", experiment=begins, **how).rows()
+    (comparison,) = paired(rows)
+    assert (comparison.pairs, comparison.unlike) == ({}, (0,))
 
 
 def test_another_file_at_the_same_path_is_another_training(place: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -127,13 +128,97 @@ def test_sparse_layers_stay_sparse() -> None:
     torch.testing.assert_close(anymask.to_dense(twin).state_dict(), model.state_dict(), atol=1e-6, rtol=1e-5)
 
 
+class Twice(nn.Module):
+    """A layer that does more than multiply, one whose bias is computed, one that is called twice, and plain ones; under two names each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scaled, self.computed, self.twice, self.plain = Scaled(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        torch.nn.utils.prune.identity(self.computed, "bias")
+        self.again = self.plain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.twice(self.twice(self.computed(self.scaled(x)).relu()).relu()))
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * 0.1, self.bias)
+
+
+def test_layers_that_are_not_what_they_seem_are_only_pruned() -> None:
+    torch.manual_seed(0)
+    model = Twice().eval()
+    mask = Mask({f"{n}.weight": torch.rand(model.get_submodule(n).weight.shape) < 0.6 for n in ("scaled", "computed", "twice", "again")})
+    pruned = copy.deepcopy(model.state_dict())
+    done = anymask.reconstruct(model, mask, data=[torch.randn(50, 4)])
+    assert list(done.unexplained) == ["again"]
+    for name in ("scaled", "computed", "twice"):
+        assert torch.equal(model.get_submodule(name).weight, pruned[f"{name}.weight"] * mask[f"{name}.weight"]), name
+        assert torch.equal(model.get_submodule(name).bias, pruned.get(f"{name}.bias", pruned.get(f"{name}.bias_orig")))
+
+
+def test_an_encoder_with_padding_is_refitted() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    x, padding = torch.randn(20, 5, 8), torch.arange(5).expand(20, 5) > 3
+    mask = prune(model, "magnitude", sparsity=0.5, exclude=["layers.0.self_attn", "layers.1.self_attn"])
+    was = torch.backends.mha.get_fastpath_enabled()
+    done = anymask.reconstruct(model, mask, data=[{"src": x, "src_key_padding_mask": padding}])
+    assert len(done.unexplained) == 4
+    assert torch.backends.mha.get_fastpath_enabled() == was
+
+
+def test_outputs_that_do_not_vary_have_nothing_to_explain() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    mask = prune(model, "magnitude", sparsity=0.5)
+    done = anymask.reconstruct(model, mask, data=[torch.randn(1, 4)])  # one sample, drawn again and again
+    assert list(done.unexplained.values()) == [(0.0, 0.0)] * 2
+
+
+class Experts(nn.Module):
+    """Sends each sample to one of two layers, by what the first one says of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(4, 2), nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        to, out = self.gate(x).argmax(1), x.new_zeros(len(x), 3)
+        for index, expert in enumerate(self.experts):
+            out[to == index] = expert(x[to == index])
+        return out
+
+
+def test_a_layer_that_gets_other_inputs_once_it_is_pruned_is_only_pruned() -> None:
+    torch.manual_seed(0)
+    model, x = Experts(), torch.randn(30, 4)
+    gate = torch.tensor([[True, True, True, False], [False, False, False, False]])
+    mask = Mask({"gate.weight": gate, "experts.0.weight": torch.eye(3, 4).bool()})
+    before = model.experts[0].weight.detach() * mask["experts.0.weight"]
+    dense = copy.deepcopy(model)
+    done = anymask.reconstruct(model, mask, data=[x])
+    sent = [int((net.gate(x).argmax(1) == 0).sum()) for net in (dense, model)]
+    assert sent[0] != sent[1]
+    assert list(done.unexplained) == ["gate"]
+    assert torch.equal(model.experts[0].weight, before)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
         ({"data": []}, TechniqueError, "no data"),
-        ({"mask": Mask({"plain.weight": torch.ones(8, 3, 3, 3, dtype=torch.bool)})}, TechniqueError, "Grouped is 0 already wherever"),
+        ({"data": torch.zeros(2, 3, 9, 9)}, TechniqueError, r"give \[batch\]"),
+        ({"mask": "a.mask"}, MaskError, "mask came as str"),
+        (
+            {"mask": Mask({"plain.weight": torch.ones(8, 3, 3, 3, dtype=torch.bool)})},
+            TechniqueError,
+            "prunes nothing that is not 0 already",
+        ),
         ({"mask": Mask({"norm.weight": torch.ones(8, dtype=torch.bool)})}, TechniqueError, "nothing to refit in Grouped"),
         ({"mask": Mask({"gone.weight": torch.ones(8, dtype=torch.bool)})}, MaskError, "gone.weight"),
+        ({"data": [torch.zeros(0, 3, 9, 9)]}, TechniqueError, "no masked layer of Grouped was called"),
         ({"data": [torch.full((2, 3, 9, 9), float("nan"))]}, TechniqueError, "not finite"),
         ({"data": [torch.zeros(2, 4, 9, 9)]}, RuntimeError, "channels"),  # the network's own
     ],
@@ -148,7 +233,9 @@ def test_what_cannot_be_is_refused_and_the_model_is_as_before(change: dict, erro
     assert fingerprint(model) == prints
 
 
-@pytest.mark.parametrize("wrong", [{"batches": 0}, {"samples": 0}, {"iterations": 0}, {"damping": 0.0}, {"damping": float("nan")}])
+@pytest.mark.parametrize(
+    "wrong", [{"batches": 0}, {"batches": 2.5}, {"samples": 1}, {"iterations": 0}, {"damping": 0.0}, {"damping": float("nan")}]
+)
 def test_settings_out_of_range_are_refused(wrong: dict) -> None:
     with pytest.raises(SettingError, match=next(iter(wrong))):
         Refit(**wrong)

@@ -156,7 +156,8 @@ def _comparison(cell: Cell, recipe: str, baseline: str, before: Mapping[Any, flo
 def _begin_alike(one: Row, other: Row) -> bool:
     """Whether two runs began with the same mask and weights, where both say with which."""
     here, there = one.get("mask"), other.get("mask")
-    return None in (here, there) or here == there
+    same = one["settings"].get("weights_hash") == other["settings"].get("weights_hash")
+    return same and (None in (here, there) or here == there)
 
 
 def missing(rows: Iterable[Row], *, baseline: str = "default") -> list[dict[str, Any]]:

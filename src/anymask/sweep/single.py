@@ -10,9 +10,10 @@ from typing import Any
 from anymask.config import Bench, Experiment
 from anymask.errors import SettingError
 from anymask.mask import Mask
+from anymask.pruning.methods import method_of
 from anymask.ranks import by_rank_0, leads
 from anymask.sweep.compare import Cell, Grid, Runner, Trained, Watcher
-from anymask.sweep.masks import DENSE, Masks, check_mask, file_sparsity, is_dynamic, is_mask_file
+from anymask.sweep.masks import DENSE, Masks, check_mask, file_sparsity, is_dynamic, is_mask_file, weights_file
 from anymask.sweep.teachers import write_weights
 from anymask.techniques.refitting import reconstruct
 from anymask.train import Computing, Protocol, accuracy
@@ -169,17 +170,30 @@ def prune_to(
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)  # fails now, not after the work
     bench = Bench(experiment or Experiment(), protocol or Protocol())
-    if refit is not None and bench.experiment.weights is None:
+    if refit is not None:
+        started = [weights_file(out)] if "train" in method_of(method).needs else []  # which a ticket may start from
+        _check_refit(Path(refit), [out, *started], bench.checkpoint(seed))
+    masks = Masks(bench, lambda *_: out)
+    mask = masks.make(method, sparsity=sparsity, seed=seed, model=bench.model(seed), **how)
+    accuracies = {} if refit is None else _refit_to(Path(refit), mask, bench, seed)
+    mask.save(out)
+    shutil.rmtree(out.with_suffix(".rounds"), ignore_errors=True)
+    return mask, accuracies
+
+
+def _check_refit(path: Path, others: list[Path], checkpoint: Path | None) -> None:
+    if checkpoint is None:
         raise SettingError(
-            f"refit came as {refit} without a trained network",
+            f"refit came as {path} without a trained network",
             allowed="it with weights, whose network is pruned and refitted",
             fix="give --weights CHECKPOINT, or leave --refit out",
         )
-    masks = Masks(bench, lambda *_: out)
-    mask = masks.make(method, sparsity=sparsity, seed=seed, model=bench.model(seed), **how)
-    mask.save(out)
-    shutil.rmtree(out.with_suffix(".rounds"), ignore_errors=True)
-    return mask, {} if refit is None else _refit_to(Path(refit), mask, bench, seed)
+    if path.is_dir() or path.resolve() in {other.resolve() for other in (*others, checkpoint)}:
+        raise SettingError(
+            f"refit came as {path}, which is " + ("a folder" if path.is_dir() else "the place of another file of this command"),
+            allowed="a file of its own",
+            fix="choose another --refit",
+        )
 
 
 def _refit_to(path: Path, mask: Mask, bench: Bench, seed: int) -> dict[str, float]:

@@ -13,6 +13,7 @@ from anymask.techniques.isometry_init import IsometryInit
 from anymask.techniques.label_smoothing import LabelSmoothing
 from anymask.techniques.lrsi import LRsI
 from anymask.techniques.preconditioning import Preconditioning
+from anymask.techniques.refitting import Refit
 from anymask.techniques.rescale import RescaleSettings
 from anymask.techniques.sam import SAM
 from anymask.techniques.sign_in import SignIn
@@ -52,6 +53,7 @@ __all__ = [
     "LabelSmoothing",
     "Loss",
     "Preconditioning",
+    "Refit",
     "RescaleSettings",
     "SignIn",
     "Technique",

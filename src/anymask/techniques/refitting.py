@@ -1,8 +1,8 @@
 """A trained network, pruned by any mask, and refitted layer by layer to what it was: no training, a few batches of data."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from anymask.errors import SettingError, TechniqueError
+from anymask.errors import MaskError, SettingError, TechniqueError
+from anymask.interrupts import uninterrupted
 from anymask.mask import Mask
 from anymask.prunables import bare
-from anymask.ranks import from_rank
+from anymask.ranks import by_rank_0
 from anymask.sparse import as_dense
 from anymask.surgery import CONVS, copied, evaluating, run
 from anymask.techniques.batches import plain
@@ -30,7 +31,7 @@ class Refit:
 
     Args:
         batches: how many batches of the data are looked at, >= 1.
-        samples: places (images and pixels, or tokens) of each of them, >= 1.
+        samples: places (images and pixels, or tokens) of each of them, >= 2.
         damping: how strongly kept weights are held to the dense ones, as a share of the inputs' mean square, > 0.
         iterations: of conjugate gradients, >= 1.
     """
@@ -41,9 +42,9 @@ class Refit:
     iterations: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("batches", "samples", "iterations"):
-            if (value := getattr(self, name)) < 1:
-                raise SettingError(f"{name} came as {value}", allowed="a whole number >= 1", fix="leave it out for the default")
+        for name, least in (("batches", 1), ("samples", 2), ("iterations", 1)):
+            if not isinstance(value := getattr(self, name), int) or value < least:
+                raise SettingError(f"{name} came as {value}", allowed=f"a whole number >= {least}", fix="leave it out for the default")
         if not 0 < self.damping < float("inf"):
             raise SettingError(f"damping came as {self.damping}", allowed="a finite number > 0", fix="0.01 is the default")
 
@@ -78,8 +79,9 @@ def reconstruct(
     and v are the dense weights that are kept. A bias is one of the weights. The minimum is found by conjugate gradients for all neurons
     at once, from v on. Norms and all else keep the dense network's weights and statistics.
 
-    Refitted are convolutions and linear layers of the mask that own their weight and are called as modules (the first call counts);
-    others of the mask are only pruned.
+    Refitted are convolutions and linear layers of the mask that own their weight and bias, compute with them as PyTorch's do, and are
+    called as modules, once; others of the mask are only pruned. The same places must hold the same input in both networks: experts
+    that choose their tokens by what pruned layers say of them get others, so leave them out of the mask (`prune(exclude=...)`).
 
     Args:
         model: changed in place; sparse layers (`to_sparse`) stay so.
@@ -88,7 +90,7 @@ def reconstruct(
         settings: see `Refit`.
         seed: of the places that are drawn.
 
-    On several ranks of torch.distributed each has to call this, and the weights of rank 0 are used.
+    On several ranks of torch.distributed each has to call this; rank 0 does it, on its data, for all.
 
     Raises:
         TechniqueError: when no layer can be refitted, the model is 0 already wherever `mask` prunes, there are no data, the model is
@@ -106,6 +108,10 @@ def reconstruct(
     Reference: least squares for a given mask, as in OBC (arXiv 2208.11580) and arXiv 2401.02938. Differs from them: inputs are those of
     the sparse network and outputs those of the dense one (as in arXiv 1707.06168, for channels), so a layer makes up for those before it.
     """
+    if not isinstance(mask, Mask):
+        raise MaskError(f"mask came as {type(mask).__name__}", allowed="an anymask.Mask", fix="give anymask.load_mask(path) for a file")
+    if isinstance(data, (Tensor, Mapping)):
+        raise TechniqueError(f"data came as {type(data).__name__}", allowed="batches, in a list or a loader", fix="give [batch]")
     model, settings = bare(model), settings or Refit()
     if any(hasattr(p, "to_local") for p in model.parameters()):
         raise TechniqueError(
@@ -119,14 +125,40 @@ def reconstruct(
         raise TechniqueError("no data to refit layers on", allowed="at least one batch", fix="give a list or a loader that is not empty")
     with as_dense(model):
         names = _refittable(model, mask)
-        dense = copied(model)
-        try:
-            mask.apply(model)
-            with evaluating(model), evaluating(dense):
-                return Reconstructed(_refitted(model, dense, names, mask, batches, settings=settings, seed=seed))
-        except BaseException:
-            model.load_state_dict(dense.state_dict())
-            raise
+        biases = [model.get_submodule(name).bias for name in names]
+        changed: list[Any] = [p for p in (*mask.check(model).values(), *biases) if p is not None]
+        done, values = by_rank_0(lambda: _found(model, mask, names, batches, changed, settings=settings, seed=seed))
+        with uninterrupted():
+            for parameter, value in zip(changed, values, strict=True):
+                parameter.copy_(value)
+    return done
+
+
+def _found(
+    model: nn.Module, mask: Mask, names: list[str], batches: list[Any], changed: list[Tensor], *, settings: Refit, seed: int
+) -> tuple[Reconstructed, list[Tensor]]:
+    """What was done, and the values of parameters after it; the model is as before."""
+    dense, before = copied(model), [parameter.clone() for parameter in changed]
+    try:
+        mask.apply(model)
+        with evaluating(model), evaluating(dense), _module_by_module():
+            done = Reconstructed(_refitted(model, dense, names, mask, batches, settings=settings, seed=seed))
+        return done, [parameter.detach().cpu().clone() for parameter in changed]
+    finally:
+        with uninterrupted():
+            for parameter, value in zip(changed, before, strict=True):
+                parameter.copy_(value)
+
+
+@contextmanager
+def _module_by_module() -> Iterator[None]:
+    """PyTorch's fused encoder layers, which hand on nested tensors without a shape, are off inside the block."""
+    was = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was)
 
 
 def _on(device: torch.device, batch: Any) -> Any:
@@ -139,21 +171,31 @@ def _refittable(model: nn.Module, mask: Mask) -> list[str]:
     """The names of the layers that can be refitted, of those that are pruned."""
     mask.check(model)
     users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    found = {name: module for name, module in model.named_modules() if isinstance(module, (*CONVS, nn.Linear)) and _weight(name) in mask}
-    found = {name: module for name, module in found.items() if users[id(module.weight)] == 1 and module.weight.is_floating_point()}
+    found: dict[int, str] = {}  # by the layer's id: it may have two names
+    for name, module in model.named_modules(remove_duplicate=False):
+        if _weight(name) in mask and _is_affine(module) and all(users[id(p)] == 1 for p in module.parameters(recurse=False)):
+            found.setdefault(id(module), name)
     if not found:
         raise TechniqueError(
             f"there is nothing to refit in {type(model).__name__}",
             allowed="a mask of convolutions or linear layers",
             fix="give such a mask",
         )
-    if not any(module.weight.cpu()[~mask[_weight(name)]].any() for name, module in found.items()):
+    if not any(model.get_parameter(_weight(name)).cpu()[~mask[_weight(name)]].any() for name in found.values()):
         raise TechniqueError(
-            f"{type(model).__name__} is 0 already wherever the mask prunes",
+            "the mask prunes nothing that is not 0 already",
             allowed="the network as it was before it was pruned, and a mask that takes something away",
-            fix="give that network",
+            fix=f"look at the sparsity of the mask, or whether {type(model).__name__} is pruned already",
         )
-    return list(found)
+    return list(found.values())
+
+
+def _is_affine(module: nn.Module) -> bool:
+    """Whether it computes x W + b with weights that are its own, as a subclass with other arithmetic or a computed weight does not."""
+    kind = next((kind for kind in (*CONVS, nn.Linear) if isinstance(module, kind)), None)
+    plain = kind is not None and all(getattr(type(module), n, None) is getattr(kind, n, None) for n in ("forward", "_conv_forward"))
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    return plain and weight is not None and weight.is_floating_point() and bias is getattr(module, "bias", None)
 
 
 def _weight(layer: str) -> str:
@@ -163,16 +205,26 @@ def _weight(layer: str) -> str:
 def _refitted(
     model: nn.Module, dense: nn.Module, names: list[str], mask: Mask, batches: list[Any], *, settings: Refit, seed: int
 ) -> dict[str, tuple[float, float]]:
-    theirs, mine = dict(dense.named_modules()), dict(model.named_modules())
-    wanted: dict[str, list[Tensor]] = {}  # what the dense layers give, in the order in which they are called
+    theirs, mine = ({name: net.get_submodule(name) for name in names} for net in (dense, model))
+    wanted: dict[str, dict[int, tuple[torch.Size, Tensor]]] = {}  # what dense layers give, in the order in which they are called
     for turn, batch in enumerate(batches):
-        for name, rows in _seen(dense, {n: theirs[n] for n in names}, batch, samples=settings.samples, seed=seed + turn).items():
-            wanted.setdefault(name, []).append(rows @ _matrix(theirs[name]).mT)
+        for name, (shape, rows) in _seen(dense, theirs, batch, samples=settings.samples, seed=seed + turn).items():
+            wanted.setdefault(name, {})[turn] = shape, rows @ _matrix(theirs[name]).mT
     unexplained = {}
     for name, outputs in wanted.items():
         how: dict[str, Any] = {"samples": settings.samples, "stops": True}
-        rows = torch.cat([_seen(model, {name: mine[name]}, batch, seed=seed + turn, **how)[name] for turn, batch in enumerate(batches)], 1)
-        unexplained[name] = _refit(mine[name], _kept(mine[name], name, mask), rows, torch.cat(outputs, 1), settings)
+        seen = {turn: _seen(model, {name: mine[name]}, batches[turn], seed=seed + turn, **how).get(name) for turn in outputs}
+        # Where networks send an input elsewhere when they are pruned (experts), the same places are not the same inputs any more.
+        pairs = [(found[1], outputs[turn][1]) for turn, found in seen.items() if found is not None and found[0] == outputs[turn][0]]
+        if pairs:
+            rows, targets = (torch.cat(parts, 1) for parts in zip(*pairs, strict=True))
+            unexplained[name] = _refit(mine[name], _kept(mine[name], name, mask), rows, targets, settings)
+    if not unexplained:
+        raise TechniqueError(
+            f"no masked layer of {type(model).__name__} was called as a module",
+            allowed="layers that are called, with inputs",
+            fix="look at the data, or prune without refitting: mask.apply(model)",
+        )
     return unexplained
 
 
@@ -182,21 +234,24 @@ class _Heard(Exception):
 
 def _seen(
     net: nn.Module, layers: Mapping[str, nn.Module], batch: Any, *, samples: int, seed: int, stops: bool = False
-) -> dict[str, Tensor]:
-    """The inputs of `layers` at drawn places of a batch, by name: (groups, samples, inputs of a neuron), with a 1 behind for a bias.
+) -> dict[str, tuple[torch.Size, Tensor]]:
+    """The inputs of `layers`, by name: their shape, and they at drawn places, (groups, samples, inputs of a neuron), a 1 behind for a bias.
 
-    The places are the same in networks of one kind. With `stops` the forward pass ends at the first of the layers.
+    The places are the same in networks of one kind. With `stops` the forward pass ends at the first of the layers; without, those that are
+    called more than once are left out.
     """
-    found: dict[str, Tensor] = {}
+    found: dict[str, tuple[torch.Size, Tensor]] = {}
+    again: set[str] = set()
 
     def note(layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> None:
-        if name in found:
-            return
         x = args[0] if args else kwargs["input"]
+        if name in found or not x.numel():
+            again.update([name] if name in found else [])
+            return
         draws = torch.Generator().manual_seed((seed * 1_000_003 + crc32(name.encode())) % 2**63)
         rows = inputs_of(layer, x.to(torch.promote_types(x.dtype, torch.float32)), samples=samples, draws=draws)
         rows = rows.view(samples, getattr(layer, "groups", 1), -1).movedim(1, 0)
-        found[name] = rows if layer.bias is None else F.pad(rows, (0, 1), value=1.0)
+        found[name] = x.shape, rows if layer.bias is None else F.pad(rows, (0, 1), value=1.0)
         if stops:
             raise _Heard
 
@@ -207,7 +262,7 @@ def _seen(
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return {name: seen for name, seen in found.items() if name not in again}
 
 
 def _matrix(layer: Any) -> Tensor:
@@ -230,13 +285,15 @@ def _refit(layer: Any, kept: Tensor, rows: Tensor, wanted: Tensor, settings: Ref
     """Give `layer` the weights by which `rows` explain `wanted` best; the share of its variance that is left, before and after."""
     old = _matrix(layer)
     new = least_squares(rows, wanted, old, kept.to(rows.device).view_as(old), damping=settings.damping, iterations=settings.iterations)
-    variance = (wanted - wanted.mean(1, keepdim=True)).square().sum().clamp(min=torch.finfo(wanted.dtype).tiny)
-    before, after = ((float((rows @ weights.mT - wanted).square().sum() / variance)) for weights in (old, new))
-    if not after < float("inf"):
+    if not (new.isfinite().all() and wanted.isfinite().all()):
         raise TechniqueError(
             f"what goes into or out of {layer} is not finite", allowed="a trained network", fix="look at its weights and at the data"
         )
-    flat = from_rank(new.flatten(0, 1).cpu()).to(new.device)
+    variance = float((wanted - wanted.mean(1, keepdim=True)).square().sum())
+    if variance <= torch.finfo(wanted.dtype).eps * float(wanted.square().sum()):
+        variance = float("inf")  # there is nothing to explain
+    before, after = (float((rows @ weights.mT - wanted).square().sum()) / variance for weights in (old, new))
+    flat = new.flatten(0, 1)
     layer.weight.copy_(flat[:, : layer.weight[0].numel()].view(layer.weight.shape))
     if layer.bias is not None:
         layer.bias.copy_(flat[:, -1])
