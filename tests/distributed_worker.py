@@ -136,6 +136,20 @@ def refusals(rank: int) -> dict[str, torch.Tensor]:
     return {}
 
 
+def refitted(rank: int) -> dict[str, torch.Tensor]:
+    """Rank 0 refits for all, on its data; what it meets, all of them meet."""
+    model, nothing = network().eval(), torch.full_like(batches(0)[0][0], torch.nan)
+    mask = mask_of(model)
+    before = {name: whole(value) for name, value in model.named_parameters()}
+    with pytest.raises(TechniqueError, match="not finite"):
+        anymask.reconstruct(model, mask, data=[nothing] if rank == 0 else batches(rank))
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    anymask.reconstruct(model, mask, data=batches(rank) if rank == 0 else [nothing])
+    with pytest.raises(TechniqueError, match="cut by fully_shard"):
+        anymask.reconstruct(fsdp2(network()), mask, data=batches(rank))
+    return {name: whole(value) for name, value in model.named_parameters()}
+
+
 def main(folder: Path, wanted: list[str]) -> None:
     dist.init_process_group("gloo")
     rank, saved = dist.get_rank(), folder / "saved.pt"
@@ -150,6 +164,7 @@ def main(folder: Path, wanted: list[str]) -> None:
         "steps": lambda: train(fsdp2, rank, chosen=Recipe((DensityLR(),))),
         "save": lambda: train(ddp, rank, save=saved),
         "resume": lambda: train(ddp, rank, load=saved),
+        "refitted": lambda: refitted(rank),
         "refusals": lambda: refusals(rank),
     }
     for name in wanted:

@@ -10,13 +10,14 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock
 
+import anymask
 from anymask import Recipe
 from anymask.techniques import DensityLR
-from tests.distributed_worker import mask_of, network, train
+from tests.distributed_worker import batches, mask_of, network, train
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo here")
 ROOT = Path(__file__).parents[1]
-FIRST, AFTER = ("ddp", "fsdp2", "lrsi", "drawn", "steps", "save", "refusals"), ("resume",)
+FIRST, AFTER = ("ddp", "fsdp2", "lrsi", "drawn", "steps", "save", "refitted", "refusals"), ("resume",)
 Found = list[dict[str, torch.Tensor]]
 
 
@@ -81,6 +82,13 @@ def test_steps_of_shards_are_scaled_as_those_of_whole_weights(found: dict[str, F
 def test_a_recipe_saved_in_the_middle_goes_on_in_other_processes(found: dict[str, Found]) -> None:
     assert_zeros_and_same_ranks(found["resume"])
     assert all(torch.equal(found["resume"][0][name], value) for name, value in found["ddp"][0].items())
+
+
+def test_rank_0_refits_for_all_ranks(found: dict[str, Found]) -> None:
+    model = network().eval()
+    anymask.reconstruct(model, mask_of(model), data=batches(0))
+    for one in found["refitted"]:
+        assert all(torch.equal(one[name], value) for name, value in model.named_parameters())
 
 
 def test_what_cannot_work_on_a_model_that_is_spread_is_refused(found: dict[str, Found]) -> None:
