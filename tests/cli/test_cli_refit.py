@@ -36,7 +36,9 @@ def test_a_trained_network_is_pruned_refitted_and_shipped(anymask, small, here):
     network = ("--model", "resnet8-0.25x", "--input", "3", "12", "12")
     assert anymask("ship", "new/net.safetensors", *network, "--mask", "m.mask", "--to", "net.anymask").code == 0
     assert load("net.anymask").plan.kept <= mask.kept
-    said = anymask("train", "--mask", "m.mask", "--weights", "new/net.safetensors", "--epochs", "1", "--out", "on", *small)
+    said = anymask(
+        "train", "--mask", "m.mask", "--weights", "new/net.safetensors", "--epochs", "1", "--recipe", "best", "--out", "on", *small
+    )
     assert said.code == 0, said.err
     assert json.loads((here / "on/ledger.jsonl").read_text())["settings"]["weights"] == "new/net.safetensors"
 

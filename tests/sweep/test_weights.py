@@ -77,6 +77,12 @@ def test_runs_of_different_files_under_one_name_are_no_pair(place: Path, tmp_pat
     assert (comparison.pairs, comparison.unlike) == ({}, (0,))
 
 
+def test_a_recipe_that_initialises_the_trained_network_is_told(place: Path, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"experiment": experiment(place, "net0.safetensors"), "protocol": STILL, "computing": DENSELY}
+    with pytest.warns(UserWarning, match="tost:lrsi initialises a trained network anew"):
+        train_one(Cell("magnitude", 0.5, "tost:lrsi", 0), tmp_path, **how)
+
+
 def test_another_file_at_the_same_path_is_another_training(place: Path, tmp_path: Path) -> None:
     (tmp_path / "net.safetensors").write_bytes((place / "net0.safetensors").read_bytes())
     names = []

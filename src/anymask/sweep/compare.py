@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -213,6 +214,11 @@ class Runner:
     def train(self, cell: Cell, name: str, watcher: Watcher, *, log_dir: Path | None = None) -> Trained:
         """Train `cell`, or go on with it; its checkpoint file stays."""
         model, wanted = self.bench.model(cell.seed), variant(cell.recipe)
+        begins = [technique.name for technique in wanted.recipe.techniques if technique.seam == "init"]
+        if begins and self.bench.checkpoint(cell.seed) is not None:
+            warnings.warn(
+                f"{cell.recipe} initialises a trained network anew ({', '.join(begins)}); best and tost:-lrsi do not", stacklevel=2
+            )
         began = time.monotonic()
         start = self.start(cell, model)
         mask_seconds = time.monotonic() - began
