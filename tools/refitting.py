@@ -20,6 +20,7 @@ from anymask import Mask, prune, reconstruct
 from anymask.config import Bench, Experiment
 from anymask.data import Batches
 from anymask.runlog import atomic
+from anymask.sweep.compare import versions
 from anymask.train import Protocol, accuracy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +75,7 @@ def main() -> None:
                     if any(what.items() <= row.items() for row in done):
                         continue
                     mask = prune(here.model(seed), method, sparsity=sparsity, data=here.batches(seed)[0], seed=seed)
-                    done.append(what | one(here, mask, seed))
+                    done.append(what | one(here, mask, seed) | {"commit": versions()["commit"]})
                     print(done[-1], file=sys.stderr, flush=True)
                     with atomic(FILE, "w") as file:
                         file.writelines(json.dumps(row) + "\n" for row in done)

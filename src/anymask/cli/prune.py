@@ -36,7 +36,7 @@ def prune(
     refit: Annotated[
         Path | None, Parameter(group=RUN, help="Write the network of --weights there, pruned and refitted; no training.")
     ] = None,
-    force: Annotated[bool, Parameter(group=RUN, negative=(), help="Replace OUT if it is there.")] = False,
+    force: Annotated[bool, Parameter(group=RUN, negative=(), help="Replace files that are there.")] = False,
     config: ConfigFile = None,
 ) -> int:
     """Make a mask on the initialisation of a seed, or a trained network, and save it."""

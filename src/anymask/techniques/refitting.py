@@ -119,15 +119,11 @@ def reconstruct(
             allowed="a model that is whole on each rank",
             fix="reconstruct it before fully_shard",
         )
-    device = next(model.parameters(), torch.empty(0)).device
-    batches = [_on(device, batch) for batch in islice(data, settings.batches)]
-    if not batches:
-        raise TechniqueError("no data to refit layers on", allowed="at least one batch", fix="give a list or a loader that is not empty")
     with as_dense(model):
         names = _refittable(model, mask)
         biases = [model.get_submodule(name).bias for name in names]
         changed: list[Any] = [p for p in (*mask.check(model).values(), *biases) if p is not None]
-        done, values = by_rank_0(lambda: _found(model, mask, names, batches, changed, settings=settings, seed=seed))
+        done, values = by_rank_0(lambda: _found(model, mask, names, data, changed, settings=settings, seed=seed))
         with uninterrupted():
             for parameter, value in zip(changed, values, strict=True):
                 parameter.copy_(value)
@@ -135,9 +131,13 @@ def reconstruct(
 
 
 def _found(
-    model: nn.Module, mask: Mask, names: list[str], batches: list[Any], changed: list[Tensor], *, settings: Refit, seed: int
+    model: nn.Module, mask: Mask, names: list[str], data: Iterable[Any], changed: list[Tensor], *, settings: Refit, seed: int
 ) -> tuple[Reconstructed, list[Tensor]]:
     """What was done, and the values of parameters after it; the model is as before."""
+    device = next(model.parameters()).device
+    batches = [_on(device, batch) for batch in islice(data, settings.batches)]
+    if not batches:
+        raise TechniqueError("no data to refit layers on", allowed="at least one batch", fix="give a list or a loader that is not empty")
     dense, before = copied(model), [parameter.clone() for parameter in changed]
     try:
         mask.apply(model)
