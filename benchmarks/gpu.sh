@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu.sh              unpack the data, if they are not, and train as much as the time allows
 #   benchmarks/gpu.sh --data-only  unpack what is there, say what is missing, and stop
-#   benchmarks/gpu.sh [option]...  other options go to `anymask sweep`, after --compile graph --streams 4
+#   benchmarks/gpu.sh [option]...  other options go to `anymask sweep`, after --compile graph --streams $STREAMS
 #
 # For a quarter of an hour of a GPU: PLAN=plans/gpu.toml RUN=runs/gpu LEDGER=results/gpu/ledger.jsonl benchmarks/gpu.sh
 #
@@ -18,7 +18,7 @@
 # Masks cost a GPU time that trainings could have (SynFlow 33 s for a ResNet-18, on an H200): make them before, on any machine, by
 # `anymask sweep plans/paper.toml --out runs/paper --masks-only`, and carry runs/paper/masks. A second process pays less than more streams.
 #
-# Settings: LIMIT seconds for the whole run (590), PLAN, RUN, LEDGER, DATA, PACKS, PYTHON, DEVICE. The exit code is that of `anymask sweep`.
+# Settings: LIMIT seconds for the whole run (590), PLAN, RUN, LEDGER, DATA, PACKS, PYTHON, DEVICE, STREAMS (4). The exit code is that of `anymask sweep`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -28,6 +28,7 @@ RUN=${RUN:-runs/paper}
 LEDGER=${LEDGER:-results/paper/ledger.jsonl}
 DATA=${DATA:-data-local} # as the plan has it
 DEVICE=${DEVICE:-cuda}
+STREAMS=${STREAMS:-4}
 TICKETS=runs/tickets.tar.gz
 MOST=$((15 * 1024 * 1024)) # bytes of one file that is taken home
 
@@ -140,7 +141,7 @@ budget=$((LIMIT - 50 - SECONDS)) # room for the start, for the end of an epoch o
 ((budget >= 60)) || fail "$SECONDS s went to the data, and too little of $LIMIT s is left" "call it again"
 code=0
 timeout --signal=INT --kill-after=10 "$((LIMIT - 10 - SECONDS))" \
-    "$PYTHON" -m anymask sweep "$PLAN" --out "$RUN" --budget "${budget}s" --device "$DEVICE" --compile graph --streams 4 "$@" || code=$?
+    "$PYTHON" -m anymask sweep "$PLAN" --out "$RUN" --budget "${budget}s" --device "$DEVICE" --compile graph --streams "$STREAMS" "$@" || code=$?
 
 merge "$RUN/ledger.jsonl" "$LEDGER"
 take_home
