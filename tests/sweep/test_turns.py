@@ -1,12 +1,19 @@
 """Threads that take turns: one runs at a time, in order, each with random numbers of its own, until one fails or all are told to end."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 import torch
 
+from anymask import Mask, Recipe, hold
+from anymask.pauses import pauses
 from anymask.sweep.run import Stopped
 from anymask.sweep.turns import Turns, taking_turns
+from anymask.techniques import Preconditioning
+from anymask.techniques.rescale import RescaleSettings, rescale
 
 
 def test_one_runs_at_a_time_and_all_come_round() -> None:
@@ -97,3 +104,74 @@ def test_who_rests_lets_others_run() -> None:
 
     taking_turns(work, 2, device="cpu")
     assert log == ["rests", "runs", "rested"]
+
+
+def test_who_computes_aside_lets_others_run_and_draws_on_as_if_alone() -> None:
+    log: list[str] = []
+    drawn: list[float] = []
+
+    def work(turns: Turns) -> None:
+        first = not log
+        log.append("begins")
+        if first:
+            torch.manual_seed(1)
+            with turns.aside():
+                while "others" not in log:
+                    threading.Event().wait(0.01)
+            drawn.append(float(torch.rand(())))
+        else:
+            torch.manual_seed(2)
+            torch.rand(5)
+            log.append("others")
+
+    with torch.random.fork_rng(devices=[]):
+        taking_turns(work, 2, device="cpu")
+        torch.manual_seed(1)
+        assert drawn == [float(torch.rand(()))]
+
+
+def test_work_that_fails_aside_ends_all_with_its_error() -> None:
+    def work(turns: Turns) -> None:
+        with turns.aside():
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        taking_turns(work, 2, device="cpu")
+
+
+def test_the_work_of_techniques_before_a_training_passes_turns_on() -> None:
+    """Else the GPU would wait for the seconds in which one training learns its scales."""
+    passed: list[int] = []
+    rested = Turns.rest
+    images, settings = [(torch.randn(4, 3), torch.arange(4) % 2)], RescaleSettings(iterations=4)
+
+    def work(_: Turns) -> None:
+        rescale(torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2)), images, settings=settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Turns, "rest", lambda self, seconds: passed.append(threading.get_ident()) or rested(self, seconds))
+        taking_turns(work, 2, device="cpu")
+    assert [passed.count(thread) for thread in dict.fromkeys(passed)] == [4, 4]
+    assert any(a != b for a, b in pairwise(passed))
+
+
+def test_roots_of_covariances_are_computed_aside() -> None:
+    log: list[str] = []
+
+    @contextmanager
+    def aside() -> Iterator[None]:
+        log.append("left")
+        yield
+        log.append("back")
+
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    held = hold(Mask({"weight": torch.ones(2, 4)}), model, optimizer)
+    with pauses(lambda: None, aside):
+        running = Recipe((Preconditioning(every=2),)).attach(model, optimizer, total_steps=4)
+        for _ in range(4):
+            model(torch.randn(8, 4)).sum().backward()
+            optimizer.step()
+            running.step()
+    assert log == ["left", "back"] * 2
+    held.release()

@@ -3,11 +3,12 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 
+from anymask.pauses import pauses
 from anymask.sweep.run import Stopped
 from anymask.train.graphs import own_stream, timing_algorithms
 
@@ -63,19 +64,31 @@ class Turns:
         Raises:
             Stopped: where all are to end.
         """
+        with self.aside():
+            if seconds:
+                time.sleep(seconds)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Others run while the block does: it is to leave the device alone, and PyTorch's global generators.
+
+        Raises:
+            Stopped: where all are to end.
+        """
         if self.stopped:
             raise Stopped
         cuda = torch.cuda.is_initialized()
         drawn = torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
         self.__exit__()
-        if seconds:
-            time.sleep(seconds)
-        self.__enter__()
+        try:
+            yield
+        finally:
+            self.__enter__()
+            torch.set_rng_state(drawn[0])
+            if drawn[1] is not None:
+                torch.cuda.set_rng_state(drawn[1])
         if self.stopped:
             raise Stopped
-        torch.set_rng_state(drawn[0])
-        if drawn[1] is not None:
-            torch.cuda.set_rng_state(drawn[1])
 
 
 def taking_turns(work: Callable[[Turns], None], number: int, *, device: str) -> None:
@@ -88,13 +101,15 @@ def taking_turns(work: Callable[[Turns], None], number: int, *, device: str) -> 
         Whatever the first that failed raised; the others then end at their next turn.
     """
     turns, errors = Turns(number), list[BaseException]()
+    cuda = device.startswith("cuda")
+    aside = turns.aside if cuda else nullcontext  # on a CPU it would change with how many threads the others compute
 
     def run() -> None:
         with turns:
             if turns.stopped:
                 return
             try:
-                with own_stream(torch.device(device)) if device.startswith("cuda") else nullcontext(), suppress(Stopped):
+                with own_stream(torch.device(device)) if cuda else nullcontext(), suppress(Stopped), pauses(lambda: turns.rest(0.0), aside):
                     work(turns)
             except BaseException as error:
                 errors.append(error)
@@ -102,7 +117,7 @@ def taking_turns(work: Callable[[Turns], None], number: int, *, device: str) -> 
 
     threads = [threading.Thread(target=run, daemon=True) for _ in range(number)]
     try:
-        with timing_algorithms() if device.startswith("cuda") else nullcontext():  # a switch of the process, not of a thread
+        with timing_algorithms() if cuda else nullcontext():  # a switch of the process, not of a thread
             for thread in threads:
                 thread.start()
             for thread in threads:

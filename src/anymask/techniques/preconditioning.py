@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from anymask.errors import SettingError, TechniqueError
 from anymask.holding import held
 from anymask.mask import Mask
+from anymask.pauses import aside
 from anymask.prunables import bare, compact
 from anymask.ranks import from_rank, leads
 from anymask.schedules import Schedule
@@ -202,20 +203,32 @@ class _Preconditioning(Attached):
                     fix="put `with running.watched():` around the forward pass, or leave it out of the recipe",
                 )
             return
-        with threads_of_one() as each:
+        made: dict[str, Tensor] = {}
+        with aside(), threads_of_one() as each:  # seconds of the CPU for a large network, in which the GPU may train others
             for name in self._places:
                 # Of rank 0, for all: ranks see other images, and have to make equal steps.
                 seen = from_rank(self._seen.get(name))
                 if seen is None or not seen.isfinite().all():
                     continue
                 old = self._covariances.get(name)
-                self._know(name, seen if old is None else old.lerp(seen, 1 - self._settings.decay), each=each)
+                self._covariances[name] = seen if old is None else old.lerp(seen, 1 - self._settings.decay)
+                made[name] = self._roots(name, each=each)
+                if self._layers[name].weight.device.type == "cpu":
+                    self._use(name, made.pop(name))
+        for name, matrices in made.items():
+            self._use(name, matrices)
         self._seen, self._due = {}, False
 
-    def _know(self, name: str, covariances: Tensor, *, each: Each = map) -> None:
-        s, places = self._settings, self._places[name]
+    def _roots(self, name: str, *, each: Each = map) -> Tensor:
+        s = self._settings
+        return self._places[name].roots(self._covariances[name], power=s.power, damping=s.damping, each=each)
+
+    def _know(self, name: str, covariances: Tensor) -> None:
         self._covariances[name] = covariances
-        made, known = places.roots(covariances, power=s.power, damping=s.damping, each=each), self._matrices.get(name)
+        self._use(name, self._roots(name))
+
+    def _use(self, name: str, made: Tensor) -> None:
+        known = self._matrices.get(name)
         if known is None or known.shape != made.shape or known.device != self._layers[name].weight.device:
             self._matrices[name] = made.to(self._layers[name].weight.device)
             self._placed += 1

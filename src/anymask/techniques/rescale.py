@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map
 
 from anymask.errors import SettingError, TechniqueError
 from anymask.mask import Mask
+from anymask.pauses import pause
 from anymask.prunables import bare
 from anymask.ranks import from_rank
 from anymask.sparse import as_dense
@@ -236,6 +237,7 @@ def _learn(network: _Network, batches: Iterable[Batch], settings: RescaleSetting
             adam[norm > settings.gamma].step()
             with torch.no_grad():
                 scales.clamp_(min=lower)
+            pause()  # on a GPU an iteration takes as long as 20 recorded steps
     _check(scales)
     losses, norms = zip(*history, strict=True)
     return Rescaled(dict(zip(network.start, scales.tolist(), strict=True)), losses, norms)
