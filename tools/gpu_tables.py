@@ -2,54 +2,71 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from itertools import product
 from statistics import median
 
-from recipe_tables import ROOT, ledger
+from recipe_tables import ROOT, differences, ledger
 
-from anymask.report import paired, table
+from anymask.report import overall, paired, table
 
 GPU = ROOT / "results" / "gpu"
 
 
 def gpu_short() -> str:
-    """One sentence: how the pairs of results/gpu ended."""
+    """What has an interval in results/gpu, as a table, and a sentence about what has one seed."""
     rows = ledger("gpu")
-    apart: dict[str, list[float]] = {}
-    for c in paired(rows):
-        apart.setdefault(c.recipe, []).extend(c.differences.values())
-    s = rows[0]["settings"]
-    said = " and ".join(
-        f"`{recipe}` above `default` in {sum(d > 0 for d in found)} of {len(found)} pairs ({min(found):+.2f} to {max(found):+.2f} points)"
-        for recipe, found in apart.items()
-    )
-    masks = ", ".join(dict.fromkeys(row["settings"]["mask"] for row in rows))
-    where = f"The whole {s['model']} on all of {s['data']}, {s['epochs']} epochs, {100 * s['sparsity']:g}% ({masks})"
-    return f"{where}, on one {rows[0]['machine']['processor']}: {said}.\n"
+    found = overall(paired(rows))
+    single = [o for o in found if not o.interval and o.mean is not None]
+    said = [f"{o.settings['model']}, `{o.recipe}` {o.mean:+.2f} points over {o.cells} masks" for o in single]
+    more = f"\nOf one seed each: {'; '.join(said)}.\n" if said else ""
+    return f"The whole networks on all of CIFAR-100, on one {rows[0]['machine']['processor']}:\n\n{differences(rows)}{more}"
 
 
-def _rates() -> Iterator[tuple[str, str, int, int]]:
-    """Network, way, how many at once and images a second in all, of each line of results/gpu/rates.log that has them."""
+WAYS = {
+    "plain": "plain loop",
+    "plain compiled": "plain loop, compiled",
+    "graph": "fit, bfloat16, recorded",
+    "graph again": "fit, bfloat16, recorded",
+    "graph, norms compiled": "fit, bfloat16, recorded, batch norms compiled (not in the package)",
+    "fused": "fit, bfloat16, compiled and recorded (`fused`)",
+}
+
+
+def _rates() -> Iterator[tuple[str, str, str, int, int]]:
+    """Day, network, way, how many at once and images a second in all, of each line of results/gpu/rates.log that has them."""
+    day = ""
     for line in (GPU / "rates.log").read_text().splitlines():
-        if found := re.match(r"\[ *[\d.]+\] (R32|R18) (bf16|fp32) (eager|graph|streams (\d+)) \(?(\d+)[ ,]", line):
-            how = {"bf16": "bfloat16", "fp32": "float32"}[found[2]] + ("" if found[3] == "eager" else ", recorded")
-            yield found[1].replace("R", "resnet"), f"fit, {how}", int(found[4] or 1), int(found[5])
-        elif found := re.match(r"(resnet\d+) (plain|graph) (\d+)", line):
-            yield found[1], "plain loop" if found[2] == "plain" else "fit, bfloat16, recorded", 1, int(found[3])
-        elif found := re.match(r"r18 streams (\d+) (\d+)", line):
-            yield "resnet18", "fit, bfloat16, recorded", int(found[1]), int(found[2])
+        if found := re.match(r"# .* on (\d{4}-\d\d-\d\d)", line):
+            day = found[1]
+        yield from ((day, *row) for row in _rate(line))
+
+
+def _rate(line: str) -> Iterator[tuple[str, str, int, int]]:
+    """The same of one line, if it has them, but for the day."""
+    if found := re.match(r"\[ *[\d.]+\] (resnet\d+) ([a-z, ]+) \(\[([\d, ]+)\]", line):
+        yield found[1], WAYS[found[2]], 1, round(median(map(int, found[3].split(","))))
+    elif found := re.match(r"\[ *[\d.]+\] (resnet\d+) (\d+) streams (\d+)", line):
+        yield found[1], WAYS["graph"], int(found[2]), int(found[3])
+    elif found := re.match(r"\[ *[\d.]+\] (R32|R18) (bf16|fp32) (eager|graph|streams (\d+)) \(?(\d+)[ ,]", line):
+        how = {"bf16": "bfloat16", "fp32": "float32"}[found[2]] + ("" if found[3] == "eager" else ", recorded")
+        yield found[1].replace("R", "resnet"), f"fit, {how}", int(found[4] or 1), int(found[5])
+    elif found := re.match(r"(resnet\d+) (plain|graph) (\d+)", line):
+        yield found[1], "plain loop" if found[2] == "plain" else "fit, bfloat16, recorded", 1, int(found[3])
+    elif found := re.match(r"r18 streams (\d+) (\d+)", line):
+        yield "resnet18", "fit, bfloat16, recorded", int(found[1]), int(found[2])
 
 
 def gpu_rates() -> str:
     """Images a second on a GPU: in turns they were not, so each is one run."""
-    rows = sorted(_rates(), key=lambda row: (-int(row[0].removeprefix("resnet")), row[3]))
-    plain = {network: rate for network, way, _, rate in rows if way == "plain loop"}
-    head = ["network", "way", "at once", "images / s in all", "times the plain loop", "182 epochs of 45,000, s a training (computed)"]
+    rows = sorted(_rates(), key=lambda row: (-int(row[1].removeprefix("resnet")), row[0], row[4]))
+    plain = {(day, network): rate for day, network, way, _, rate in rows if way == "plain loop"}
+    head = ["day", "network", "way", "at once", "images / s in all", "times the plain loop", "182 epochs of 45,000, s (computed)"]
     lines = [
-        [network, way, str(number), f"{rate:,}", f"{rate / plain[network]:.2f}x", f"{182 * 45_000 / rate:,.0f}"]
-        for network, way, number, rate in rows
+        [day, network, way, str(number), f"{rate:,}", f"{rate / plain[day, network]:.2f}x", f"{182 * 45_000 / rate:,.0f}"]
+        for day, network, way, number, rate in rows
     ]
     made = "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *lines])
-    return f"{made}\n\n2026-11-26, NVIDIA H200, 16 cores, PyTorch 2.11.0+cu130, commits 387f530 to 48b1fd2; one run each.\n"
+    return f"{made}\n\nNVIDIA H200, 16 cores, PyTorch 2.11.0+cu130; one run each, at commits 387f530 to 48b1fd2, then 7eae2e5.\n"
 
 
 def gpu_kernels() -> str:
@@ -64,9 +81,14 @@ def gpu_kernels() -> str:
         said.append(
             f"of the {network} {count:.0f} kernels of {total / 1000:.1f} ms in all, batch norms {norms:.0%}, the mask's zeros {zeros:.0%}"
         )
-    rows = [row for row in ledger("gpu") if row["settings"]["seed"] == 1]  # of which none had to wait for a mask
-    rate = 6 * rows[0]["settings"]["epochs"] * 45_000 / median(row["time"]["seconds"] for row in rows)
-    return f"A step is, {'; '.join(said)}. The sweep trained at about {rate:,.0f} images a second in all.\n"
+    sweeps = {"48b1fd2": ("two processes of three streams", 6), "7eae2e5": ("one process of eight streams", 8)}
+    rates = []
+    for (commit, (how, number)), network in product(sweeps.items(), ("resnet18", "resnet32")):
+        rows = [row for row in ledger("gpu") if row["versions"]["commit"] == commit and row["settings"]["model"] == network]
+        seconds = [row["time"]["seconds"] for row in rows if not row["time"]["mask_seconds"] > 1]  # none that waited for a mask
+        if rows:
+            rates.append(f"{number * rows[0]['settings']['epochs'] * 45_000 / median(seconds):,.0f} ({network}, {how})")
+    return f"A step is, {'; '.join(said)}. Sweeps trained at about {', '.join(rates)} images a second in all.\n"
 
 
 PARTS: Mapping[str, Callable[[], str]] = {

@@ -66,17 +66,18 @@ def best_before(name: str) -> Callable[[], str]:
     """A part: the same as `best_short` of what the presets were before, of results/`name`."""
 
     def made() -> str:
-        return _short([row for row in ledger("best") if row["settings"]["recipe"] == "default"] + ledger(name))
+        return differences([row for row in ledger("best") if row["settings"]["recipe"] == "default"] + ledger(name))
 
     return made
 
 
 def best_short() -> str:
     """A line for each network, recipe and sparsity of two seeds: its difference to default over all masks, and how many masks it wins."""
-    return _short(ledger("best"))
+    return differences(ledger("best"))
 
 
-def _short(rows: Rows) -> str:
+def differences(rows: Rows) -> str:
+    """The table of `best_short` for `rows`."""
     head = ["images, network, epochs", "recipe", "sparsity", "default", "recipe's", "difference [95% CI]", "masks won, tied, lost", "seeds"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for o in (o for o in overall(paired(rows)) if o.interval):
