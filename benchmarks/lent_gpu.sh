@@ -3,7 +3,7 @@
 # A lent minute is worth more than an own one: of the first 15, four went to a failed call and to masks that this makes before.
 #
 #   benchmarks/lent_gpu.sh             all four below
-#   benchmarks/lent_gpu.sh masks       make the masks of the plan, in $RUN
+#   benchmarks/lent_gpu.sh masks       make the masks of the plan, in $RUN, and pack them for gpu.sh (64 MiB a call, all in git with it)
 #   benchmarks/lent_gpu.sh wheels      fetch the packages that the machine lacks; it has torch and no network
 #   benchmarks/lent_gpu.sh packs       cut the image packs of the plan into parts, in runs/lent
 #   benchmarks/lent_gpu.sh calls       print what to give the tool `run`, one after the other, and what comes after
@@ -19,6 +19,7 @@ PACKS=${PACKS:-../shared/data}
 PYTHON=${PYTHON:-.venv/bin/python}
 PART=${PART:-50000000}  # of 64 MiB, with room for the masks
 LENT=${LENT:-runs/lent} # ignored by git, as what is carried has to be
+TICKETS=runs/tickets.tar.gz # as gpu.sh has it
 MISSING=(cyclopts docstring-parser rich-rst docutils)
 declare -A FILES=([cifar100]="cifar100_*" [cifar10]="cifar10_*" [tiny-imagenet]="tin_*")
 
@@ -26,6 +27,7 @@ masks() {
     mkdir -p "$RUN"
     if [[ -f $LEDGER && ! -f $RUN/ledger.jsonl ]]; then cp "$LEDGER" "$RUN/"; fi
     "$PYTHON" -m anymask sweep "$PLAN" --out "$RUN" --masks-only
+    tar -czf "$TICKETS" -C "$RUN" --exclude='*.safetensors' --exclude='*.pt' --exclude='*.lock' masks
 }
 
 wheels() {
@@ -61,9 +63,10 @@ calls() {
     done
     local run="export ANYMASK_COMMIT=$(git rev-parse --short HEAD) PYTHONPATH=$site PLAN=$PLAN RUN=$RUN LEDGER=$LEDGER; benchmarks/gpu.sh"
     call 600 "${ready:+$ready && }mkdir -p data-local/packs && cat \$(ls /tmp/part* 2>/dev/null) $last | tar -xf - -C data-local/packs && $run" \
-        ${ready:+"$LENT/wheels"} "$last" "$RUN/masks"
+        ${ready:+"$LENT/wheels"} "$last" "$TICKETS"
+    echo 'Each call within 30 s of the last, or the machine goes, with what is half trained on it.'
     echo 'While more than two minutes are left (LIMIT: the seconds of the call):'
-    call '...' "${run/benchmarks/LIMIT=... benchmarks}" "$RUN/masks"
+    call '...' "${run/benchmarks/LIMIT=... benchmarks}" "$TICKETS"
     echo "After each: copy ledger.jsonl of the files that came back to $LEDGER, .venv/bin/python tools/make_docs.py, commit. Last: give_back."
 }
 

@@ -145,11 +145,16 @@ def test_the_work_of_techniques_before_a_training_passes_turns_on() -> None:
     rested = Turns.rest
     images, settings = [(torch.randn(4, 3), torch.arange(4) % 2)], RescaleSettings(iterations=4)
 
+    def rest(turns: Turns, seconds: float) -> None:
+        assert torch.backends.cuda.flash_sdp_enabled()  # what is of the whole process is as others know it
+        passed.append(threading.get_ident())
+        rested(turns, seconds)
+
     def work(_: Turns) -> None:
         rescale(torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2)), images, settings=settings)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Turns, "rest", lambda self, seconds: passed.append(threading.get_ident()) or rested(self, seconds))
+        patch.setattr(Turns, "rest", rest)
         taking_turns(work, 2, device="cpu")
     assert [passed.count(thread) for thread in dict.fromkeys(passed)] == [4, 4]
     assert any(a != b for a, b in pairwise(passed))

@@ -232,7 +232,9 @@ def _learn(network: _Network, batches: Iterable[Batch], settings: RescaleSetting
     history = []
     with _measuring(network.model, network.device):
         for now, ahead in islice(pairs(batches, settings.overlap), settings.iterations):
-            loss, norm, scales.grad = _direction(network, scales, now, ahead, settings)
+            # Not around `pause`: it switches fused attention off for the whole process.
+            with twice_differentiable(network.model, fix="leave lrsi out of the recipe"):
+                loss, norm, scales.grad = _direction(network, scales, now, ahead, settings)
             history.append((loss, norm))
             adam[norm > settings.gamma].step()
             with torch.no_grad():
@@ -276,11 +278,7 @@ def _measuring(model: nn.Module, device: torch.device) -> Iterator[None]:
     try:
         for module in modes:  # not .eval(): a model may override it
             module.training = isinstance(module, _NormBase)
-        with (
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            torch.enable_grad(),
-            twice_differentiable(model, fix="leave lrsi out of the recipe"),
-        ):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
             yield
     finally:
         for module, training in modes.items():
