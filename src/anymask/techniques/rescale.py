@@ -239,7 +239,7 @@ def _learn(network: _Network, batches: Iterable[Batch], settings: RescaleSetting
             adam[norm > settings.gamma].step()
             with torch.no_grad():
                 scales.clamp_(min=lower)
-            pause()  # on a GPU an iteration takes as long as 20 recorded steps
+            pause()  # an iteration costs as much as 2 to 7 steps that are not recorded
     _check(scales)
     losses, norms = zip(*history, strict=True)
     return Rescaled(dict(zip(network.start, scales.tolist(), strict=True)), losses, norms)
