@@ -16,7 +16,9 @@
 # ledger and the rounds of lottery tickets are left there to be taken home; runs/tickets.tar.gz, if there, is unpacked before the next run.
 #
 # Masks cost a GPU time that trainings could have (SynFlow 33 s for a ResNet-18, on an H200): make them before, on any machine, by
-# `anymask sweep plans/paper.toml --out runs/paper --masks-only`, and carry runs/paper/masks. A second process pays less than more streams.
+# `anymask sweep plans/paper.toml --out runs/paper --masks-only`, and carry runs/paper/masks.
+# Trainings of `default` alone gain less by a second process than by more streams; a sweep of all recipes was slower in one of eight streams than in
+# two of three (docs/speed.md): if masks are made, --workers 2 is worth a try.
 #
 # Settings: LIMIT seconds for the whole run (590), PLAN, RUN, LEDGER, DATA, PACKS, PYTHON, DEVICE, STREAMS (4). The exit code is that of `anymask sweep`.
 set -euo pipefail
