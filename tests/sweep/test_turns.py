@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 
 import pytest
@@ -14,6 +14,7 @@ from anymask.sweep.run import Stopped
 from anymask.sweep.turns import Turns, taking_turns
 from anymask.techniques import Preconditioning
 from anymask.techniques.rescale import RescaleSettings, rescale
+from anymask.train import accuracy
 
 
 def test_one_runs_at_a_time_and_all_come_round() -> None:
@@ -116,8 +117,10 @@ def test_who_computes_aside_lets_others_run_and_draws_on_as_if_alone() -> None:
         if first:
             torch.manual_seed(1)
             with turns.aside():
-                while "others" not in log:
-                    threading.Event().wait(0.01)
+                for _ in range(1000):
+                    if "others" not in log:
+                        threading.Event().wait(0.01)
+                log.append("back")
             drawn.append(float(torch.rand(())))
         else:
             torch.manual_seed(2)
@@ -126,6 +129,7 @@ def test_who_computes_aside_lets_others_run_and_draws_on_as_if_alone() -> None:
 
     with torch.random.fork_rng(devices=[]):
         taking_turns(work, 2, device="cpu")
+        assert log == ["begins", "begins", "others", "back"]
         torch.manual_seed(1)
         assert drawn == [float(torch.rand(()))]
 
@@ -143,7 +147,8 @@ def test_the_work_of_techniques_before_a_training_passes_turns_on() -> None:
     """Else the GPU would wait for the seconds in which one training learns its scales."""
     passed: list[int] = []
     rested = Turns.rest
-    images, settings = [(torch.randn(4, 3), torch.arange(4) % 2)], RescaleSettings(iterations=4)
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    images, settings = [(x, torch.arange(4) % 2)], RescaleSettings(iterations=4)
 
     def rest(turns: Turns, seconds: float) -> None:
         assert torch.backends.cuda.flash_sdp_enabled()  # what is of the whole process is as others know it
@@ -151,13 +156,23 @@ def test_the_work_of_techniques_before_a_training_passes_turns_on() -> None:
         rested(turns, seconds)
 
     def work(_: Turns) -> None:
+        torch.manual_seed(0)  # one of eighty such networks has no gradient
         rescale(torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2)), images, settings=settings)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Turns, "rest", rest)
-        taking_turns(work, 2, device="cpu")
+        with torch.random.fork_rng(devices=[]):
+            taking_turns(work, 2, device="cpu")
     assert [passed.count(thread) for thread in dict.fromkeys(passed)] == [4, 4]
     assert any(a != b for a, b in pairwise(passed))
+
+
+def test_validation_passes_turns_on_after_each_batch() -> None:
+    passed: list[int] = []
+    batches = [(torch.randn(2, 3), torch.zeros(2, dtype=torch.long))] * 5
+    with pauses(lambda: passed.append(1), nullcontext):
+        accuracy(torch.nn.Linear(3, 2), batches)
+    assert len(passed) == 5
 
 
 def test_roots_of_covariances_are_computed_aside() -> None:
