@@ -3,8 +3,9 @@
     python benchmarks/trainer.py                                               on a quiet machine; writes results/sparse/trainer.json
     python benchmarks/trainer.py --device cuda --out results/gpu/trainer.json  on a GPU
 
-The plain loop: images cropped, flipped and normalised one by one in the processes of a DataLoader, weights multiplied by their mask in
-every forward pass (torch.nn.utils.prune), SGD, `loss.item()` at each step. Each way trains `epochs` epochs on random images, all ways in
+The plain loop: images cropped, flipped and normalised one by one in the processes of a DataLoader (as many as there is room for; on a GPU
+also the four that the scripts of ToST have), weights multiplied by their mask in every forward pass (torch.nn.utils.prune), SGD,
+`loss.item()` at each step; on a GPU cuDNN times its algorithms, as there. Each way trains `epochs` epochs on random images, all ways in
 turns; the first epoch, in which things are compiled, measured and warmed up, is told apart.
 """
 
@@ -33,6 +34,7 @@ from anymask.sweep.turns import Turns, taking_turns
 from anymask.train import Protocol
 
 PLAIN = "plain loop"
+THEIRS = 4  # processes of the DataLoader in github.com/VITA-Group/ToST, by default
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
@@ -93,8 +95,16 @@ def network(name: str, plan: Plan) -> tuple[nn.Module, Mask]:
     return model.to(plan.device), prune(model, "random-erk", sparsity=plan.sparsity, seed=0)
 
 
-def plainly(name: str, plan: Plan, *, compiled: bool) -> list[float]:
+def plainly(name: str, plan: Plan, *, compiled: bool = False, workers: int | None = None) -> list[float]:
     """Seconds of each epoch of the plain loop."""
+    torch.backends.cudnn.benchmark = plan.device == "cuda"
+    try:
+        return _plainly(name, plan, compiled=compiled, workers=workers or plan.workers)
+    finally:
+        torch.backends.cudnn.benchmark = False
+
+
+def _plainly(name: str, plan: Plan, *, compiled: bool, workers: int) -> list[float]:
     model, mask = network(name, plan)
     for weight, kept in mask.items():
         module = model.get_submodule(weight.rpartition(".")[0])
@@ -102,7 +112,7 @@ def plainly(name: str, plan: Plan, *, compiled: bool) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     forward: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
     pin = plan.device == "cuda"
-    loader = DataLoader(OneByOne(data(plan)), plan.batch, shuffle=True, num_workers=plan.workers, persistent_workers=True, pin_memory=pin)
+    loader = DataLoader(OneByOne(data(plan)), plan.batch, shuffle=True, num_workers=workers, persistent_workers=True, pin_memory=pin)
     seconds = []
     for _ in range(plan.epochs):
         began, total = time.perf_counter(), 0.0
@@ -144,12 +154,13 @@ def ways(plan: Plan) -> dict[str, Callable[[str, Plan], list[float]]]:
     """Each way to train, by what it is called."""
     cuda = plan.device == "cuda"
     there: dict[str, Callable[[str, Plan], list[float]]] = {
-        PLAIN: lambda name, p: plainly(name, p, compiled=False),
+        PLAIN: plainly,
         f"{PLAIN}, compiled": lambda name, p: plainly(name, p, compiled=True),
         "fit, dense": by_fit,
         "fit, dense, compiled": lambda name, p: by_fit(name, p, compile="on"),
     }
     if cuda:
+        there[f"{PLAIN}, {THEIRS} loading"] = lambda name, p: plainly(name, p, workers=THEIRS)
         there["fit, dense, recorded"] = lambda name, p: by_fit(name, p, compile="graph")
         there["fit, bfloat16"] = lambda name, p: by_fit(name, p, precision="bfloat16")
         there["fit, bfloat16, compiled"] = lambda name, p: by_fit(name, p, precision="bfloat16", compile="on")
@@ -181,7 +192,7 @@ def _one_of(name: str, plan: Plan, barrier: Barrier, queue: Any) -> None:
     queue.put(sum(by_fit(name, plan, **(cuda if plan.device == "cuda" else {"sparse": "auto"}), after=barrier.wait)[1:]))
 
 
-def in_streams(name: str, plan: Plan, number: int, *, precision: str = "bfloat16") -> float:
+def in_streams(name: str, plan: Plan, number: int, *, precision: str = "bfloat16", compile: str = "graph") -> float:
     """Images a second of `number` trainings in this process, which take turns, after the first epoch of the last."""
     begun: list[float] = []
     ended: list[float] = []
@@ -192,7 +203,7 @@ def in_streams(name: str, plan: Plan, number: int, *, precision: str = "bfloat16
             while len(begun) < number:
                 turns.rest(0.001)
 
-        by_fit(name, plan, compile="graph", precision=precision, after=wait, on_step=turns.step)
+        by_fit(name, plan, compile=compile, precision=precision, after=wait, on_step=turns.step)
         ended.append(time.perf_counter())
 
     taking_turns(work, number, device=plan.device)

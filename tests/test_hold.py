@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.optim import Optimizer
 
-from anymask import Mask, hold
+from anymask import Mask, hold, holding
 
 OPTIMIZERS = {name: kind for name, kind in vars(torch.optim).items() if inspect.isclass(kind) and issubclass(kind, Optimizer)}
 del OPTIMIZERS["Optimizer"]
@@ -113,6 +113,14 @@ def assert_zero_where_masked(mask, model, *optimizers):
                 assert not tensor[pruned].any(), name  # NaN counts as true
 
 
+@pytest.fixture(params=["one by one", "together"])
+def zeroed(request, monkeypatch):
+    """How: `together` is what small weights on a GPU are."""
+    if request.param == "together":
+        monkeypatch.setattr(holding, "_few", lambda tensor: True)
+
+
+@pytest.mark.usefixtures("zeroed")
 @pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
 def test_zero_where_masked_after_each_step_and_the_rest_trains_as_in_a_masked_forward(name, options):
     model, mask, x = task(name)
@@ -151,6 +159,23 @@ def test_the_flat_history_of_lbfgs_is_zero_where_masked():
 
 
 # -- any net, any mask -------------------------------------------------------------------------------------------------
+
+
+def test_weights_that_are_zeroed_together_may_change_their_type_and_the_mask_may_move(monkeypatch):
+    monkeypatch.setattr(holding, "_few", lambda tensor: True)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    here, there = torch.tensor([[1, 0, 0], [1, 1, 0]]), torch.tensor([[0, 0, 1], [1, 0, 1]])
+    held = hold(Mask({"weight": here}), model, optimizer)
+    for kept, change in ((here, nn.Module.bfloat16), (there, nn.Module.double), (here, nn.Module.float)):
+        train(model, optimizer, torch.randn(4, 3).to(model.weight))
+        assert_zero_where_masked(held.mask, model, optimizer)
+        change(model)
+        optimizer.state.clear()
+        held.move(Mask({"weight": kept}))
+        train(model, optimizer, torch.randn(4, 3).to(model.weight))
+        assert_zero_where_masked(held.mask, model, optimizer)
+        assert model.weight[kept.bool()].all()
 
 
 @settings(max_examples=40)

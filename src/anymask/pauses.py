@@ -4,6 +4,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
+
 _here = threading.local()
 
 
@@ -39,3 +41,12 @@ def aside() -> AbstractContextManager[None]:
     """Others go on while the block computes by itself, without the device and without drawing at random."""
     both = vars(_here).get("both")
     return nullcontext() if both is None else both[1]()
+
+
+def arrive() -> None:
+    """Others go on until the GPU has done what this thread told it, which can be hundreds of steps: before a number is read from it."""
+    if vars(_here).get("both") is not None and torch.cuda.is_initialized():
+        told = torch.cuda.Event(blocking=True)
+        told.record()
+        with aside():
+            told.synchronize()

@@ -116,6 +116,25 @@ def test_the_gpu_script_says_which_data_are_missing_and_does_not_run_without_the
     assert not (tmp_path / "run").exists()
 
 
+def test_trainings_that_a_gpu_did_not_finish_are_taken_home_and_brought_back(tmp_path):
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        '[protocol]\nepochs = 1\n[[block]]\ndata = ["fashion-mnist-5k"]\nmodel = ["demonet"]\nmasks = ["random-erk"]\n'
+        'sparsity = [0.9]\nrecipes = ["default"]\nseeds = 1\ndense = false\n'
+    )
+    there, home, back = (tmp_path / name for name in ("there", "home", "back"))
+    (there / "unfinished").mkdir(parents=True)
+    (there / "unfinished" / "other.pt").write_bytes(b"half a training" * 1000)
+    home.mkdir()
+    settings = {"PLAN": str(plan), "LEDGER": str(tmp_path / "ledger.jsonl"), "DEVICE": "cpu", "COMPILE": "off", "STREAMS": "1"}
+    done = run(tmp_path, **settings, RUN=str(there), OUT=str(home))
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in home.iterdir()} == {"ledger.jsonl", "stopped.tar.gz.00"}
+    done = run(tmp_path, **settings, RUN=str(back), STOPPED=str(home / "stopped.tar.gz"))
+    assert "1 of 1 trainings are finished" in done.stderr
+    assert (back / "unfinished" / "other.pt").read_bytes() == b"half a training" * 1000
+
+
 def test_what_a_lent_gpu_needs_is_cut_into_parts_and_comes_together_there(tmp_path):
     """The packs of the plan's data alone, in parts that no call carries twice; the commands are bash, and short enough for a call."""
     packs = tmp_path / "packs"

@@ -73,10 +73,8 @@ class Turns:
         """Others run while the block does: it is to leave the device alone, and PyTorch's global generators.
 
         Raises:
-            Stopped: where all are to end.
+            Stopped: after it, where all are to end: a checkpoint that is written is written.
         """
-        if self.stopped:
-            raise Stopped
         cuda = torch.cuda.is_initialized()
         drawn = torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
         self.__exit__()

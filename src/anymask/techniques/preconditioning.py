@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from anymask.errors import SettingError, TechniqueError
 from anymask.holding import held
 from anymask.mask import Mask
-from anymask.pauses import aside
+from anymask.pauses import arrive, aside
 from anymask.prunables import bare, compact
 from anymask.ranks import from_rank, leads
 from anymask.schedules import Schedule
@@ -175,6 +175,8 @@ class _Preconditioning(Attached):
         self._follow()
         if not x.numel() or not self._places[name].blocks:
             return
+        if not self._seen:
+            arrive()
         seed = (self._context.seed * 1_000_003 + self._step) * 10_007 + list(self._layers).index(name)
         draws = torch.Generator().manual_seed(seed % 2**63)
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from anymask.errors import FileFormatError
+from anymask.pauses import aside
 from anymask.ranks import by_rank_0, together
 from anymask.runlog import atomic
 
@@ -19,8 +22,16 @@ def save(path: Path, state: dict[str, Any]) -> None:
     random = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state()
-    with atomic(path) as file:
-        torch.save({"format": FORMAT, "random": random, **state}, file)
+    whole = tree_map_only(Tensor, _off_the_gpu, {"format": FORMAT, "random": random, **state})
+    for name, part in state.items():
+        if hasattr(part, "_metadata"):  # of a state dict: which versions of its modules wrote it
+            whole[name]._metadata = part._metadata
+    with aside(), atomic(path) as file:  # to write it takes longer than to copy it
+        torch.save(whole, file)
+
+
+def _off_the_gpu(tensor: Tensor) -> Tensor:
+    return tensor.cpu() if tensor.is_cuda else tensor
 
 
 def load(path: Path, *, device: str) -> dict[str, Any] | None:

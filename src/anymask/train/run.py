@@ -15,6 +15,7 @@ from anymask.diagnostics import Diagnostics, sharpness
 from anymask.errors import SettingError, TechniqueError
 from anymask.holding import hold
 from anymask.mask import Mask
+from anymask.pauses import arrive
 from anymask.prunables import bare
 from anymask.pruning import rewiring
 from anymask.pruning.dynamic import Dynamic
@@ -214,6 +215,7 @@ class Run:
         """Evaluate and diagnose the plain network, remember the best one, and save."""
         curves = self.progress["curves"]
         self.spread.agree(self.loss)
+        arrive()
         loss = float(self.loss) / self.batches
         if not math.isfinite(loss):
             raise TechniqueError(

@@ -11,7 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from anymask.durations import Duration
 from anymask.errors import SettingError
-from anymask.pauses import pause
+from anymask.pauses import arrive, pause
 from anymask.prunables import compact
 from anymask.registry import lookup
 from anymask.surgery import evaluating
@@ -161,6 +161,7 @@ def count_right(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Te
             right = right.to(y.device) + (model(x).argmax(1) == y).sum()  # stays on the device: one synchronisation in all
             total += len(y)
             pause()
+    arrive()
     return int(right), total
 
 
