@@ -14,7 +14,7 @@ from anymask.sweep.run import Stopped
 from anymask.sweep.turns import Turns, taking_turns
 from anymask.techniques import Preconditioning
 from anymask.techniques.rescale import RescaleSettings, rescale
-from anymask.train import accuracy
+from anymask.train import accuracy, checkpoint
 
 
 def test_one_runs_at_a_time_and_all_come_round() -> None:
@@ -195,3 +195,54 @@ def test_roots_of_covariances_are_computed_aside() -> None:
             running.step()
     assert log == ["left", "back"] * 2
     held.release()
+
+
+def test_a_checkpoint_is_written_aside_and_whole_where_all_are_to_end_meanwhile(tmp_path) -> None:
+    file, log = tmp_path / "checkpoint.pt", []
+
+    def work(turns: Turns) -> None:
+        @contextmanager
+        def aside() -> Iterator[None]:
+            log.append(file.exists())
+            turns.stopped = True
+            with turns.aside():
+                yield
+                log.append(file.exists())
+
+        model = torch.nn.BatchNorm1d(2)
+        with pauses(lambda: None, aside):
+            checkpoint.save(file, {"model": model.state_dict(), "steps": [3, (torch.ones(2), None)]})
+
+    taking_turns(work, 1, device="cpu")
+    assert log == [False, True]
+    saved = checkpoint.load(file, device="cpu")
+    assert saved["steps"][0] == 3
+    assert torch.equal(saved["steps"][1][0], torch.ones(2))
+    assert saved["model"]._metadata == torch.nn.BatchNorm1d(2).state_dict()._metadata
+
+
+def test_a_number_is_read_from_the_gpu_when_it_has_arrived_and_others_run_until_then(monkeypatch) -> None:
+    log: list[str] = []
+
+    class Event:  # of a GPU, which there may be none of
+        def __init__(self, *, blocking: bool) -> None:
+            assert blocking
+
+        def record(self) -> None:
+            log.append("told")
+
+        def synchronize(self) -> None:
+            log.append("done")
+
+    @contextmanager
+    def aside() -> Iterator[None]:
+        log.append("left")
+        yield
+        log.append("back")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    batches = [(torch.randn(2, 3), torch.zeros(2, dtype=torch.long))]
+    with pauses(lambda: log.append("batch"), aside):
+        accuracy(torch.nn.Linear(3, 2), batches)
+    assert log == ["batch", "told", "left", "done", "back"]

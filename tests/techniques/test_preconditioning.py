@@ -18,7 +18,7 @@ from anymask import Mask, Recipe, hold, models, prune
 from anymask.errors import SettingError, TechniqueError
 from anymask.kernels import available
 from anymask.prunables import compact
-from anymask.techniques import GradientCorrection, Preconditioning, SignIn
+from anymask.techniques import GradientCorrection, Preconditioning, SignIn, neuron_blocks, preconditioning
 from anymask.techniques.neuron_blocks import Blocks, inputs_of, inverse_root
 
 
@@ -55,6 +55,10 @@ def test_each_neuron_gets_the_inverse_root_of_its_own_inputs_covariance(neurons,
             values, vectors = np.linalg.eigh(c / np.diag(c).mean() + 0.1 * np.eye(len(c)))
             right[i, row] = (vectors * values**-power) @ vectors.T @ g[i, row]
     right *= np.linalg.norm(g) / np.linalg.norm(right)
+    if power == 0.5 and not native:  # as on a GPU
+        other = torch.from_numpy(g.copy())
+        places.multiply(other, places.square_roots(covariances, damping=0.1), strength=strength)
+        np.testing.assert_allclose(other.numpy(), gradient.numpy(), rtol=1e-8, atol=1e-10)
     near = {"rtol": 1e-4, "atol": 1e-5} if native else {"rtol": 1e-8, "atol": 1e-10}
     np.testing.assert_allclose(gradient.numpy(), strength * right + (1 - strength) * g, **near)
     assert not gradient.numpy()[~kept].any()
@@ -156,6 +160,24 @@ def net() -> tuple[nn.Module, Mask]:
     return model, mask
 
 
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, *, stays: bool) -> None:
+    """Without the kernels for a CPU and, where what is learned `stays` there, with roots by products."""
+    monkeypatch.setattr(neuron_blocks.library, "available", lambda: False)
+    monkeypatch.setattr(preconditioning, "_gpu", lambda _: stays)
+
+
+def test_where_all_stays_on_a_gpu_it_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, mask = net()
+    made = []
+    for stays in (False, True):
+        as_on_a_gpu(monkeypatch, stays=stays)
+        made.append(trained(copy.deepcopy(model), mask, Preconditioning(every=2)))
+    plain = trained(copy.deepcopy(model), mask)
+    for name, value in made[0].items():
+        torch.testing.assert_close(made[1][name], value, rtol=1e-3, atol=1e-5, msg=name)
+    assert any(not torch.allclose(plain[name], made[1][name], rtol=0.01) for name in plain)
+
+
 @pytest.mark.skipif(not available(), reason="the native kernels were not built here (no C compiler)")
 def test_sparse_layers_are_trained_as_dense_ones_are() -> None:
     model, mask = net()
@@ -251,8 +273,11 @@ def test_steps_without_a_forward_pass_or_images_are_steps() -> None:
     assert model.weight.isfinite().all()
 
 
+@pytest.mark.parametrize("there", [False, True], ids=["on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("moves", ["no mask", "before the state", "after the state", "an older state"])
-def test_a_training_that_goes_on_looks_when_it_would_have(moves: str) -> None:
+def test_a_training_that_goes_on_looks_when_it_would_have(moves: str, there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if there:
+        as_on_a_gpu(monkeypatch, stays=True)
     first, then = torch.tensor([[1, 1, 0, 0]]), torch.tensor([[0, 0, 1, 1]])
     model, optimizer, held, running = single(rows=1, every=100, kept=first)
     step(model, optimizer, running, torch.randn(9, 4))
