@@ -78,6 +78,56 @@ def test_it_is_a_learning_rate_for_each_tensor(name):
     assert all(not ours.get_parameter(n)[~kept].any() for n, kept in mask_of(ours).items())
 
 
+DECAYING = {
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.05, weight_decay=0.1),
+    "dampened": lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9, dampening=0.5, weight_decay=0.1),
+    "nesterov": lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "maximize": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9, maximize=True, weight_decay=0.1),
+    "adam": lambda groups: torch.optim.Adam(groups, lr=0.01, weight_decay=0.1),
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.01, weight_decay=0.5),
+    "fused": lambda groups: torch.optim.AdamW(groups, lr=0.01, weight_decay=0.5, fused=True),
+    "nadam": lambda groups: torch.optim.NAdam(groups, lr=0.01, weight_decay=0.5, decoupled_weight_decay=True),
+}
+
+
+@pytest.mark.parametrize("fades", [False, True])
+@pytest.mark.parametrize("name", DECAYING)
+def test_with_decay_kept_the_weight_decay_is_less_by_what_the_rate_is_more(name, fades):
+    ours, theirs = net(), net()
+    make = DECAYING[name]
+    optimizer = make(ours.parameters())
+    schedule = Schedule("linear", full="0%", end="100%") if fades else DensityLR().schedule
+    running = attached(DensityLR(decay="kept", schedule=schedule), ours, optimizer, total_steps=5)
+    train(ours, optimizer, 5, running=running)
+
+    lr, decay = (optimizer.param_groups[0][key] for key in ("lr", "weight_decay"))
+    grouped = make([{"params": [p]} for p in theirs.parameters()])
+    anymask.hold(mask_of(theirs), theirs, grouped)
+    for step in range(5):
+        for group, rate in zip(grouped.param_groups, (4, 1, 10, 1, 1, 1), strict=True):
+            factor = 1 + (1 - step / 5 if fades else 1) * (rate - 1)
+            group["lr"], group["weight_decay"] = lr * factor, decay / factor
+        train(theirs, grouped, 1)
+    for (key, value), other in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        torch.testing.assert_close(value, other[1], rtol=1e-9, atol=1e-12, msg=key)
+
+
+def test_with_decay_kept_an_optimiser_that_decays_in_its_own_way_is_refused():
+    class Own(torch.optim.SGD):
+        pass
+
+    for decay in (0.0, 0.1):
+        model = net()
+        optimizer = Own(model.parameters(), lr=0.1, weight_decay=decay)
+        if not decay:
+            assert attached(DensityLR(decay="kept"), model, optimizer).found
+            continue
+        with pytest.raises(TechniqueError, match="decay = 'kept' on Own"):
+            attached(DensityLR(decay="kept"), model, optimizer)
+    with pytest.raises(SettingError, match="'scaled' or 'kept'"):
+        DensityLR(decay="keep")
+
+
 def test_the_strength_is_between_the_factor_and_one():
     ours, theirs = net(), net()
     fade = Schedule("linear", full="0%", end="100%")

@@ -3,17 +3,17 @@
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from anymask.errors import SettingError
+from anymask.errors import SettingError, TechniqueError
 from anymask.holding import held
 from anymask.mask import Mask, local
 from anymask.schedules import Schedule
-from anymask.techniques.base import Attached, Context, Technique
+from anymask.techniques.base import LATER, Attached, Context, Technique
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,20 @@ class DensityLR(Technique):
         w <- w' + s (c - 1) (w' - w)      with      c = min(most, max(1, d^-power))
 
     which is c times the learning rate for that tensor at s = 1, for every optimiser whose step is the learning rate times something
-    (SGD, Adam and AdamW, with momentum and weight decay); schedulers of the learning rate work as they do. Weights outside of the
+    (SGD, Adam and AdamW, with momentum and weight decay); schedulers of the learning rate work as they do. With decay = "kept" it is
+    c times the learning rate and 1 / c times the weight decay, so that their product stays what it was: under batch norm that alone says
+    how fast neurons turn in the end, and c-fold it keeps long trainings from settling (docs/lab.md). Weights outside of the
     mask take their steps as they are. A mask that moves (`anymask.rewire`) is followed. It costs a copy of the masked weights during
     the step, and two passes over them.
 
     Args:
         power: of 1 / density, in [0, 2]; 1 is the paper's.
         most: bound of c, >= 1.
+        decay: of the weights, "scaled" along by c, or "kept".
 
     Raises:
-        TechniqueError: on attach, without a mask or an optimiser, when that trains none of the masked weights, or for LBFGS.
+        TechniqueError: on attach, without a mask or an optimiser, when that trains none of the masked weights, or for LBFGS; with
+            decay = "kept" for an optimiser that decays weights and is not of torch.optim.
 
     Example:
         >>> import torch, anymask
@@ -59,19 +63,25 @@ class DensityLR(Technique):
     seam: ClassVar[str] = "step"
     about: ClassVar[str] = "steps of each layer scaled by 1 / density"
     paper: ClassVar[str] = "arXiv 2405.15743"
+    depth: ClassVar[int] = 5  # what it does to gradients for decay = "kept" is of the step, not for `preconditioning` to turn
 
     schedule: Schedule = field(default_factory=lambda: Schedule("step", full="100%", end="100%"))
     power: float = 1.0
     most: float = 10.0
+    decay: str = field(default="scaled", metadata=LATER)
 
     def __post_init__(self) -> None:
         if not 0 <= self.power <= 2:
             raise SettingError(f"power came as {self.power}", allowed="a number in [0, 2]", fix="1 is the paper's")
         if not 1 <= self.most < math.inf:
             raise SettingError(f"most came as {self.most}", allowed="a finite number >= 1", fix="10 is the default")
+        if self.decay not in {"scaled", "kept"}:
+            raise SettingError(f"decay came as {self.decay!r}", allowed="'scaled' or 'kept'", fix="'scaled' is the default")
 
     def attach(self, context: Context) -> "_Scaling":
         weights = context.masked_weights(self.name)
+        if self.decay == "kept":
+            _check_decay(context.needs_optimizer(self.name))
         return _Scaling(self, weights, context.needs_mask(self.name), context.needs_optimizer(self.name))
 
     def factors(self, mask: Mask) -> dict[str, float]:
@@ -82,6 +92,19 @@ class DensityLR(Technique):
             {'weight': 2.0}
         """
         return {name: min(self.most, d**-self.power) if d else 1.0 for name, d in mask.layer_density().items()}
+
+
+_DECOUPLED = tuple(getattr(torch.optim, name) for name in ("AdamW", "Adafactor", "Muon") if hasattr(torch.optim, name))
+
+
+def _check_decay(optimizer: Optimizer) -> None:
+    decays = any(group.get("weight_decay", 0) for group in optimizer.param_groups)
+    if decays and not type(optimizer).__module__.startswith("torch.optim"):
+        raise TechniqueError(
+            f"{DensityLR.name} with decay = 'kept' on {type(optimizer).__name__}, whose weight decay it does not know",
+            allowed="optimisers of torch.optim, or one without weight decay",
+            fix="leave decay at 'scaled'",
+        )
 
 
 class _Scaling(Attached):
@@ -105,18 +128,41 @@ class _Scaling(Attached):
         self._follow()
         scaled = self._parameters.items() if self._strength > 0 else ()
         self._before = {n: local(p).clone() for n, p in scaled if p.grad is not None and self._factors[n] > 1}
+        for name, decay in self._decays(decoupled=False).items():
+            gradient = self._parameters[name].grad
+            assert gradient is not None
+            local(gradient).add_(self._before[name], alpha=decay * (1 / self._factor(name) - 1))
 
     @torch.no_grad()
     def after_update(self) -> None:
+        decays = self._decays(decoupled=True)
         before, self._before = self._before, {}
         for name, old in before.items():
             here = local(self._parameters[name])
             # Sparse layers have other places for the step in which their mask moves; it is made as it is.
             if here.shape == old.shape and not (self._moved and old.shape != self._mask[name].shape):
-                here.add_(torch.sub(here, old, out=old), alpha=self._strength * (self._factors[name] - 1))
+                made = here - (1 - decays[name]) * old if name in decays else torch.sub(here, old, out=old)
+                here.add_(made, alpha=self._factor(name) - 1)
         hold = held(self._optimizer)
         if self._moved and hold is not None:  # before this hook: what went was 0, and has been brought back
             hold(self._optimizer)
+
+    def _factor(self, name: str) -> float:
+        return 1 + self._strength * (self._factors[name] - 1)
+
+    def _decays(self, *, decoupled: bool) -> dict[str, Any]:
+        """With decay = "kept", of the tensors that are scaled: the weight decay that their gradients get; or the share that they lose."""
+        if self._settings.decay == "scaled":
+            return {}
+        groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        found = {}
+        for name in self._before:
+            group = groups[id(self._parameters[name])]
+            if group.get("decoupled_weight_decay", isinstance(self._optimizer, _DECOUPLED)) != decoupled:
+                continue
+            if (decay := group.get("weight_decay", 0)) != 0:
+                found[name] = group["lr"] * decay if decoupled else -decay if group.get("maximize") else decay
+        return found
 
     @property
     def _moved(self) -> bool:
