@@ -20,6 +20,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 PART=${PART:-50000000}  # of 64 MiB, with room for the masks
 LENT=${LENT:-runs/lent} # ignored by git, as what is carried has to be
 TICKETS=runs/tickets.tar.gz # as gpu.sh has it
+STOPPED=${STOPPED:-runs/stopped.tar.gz}
 MISSING=(cyclopts docstring-parser rich-rst docutils)
 declare -A FILES=([cifar100]="cifar100_*" [cifar10]="cifar10_*" [tiny-imagenet]="tin_*")
 
@@ -57,17 +58,23 @@ calls() {
     last=${parts[-1]}
     ready="python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target $site $LENT/wheels/*.whl"
     ready+=" && PYTHONPATH=src:$site python3 -m anymask list protocols" # a package that is missing is told before more is carried
+    if compgen -G "$STOPPED*" >/dev/null; then # with a part they would be more than a call carries
+        call 120 "$ready && cp $STOPPED* /tmp/" "$LENT/wheels" "$STOPPED"*
+        ready=
+    fi
     for part in "${parts[@]::${#parts[@]}-1}"; do # what a call does not carry is removed, so parts are kept elsewhere
         call 120 "${ready:+$ready && }cp $part /tmp/" ${ready:+"$LENT/wheels"} "$part"
         ready=
     done
-    local run="export ANYMASK_COMMIT=$(git rev-parse --short HEAD) PYTHONPATH=$site PLAN=$PLAN RUN=$RUN LEDGER=$LEDGER; benchmarks/gpu.sh"
+    local run="export ANYMASK_COMMIT=$(git rev-parse --short HEAD) PYTHONPATH=$site PLAN=$PLAN RUN=$RUN LEDGER=$LEDGER"
+    run+=" STOPPED=/tmp/$(basename "$STOPPED"); benchmarks/gpu.sh"
     call 600 "${ready:+$ready && }mkdir -p data-local/packs && cat \$(ls /tmp/part* 2>/dev/null) $last | tar -xf - -C data-local/packs && $run" \
         ${ready:+"$LENT/wheels"} "$last" "$TICKETS"
     echo 'Each call within 30 s of the last, or the machine goes, with what is half trained on it.'
     echo 'While more than two minutes are left (LIMIT: the seconds of the call):'
     call '...' "${run/benchmarks/LIMIT=... benchmarks}" "$TICKETS"
-    echo "After each: copy ledger.jsonl of the files that came back to $LEDGER, .venv/bin/python tools/make_docs.py, commit. Last: give_back."
+    echo "After each: copy ledger.jsonl of the files that came back to $LEDGER, .venv/bin/python tools/make_docs.py, commit. Last: give_back,"
+    echo "and copy stopped.tar.gz.* to runs/, for the next machine."
 }
 
 if (($# == 0)); then set -- masks wheels packs calls; fi

@@ -141,14 +141,18 @@ def test_what_a_lent_gpu_needs_is_cut_into_parts_and_comes_together_there(tmp_pa
     packs.mkdir()
     for name in ("unpack.py", "cifar100_train_a.wpk", "cifar100_labels.npz", "cifar10_10k2k_train.wpk"):
         (packs / name).write_bytes(name.encode() * 2000)
+    for part in ("00", "01"):
+        (tmp_path / f"stopped.tar.gz.{part}").touch()
     environment = {**os.environ, "PACKS": str(packs), "PLAN": "plans/gpu.toml", "PART": "50000", "LENT": str(tmp_path / "lent")}
+    environment["STOPPED"] = str(tmp_path / "stopped.tar.gz")
     done = subprocess.run([LENT, "packs", "calls"], env=environment, capture_output=True, text=True, check=True)
     parts = sorted((tmp_path / "lent").glob("part*"))
     with tarfile.open(fileobj=io.BytesIO(b"".join(part.read_bytes() for part in parts))) as archive:
         assert sorted(archive.getnames()) == ["cifar100_labels.npz", "cifar100_train_a.wpk", "unpack.py"]
     carried = [json.loads(words) for words in re.findall(r"carry (\[.*\]):", done.stdout)]
     assert [name for names in carried for name in names if "/part" in name] == list(map(str, parts))
-    assert len(parts) == len(carried) - 1 > 1
+    assert [Path(name).name for name in carried[0]] == ["wheels", "stopped.tar.gz.00", "stopped.tar.gz.01"]
+    assert len(parts) == len(carried) - 2 > 1
     for command in re.findall(r"carry .*:\n(.*)\n", done.stdout):
         subprocess.run(["bash", "-n", "-c", command], check=True)
         assert len(command) < 2000
