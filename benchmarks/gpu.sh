@@ -38,7 +38,7 @@ ROOM=${ROOM:-50} # for the start, for the end of an epoch or of a ticket's round
 TICKETS=runs/tickets.tar.gz
 STOPPED=${STOPPED:-runs/stopped.tar.gz}
 MOST=$((15 * 1024 * 1024)) # bytes of one file that is taken home
-PARTS_MOST=5               # of checkpoints; a tool that fetches them takes eight files in all
+PARTS_MOST=3               # of checkpoints: a call that brings them back carries 64 MiB in all
 
 fail() {
     printf 'gpu.sh: %s\n' "$@" >&2
@@ -140,6 +140,20 @@ take_home() {
     fi
 }
 
+# bring_back: what take_home took of stopped trainings, whole or not at all
+bring_back() {
+    compgen -G "$STOPPED*" >/dev/null || return 0
+    local there
+    there=$(mktemp -d "$RUN/brought.XXXXXX")
+    if cat "$STOPPED"* | tar -xzf - -C "$there"; then
+        mkdir -p "$RUN/unfinished"
+        mv -n "$there"/unfinished/*.pt "$RUN/unfinished/"
+    else
+        echo "gpu.sh: $STOPPED* is not whole; its trainings begin again" >&2
+    fi
+    rm -rf "$there"
+}
+
 # -- the run ----------------------------------------------------------------------------------------------------------------
 choose_python
 prepare_data
@@ -151,7 +165,7 @@ fi
 
 mkdir -p "$RUN" "$(dirname "$LEDGER")"
 if [[ -f $TICKETS ]]; then tar -xzf "$TICKETS" -C "$RUN" --skip-old-files; fi
-if compgen -G "$STOPPED*" >/dev/null; then cat "$STOPPED"* | tar -xzf - -C "$RUN" --skip-old-files; fi
+bring_back
 merge "$LEDGER" "$RUN/ledger.jsonl"
 
 budget=$((LIMIT - ROOM - SECONDS))

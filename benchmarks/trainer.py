@@ -32,6 +32,7 @@ from anymask import Mask, fit, models, prune
 from anymask.data import Augment, Batches, Split
 from anymask.sweep.turns import Turns, taking_turns
 from anymask.train import Protocol
+from anymask.train.graphs import timing_algorithms
 
 PLAIN = "plain loop"
 THEIRS = 4  # processes of the DataLoader in github.com/VITA-Group/ToST, by default
@@ -97,11 +98,8 @@ def network(name: str, plan: Plan) -> tuple[nn.Module, Mask]:
 
 def plainly(name: str, plan: Plan, *, compiled: bool = False, workers: int | None = None) -> list[float]:
     """Seconds of each epoch of the plain loop."""
-    torch.backends.cudnn.benchmark = plan.device == "cuda"
-    try:
+    with timing_algorithms():
         return _plainly(name, plan, compiled=compiled, workers=workers or plan.workers)
-    finally:
-        torch.backends.cudnn.benchmark = False
 
 
 def _plainly(name: str, plan: Plan, *, compiled: bool, workers: int) -> list[float]:

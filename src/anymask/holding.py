@@ -38,11 +38,12 @@ class Hold:
         (Muon) or begin their slots with other values (Rprop, Adagrad) do not.
         """
         together: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+        alone = len({id(parameter) for parameter in self.parameters.values()}) == len(self.parameters)  # no weight has two names
         for name, parameter in self.parameters.items():
             kept = self._where(name, parameter)
             slots = (slot for slot in optimizer.state.get(parameter, {}).values() if isinstance(slot, Tensor))
             for tensor in (local(parameter), *(local(slot) for slot in slots if slot.shape == parameter.shape)):
-                if kept.dtype == _INTEGERS.get(tensor.itemsize) and kept.stride() == tensor.stride() and _few(tensor):
+                if kept.dtype == _INTEGERS.get(tensor.itemsize) and kept.stride() == tensor.stride() and _few(tensor) and alone:
                     together.setdefault(kept.dtype, []).append((tensor.view(kept.dtype), kept))
                 else:
                     _zero(tensor, kept)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,9 +49,13 @@ def atomic(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    with _one_asks:
+        mask = os.umask(0)
+        os.umask(mask)
     return mask
+
+
+_one_asks = threading.Lock()  # trainings beside each other in one process write their checkpoints at once
 
 
 def settings_id(settings: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from anymask.errors import SettingError, TechniqueError
 from anymask.holding import held
 from anymask.interrupts import uninterrupted
 from anymask.mask import Mask, local, shard
+from anymask.pauses import arrive
 from anymask.prunables import bare
 from anymask.surgery import Cost, changes, form, logits_of
 from anymask.techniques import Attached, Context, Technique
@@ -97,8 +98,10 @@ class RunningRecipe:
             ...     model(torch.ones(1, 1)).shape
             torch.Size([1, 1])
         """
-        seen = "torch._dynamo.eval_frame" in sys.modules and any(attached.looks for _, attached in self._live.values())
-        with torch.compiler.set_stance("force_eager") if seen else nullcontext():
+        seen = any(attached.looks for _, attached in self._live.values())
+        if seen:
+            arrive()  # a look waits for the device; and the stance is one of the process, so nobody else goes on inside
+        with torch.compiler.set_stance("force_eager") if seen and "torch._dynamo.eval_frame" in sys.modules else nullcontext():
             yield
 
     @property

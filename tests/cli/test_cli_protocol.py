@@ -134,6 +134,12 @@ def test_trainings_that_a_gpu_did_not_finish_are_taken_home_and_brought_back(tmp
     assert "1 of 1 trainings are finished" in done.stderr
     assert (back / "unfinished" / "other.pt").read_bytes() == b"half a training" * 1000
 
+    (home / "stopped.tar.gz.00").write_bytes((home / "stopped.tar.gz.00").read_bytes()[:100])
+    done = run(tmp_path, **settings, RUN=str(tmp_path / "third"), STOPPED=str(home / "stopped.tar.gz"))
+    assert "is not whole; its trainings begin again" in done.stderr
+    assert "1 of 1 trainings are finished" in done.stderr
+    assert [path.name for path in (tmp_path / "third").glob("**/*.pt")] == []
+
 
 def test_what_a_lent_gpu_needs_is_cut_into_parts_and_comes_together_there(tmp_path):
     """The packs of the plan's data alone, in parts that no call carries twice; the commands are bash, and short enough for a call."""

@@ -4,9 +4,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._dynamo.eval_frame
 
 from anymask import Mask, Recipe, hold
 from anymask.pauses import pauses
@@ -132,6 +134,37 @@ def test_who_computes_aside_lets_others_run_and_draws_on_as_if_alone() -> None:
         assert log == ["begins", "begins", "others", "back"]
         torch.manual_seed(1)
         assert drawn == [float(torch.rand(()))]
+
+
+def test_no_turn_is_passed_on_where_torch_compile_is_kept_out() -> None:
+    """Which is so for the whole process: others would be kept out, too, and the one that leaves last would put back what it found."""
+    stances: list[str] = []
+
+    def pause() -> None:
+        stances.append(torch._dynamo.eval_frame._stance.stance)
+
+    @contextmanager
+    def aside() -> Iterator[None]:
+        pause()
+        yield
+
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    held = hold(Mask({"weight": torch.ones(2, 4)}), model, optimizer)
+    forward = torch.compile(model, backend="eager")
+    with pauses(pause, aside), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "Event", lambda **_: SimpleNamespace(record=lambda: None, synchronize=lambda: None))
+        running = Recipe((Preconditioning(every=2),)).attach(model, optimizer, total_steps=4)
+        for _ in range(4):
+            with running.watched():
+                forward(torch.randn(8, 4)).sum().backward()
+            optimizer.step()
+            running.step()
+    assert len(stances) == 4  # in each of two looks before the forward pass, and for the roots
+    assert set(stances) == {"default"}
+    held.release()
+    torch.compiler.reset()
 
 
 def test_work_that_fails_aside_ends_all_with_its_error() -> None:

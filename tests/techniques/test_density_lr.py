@@ -112,6 +112,38 @@ def test_with_decay_kept_the_weight_decay_is_less_by_what_the_rate_is_more(name,
         torch.testing.assert_close(value, other[1], rtol=1e-9, atol=1e-12, msg=key)
 
 
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_with_decay_kept_a_fused_optimiser_under_a_scaler_does_what_it_does_without(kind, skips):
+    made = []
+    for fused in (False, True):
+        model = net().float()
+        optimizer = kind(model.parameters(), lr=0.1, weight_decay=0.5, fused=fused)
+        attached(DensityLR(decay="kept"), model, optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        x, y = data()
+        loss = F.cross_entropy(model(x.float()), y)
+        scaler.scale(loss * (float("inf") if skips else 1)).backward()
+        scaler.step(optimizer)
+        made.append(model)
+    for (name, one), other in zip(made[0].named_parameters(), made[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=name)
+        if not skips:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_with_decay_kept_the_gradients_are_after_a_step_what_they_were():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    attached(DensityLR(decay="kept"), model, optimizer)
+    x, y = data()
+    F.cross_entropy(model(x), y).backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    optimizer.step()
+    for old, p in zip(before, model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, old, rtol=1e-12, atol=1e-15)
+
+
 def test_with_decay_kept_an_optimiser_that_decays_in_its_own_way_is_refused():
     class Own(torch.optim.SGD):
         pass

@@ -178,6 +178,19 @@ def test_where_all_stays_on_a_gpu_it_does_the_same(monkeypatch: pytest.MonkeyPat
     assert any(not torch.allclose(plain[name], made[1][name], rtol=0.01) for name in plain)
 
 
+@pytest.mark.parametrize("damping", [1e-9, 1e-3])
+def test_covariances_that_are_not_quite_positive_have_the_roots_of_their_eigenvalues_on_a_gpu_too(
+    damping: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_on_a_gpu(monkeypatch, stays=True)
+    draws = torch.Generator().manual_seed(1)
+    model, optimizer, _, running = single(damping=damping)
+    step(model, optimizer, running, torch.randn(400, 1, generator=draws) @ torch.randn(1, 4, generator=draws))  # rank 1
+    part = attached(running)
+    exact = part._places["weight"].roots(part._covariances["weight"], power=0.5, damping=damping)
+    torch.testing.assert_close(part._matrices["weight"], exact, rtol=1e-3, atol=1e-3 * float(exact.max()))
+
+
 @pytest.mark.skipif(not available(), reason="the native kernels were not built here (no C compiler)")
 def test_sparse_layers_are_trained_as_dense_ones_are() -> None:
     model, mask = net()
@@ -215,12 +228,14 @@ def test_a_mask_that_moves_is_followed() -> None:
     running.finish()
 
 
-def single(*, rows: int = 3, every: int = 1, kept: Tensor | None = None) -> tuple[nn.Module, torch.optim.Optimizer, Any, Any]:
+def single(
+    *, rows: int = 3, every: int = 1, kept: Tensor | None = None, damping: float = 0.1
+) -> tuple[nn.Module, torch.optim.Optimizer, Any, Any]:
     """A linear layer, its optimiser, its hold and a recipe of preconditioning alone."""
     model = nn.Linear(4, rows)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     held = hold(Mask({"weight": torch.ones(rows, 4) if kept is None else kept}), model, optimizer)
-    return model, optimizer, held, Recipe((Preconditioning(every=every),)).attach(model, optimizer, total_steps=9)
+    return model, optimizer, held, Recipe((Preconditioning(every=every, damping=damping),)).attach(model, optimizer, total_steps=9)
 
 
 def looks(running: Any) -> bool:

@@ -55,8 +55,8 @@ class DensityLR(Technique):
 
     Reference: Sparse maximal update parameterization (arXiv 2405.15743): with Adam, the learning rate of a hidden layer goes as
     1 / (width * density), and its initial variance, too (that half is `fan_in_init`). Ours: densities of each layer, relative to the
-    dense network; the power and the bound; strengths between; that decoupled weight decay grows along, as by a larger learning rate;
-    and other optimisers. See docs/techniques.md for SGD, and for networks with batch norm.
+    dense network; the power and the bound; strengths between; that decoupled weight decay grows along, as by a larger learning rate,
+    or is kept; and other optimisers. See docs/techniques.md for SGD, and for networks with batch norm.
     """
 
     name: ClassVar[str] = "density_lr"
@@ -94,7 +94,7 @@ class DensityLR(Technique):
         return {name: min(self.most, d**-self.power) if d else 1.0 for name, d in mask.layer_density().items()}
 
 
-_DECOUPLED = tuple(getattr(torch.optim, name) for name in ("AdamW", "Adafactor", "Muon") if hasattr(torch.optim, name))
+_DECOUPLED = torch.optim.Adafactor, torch.optim.Muon  # beside those whose groups say so
 
 
 def _check_decay(optimizer: Optimizer) -> None:
@@ -112,6 +112,7 @@ class _Scaling(Attached):
         self._settings, self._parameters, self._mask, self._optimizer = settings, parameters, mask, optimizer
         self._factors = settings.factors(mask)
         self._before: dict[str, Tensor] = {}
+        self._added: dict[str, Tensor] = {}  # to the gradients, for decay = "kept"
         self._strength = 1.0
         least, most = (f(self._factors[name] for name in parameters) for f in (min, max))
         self.found = f"updates of {len(parameters)} tensors, times {least:.3g} to {most:.3g}"
@@ -128,14 +129,18 @@ class _Scaling(Attached):
         self._follow()
         scaled = self._parameters.items() if self._strength > 0 else ()
         self._before = {n: local(p).clone() for n, p in scaled if p.grad is not None and self._factors[n] > 1}
+        scale = getattr(self._optimizer, "grad_scale", None)  # set by GradScaler for fused optimisers, which divide by it
         for name, decay in self._decays(decoupled=False).items():
-            gradient = self._parameters[name].grad
-            assert gradient is not None
-            local(gradient).add_(self._before[name], alpha=decay * (1 / self._factor(name) - 1))
+            added = self._before[name] * (decay * (1 / self._factor(name) - 1))
+            self._added[name] = added
+            self._gradient(name).add_(added if scale is None else added * scale.to(added.device))
 
     @torch.no_grad()
     def after_update(self) -> None:
         decays = self._decays(decoupled=True)
+        added, self._added = self._added, {}
+        for name, term in added.items() if not self._moved else ():  # others look at the gradients after the step, too
+            self._gradient(name).sub_(term)
         before, self._before = self._before, {}
         for name, old in before.items():
             here = local(self._parameters[name])
@@ -147,6 +152,11 @@ class _Scaling(Attached):
         if self._moved and hold is not None:  # before this hook: what went was 0, and has been brought back
             hold(self._optimizer)
 
+    def _gradient(self, name: str) -> Tensor:
+        gradient = self._parameters[name].grad
+        assert gradient is not None
+        return local(gradient)
+
     def _factor(self, name: str) -> float:
         return 1 + self._strength * (self._factors[name] - 1)
 
@@ -155,13 +165,15 @@ class _Scaling(Attached):
         if self._settings.decay == "scaled":
             return {}
         groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
-        found = {}
+        skipped = getattr(self._optimizer, "found_inf", None)  # set by GradScaler for fused optimisers, which then make no step
+        made = 1.0 if skipped is None else 1 - skipped
+        found: dict[str, Any] = {}
         for name in self._before:
             group = groups[id(self._parameters[name])]
             if group.get("decoupled_weight_decay", isinstance(self._optimizer, _DECOUPLED)) != decoupled:
                 continue
             if (decay := group.get("weight_decay", 0)) != 0:
-                found[name] = group["lr"] * decay if decoupled else -decay if group.get("maximize") else decay
+                found[name] = group["lr"] * decay * made if decoupled else -decay if group.get("maximize") else decay
         return found
 
     @property

@@ -15,6 +15,7 @@ from anymask.kernels import library, native
 from anymask.surgery import CONVS
 
 Each = Callable[[Callable[[Any], None], list[Any]], Iterable[None]]
+_TOGETHER = 2**22  # numbers of matrices that are inverted at once: 32 MB, seven times
 _LEAST = 1e-12  # of a mean variance: inputs that are constant have none
 
 
@@ -80,9 +81,12 @@ class Blocks:
 
     def square_roots(self, flat: Tensor, *, damping: float) -> Tensor:
         """`roots` of power 0.5 by products alone, of all blocks at once: for a GPU, which is slow with eigenvalues of small matrices."""
-        whole = self._padded(flat).double()
+        whole = self._padded(flat)
         level = (whole.diagonal(dim1=1, dim2=2).sum(1) / self.sizes.to(flat.device)).clamp(min=_LEAST)[:, None, None]
-        return inverse_square_root(whole / level, damping=damping).to(flat.dtype)
+        many = max(1, _TOGETHER // self.width**2)
+        for part, its in zip(whole.split(many), level.split(many), strict=True):
+            part.copy_(inverse_square_root((part / its).double(), damping=damping))
+        return whole
 
     def lower(self, flat: Tensor) -> Tensor:
         """What is to be saved of symmetric matrices: half of them; `symmetric` undoes it."""
