@@ -206,6 +206,9 @@ def which() -> str:
     wins = [c.verdict for c in small if c.recipe == "tost"]
     return "\n".join([
         f"- **Begin with `best`** (`density_lr`, `preconditioning` and `ghost_activation`). {_all('best', 'default')}",
+        f"- **`best` is for short trainings.** Where weights settle (in about 1 / (lr * weight_decay) steps, as in 182 epochs of all of "
+        f"CIFAR-100) it falls behind `default` ([lab.md](lab.md)). `best-long` does so by little, and in 15 epochs gives "
+        f"{_all('best-long', 'default')}",
         f"- **The paper's recipe, `tost`**: {_all('tost', 'default')} `best` against it: {_all('best', 'tost')}",
         f"- **By mask**: {_by_mask('best', 0.98)}.",
         f"- **With a trained dense network at hand, let it teach** (`best-slow`, with `distillation`). {_all('best-slow', 'default')}",
@@ -259,6 +262,41 @@ def _one(found: Iterable[Comparison], recipe: str) -> str:
     return "not measured"
 
 
+def long() -> str:
+    """Where weights settle: each recipe's loss and validation accuracy at the first rate, and its accuracies at the end (results/long)."""
+    rows = ledger("long")
+    first = rows[0]["curves"]["lr"].count(rows[0]["curves"]["lr"][0])
+    head = [
+        "recipe",
+        f"training loss of epoch {first}",
+        f"best validation of {first} epochs",
+        "best validation",
+        "test",
+        "- `default`",
+        "seeds",
+    ]
+    lines = []
+    tests = {name: {row["settings"]["seed"]: row["accuracy"]["test"] for row in named} for name, named in _by_recipe(rows).items()}
+    for name, named in _by_recipe(rows).items():
+        curves = [row["curves"] for row in named]
+        ahead = [100 * (value - tests["default"][seed]) for seed, value in tests[name].items() if seed in tests["default"]]
+        lines.append([
+            f"`{name}`",
+            f"{fmean(c['train_loss'][first - 1] for c in curves):.2f}",
+            f"{100 * fmean(max(c['validation_accuracy'][:first]) for c in curves):.1f}",
+            f"{100 * fmean(row['accuracy']['validation'] for row in named):.1f}",
+            f"{100 * fmean(tests[name].values()):.2f}",
+            f"{fmean(ahead):+.2f}" if name != "default" and ahead else "",
+            f"{len(named)}",
+        ])  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines]) + "\n"
+
+
+def _by_recipe(rows: Rows) -> dict[str, Rows]:
+    names = dict.fromkeys(row["settings"]["recipe"] for row in rows)
+    return {name: [row for row in rows if row["settings"]["recipe"] == name] for name in names}
+
+
 PARTS: Mapping[str, Callable[[], str]] = {
     "which": which,
     "screen-grid": lambda: grid(named(ledger("screen"))),
@@ -273,5 +311,6 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "costs-ghosts": costs_before("costs-ghosts"),
     "beside-ghosts": beside_ghosts,
     "ticket": ticket,
+    "long": long,
     **{f"alone-{name.replace('_', '-')}": alone(name) for name in TECHNIQUES},
 }
