@@ -131,7 +131,7 @@ class _Scaling(Attached):
         self._before = {n: local(p).clone() for n, p in scaled if p.grad is not None and self._factors[n] > 1}
         scale = getattr(self._optimizer, "grad_scale", None)  # set by GradScaler for fused optimisers, which divide by it
         for name, decay in self._decays(decoupled=False).items():
-            added = self._before[name] * (decay * (1 / self._factor(name) - 1))
+            added = self._before[name] * (decay * (1 / (1 + self._more(name)) - 1))
             self._added[name] = added
             self._gradient(name).add_(added if scale is None else added * scale.to(added.device))
 
@@ -147,7 +147,7 @@ class _Scaling(Attached):
             # Sparse layers have other places for the step in which their mask moves; it is made as it is.
             if here.shape == old.shape and not (self._moved and old.shape != self._mask[name].shape):
                 made = here - (1 - decays[name]) * old if name in decays else torch.sub(here, old, out=old)
-                here.add_(made, alpha=self._factor(name) - 1)
+                here.add_(made, alpha=self._more(name))
         hold = held(self._optimizer)
         if self._moved and hold is not None:  # before this hook: what went was 0, and has been brought back
             hold(self._optimizer)
@@ -157,8 +157,9 @@ class _Scaling(Attached):
         assert gradient is not None
         return local(gradient)
 
-    def _factor(self, name: str) -> float:
-        return 1 + self._strength * (self._factors[name] - 1)
+    def _more(self, name: str) -> float:
+        """What c is more than 1 by, at this strength."""
+        return self._strength * (self._factors[name] - 1)
 
     def _decays(self, *, decoupled: bool) -> dict[str, Any]:
         """With decay = "kept", of the tensors that are scaled: the weight decay that their gradients get; or the share that they lose."""
