@@ -207,7 +207,8 @@ def which() -> str:
     return "\n".join([
         f"- **Begin with `best`** (`density_lr`, `preconditioning` and `ghost_activation`). {_all('best', 'default')}",
         f"- **`best` is for short trainings.** Where weights settle (in about 1 / (lr * weight_decay) steps, as in 182 epochs of all of "
-        f"CIFAR-100) it falls behind `default` ([lab.md](lab.md)). `best-long` does so by little, and in 15 epochs gives "
+        f"CIFAR-100) it falls behind `default` ([lab.md](lab.md)). Try `best:-density_lr` there. "
+        f"`best-long`, which keeps the weight decay, gives in 15 epochs "
         f"{_all('best-long', 'default')}",
         f"- **The paper's recipe, `tost`**: {_all('tost', 'default')} `best` against it: {_all('best', 'tost')}",
         f"- **By mask**: {_by_mask('best', 0.98)}.",
