@@ -16,9 +16,9 @@ from anymask.holding import held
 from anymask.mask import Mask
 from anymask.prunables import bare
 from anymask.registry import lookup, unknown
-from anymask.running import MARK, RunningRecipe, settings_of
+from anymask.running import MARK, RunningRecipe
 from anymask.techniques import TECHNIQUES, Context, Loss, Technique
-from anymask.techniques.base import shed
+from anymask.techniques.base import settings_of, shed
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -5,7 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from anymask.pauses import arrive
 from anymask.prunables import bare
 from anymask.surgery import Cost, changes, form, logits_of
 from anymask.techniques import Attached, Context, Technique
+from anymask.techniques.base import settings_of
 
 _STATE_HOOKS = re.compile(r"'_(load_)?state_dict_\w+': \d+(, )?")  # in a fingerprint
 FORGOTTEN: Counter[str] = Counter()  # how often all "graphs" that torch.compile made in this process were
@@ -101,7 +102,7 @@ class RunningRecipe:
         seen = any(attached.looks for _, attached in self._live.values())
         if seen:
             arrive()  # a look waits for the device; and the stance is one of the process, so nobody else goes on inside
-        with torch.compiler.set_stance("force_eager") if seen and "torch._dynamo.eval_frame" in sys.modules else nullcontext():
+        with torch.compiler.set_stance("force_eager") if seen and _compiles() else nullcontext():
             yield
 
     @property
@@ -388,15 +389,10 @@ def how_spread(model: nn.Module) -> str:
 
 def _forget_graphs() -> None:
     """Let torch.compile look again: its graphs do not notice a hook that came or went (skip_nnmodule_hook_guards)."""
-    if "torch._dynamo.eval_frame" in sys.modules:
+    if _compiles():
         torch.compiler.reset()
         FORGOTTEN["graphs"] += 1
 
 
-def settings_of(techniques: Iterable[Technique]) -> list[dict[str, Any]]:
-    """Techniques as plain values, for a ledger or a file."""
-    young = [{f.name for f in fields(t) if "later" in f.metadata and getattr(t, f.name) == f.default} for t in techniques]
-    return [
-        {"name": t.name, **{key: value for key, value in asdict(t).items() if key not in absent}}
-        for t, absent in zip(techniques, young, strict=True)
-    ]
+def _compiles() -> bool:
+    return "torch._dynamo.eval_frame" in sys.modules

@@ -1,7 +1,7 @@
 """What a technique is: a value with settings, and what it puts into a training while it is attached."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -312,3 +312,12 @@ def _host(model: nn.Module) -> nn.Module:
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's parameters are."""
     return next(model.parameters(), torch.empty(0)).device
+
+
+def settings_of(techniques: Iterable[Technique]) -> list[dict[str, Any]]:
+    """Techniques as plain values, for a ledger or a file."""
+    young = [{f.name for f in fields(t) if "later" in f.metadata and getattr(t, f.name) == f.default} for t in techniques]
+    return [
+        {"name": t.name, **{key: value for key, value in asdict(t).items() if key not in absent}}
+        for t, absent in zip(techniques, young, strict=True)
+    ]
