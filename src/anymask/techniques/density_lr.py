@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from anymask.errors import SettingError, TechniqueError
+from anymask.errors import SettingError
 from anymask.holding import held
 from anymask.mask import Mask, local
 from anymask.schedules import Schedule
@@ -22,23 +22,22 @@ class DensityLR(Technique):
 
     With d the density of the tensor in the mask, s the strength, and w' what the optimiser makes of w,
 
-        w <- w' + s (c - 1) (w' - w)      with      c = min(most, max(1, d^-power))
+        w <- w' + s (c - 1) (w' - w)      with      c = max(1, min(most, d^-power, 1 / (timescale lr decay steps)))
 
     which is c times the learning rate for that tensor at s = 1, for every optimiser whose step is the learning rate times something
-    (SGD, Adam and AdamW, with momentum and weight decay); schedulers of the learning rate work as they do. With decay = "kept" it is
-    c times the learning rate and 1 / c times the weight decay, so that their product stays what it was: under batch norm that alone says
-    how fast neurons turn in the end, and c-fold it keeps long trainings from settling (docs/lab.md). Weights outside of the
+    (SGD, Adam and AdamW, with momentum and weight decay); schedulers of the learning rate work as they do. The last bound is for long
+    trainings: with weight decay, weights are an average over 1 / (c lr decay) steps, and once that is a small part of them all, larger
+    steps only keep the weights from settling (docs/lab.md). lr is the peak that the optimiser knows of on attach. Weights outside of the
     mask take their steps as they are. A mask that moves (`anymask.rewire`) is followed. It costs a copy of the masked weights during
     the step, and two passes over them.
 
     Args:
         power: of 1 / density, in [0, 2]; 1 is the paper's.
         most: bound of c, >= 1.
-        decay: of the weights, "scaled" along by c, or "kept".
+        timescale: how long the average is at least, as a part of total_steps, in [0, 1]; 0 for no such bound.
 
     Raises:
-        TechniqueError: on attach, without a mask or an optimiser, when that trains none of the masked weights, or for LBFGS; with
-            decay = "kept" for an optimiser that decays weights and is not of torch.optim.
+        TechniqueError: on attach, without a mask or an optimiser, when that trains none of the masked weights, or for LBFGS.
 
     Example:
         >>> import torch, anymask
@@ -55,67 +54,72 @@ class DensityLR(Technique):
 
     Reference: Sparse maximal update parameterization (arXiv 2405.15743): with Adam, the learning rate of a hidden layer goes as
     1 / (width * density), and its initial variance, too (that half is `fan_in_init`). Ours: densities of each layer, relative to the
-    dense network; the power and the bound; strengths between; that decoupled weight decay grows along, as by a larger learning rate,
-    or is kept; and other optimisers. See docs/techniques.md for SGD, and for networks with batch norm.
+    dense network; the power and the bounds (the timescale is that of arXiv 2405.13698); strengths between; that decoupled weight decay
+    grows along, as by a larger learning rate; and other optimisers. See docs/techniques.md for SGD, and for networks with batch norm.
     """
 
     name: ClassVar[str] = "density_lr"
     seam: ClassVar[str] = "step"
     about: ClassVar[str] = "steps of each layer scaled by 1 / density"
     paper: ClassVar[str] = "arXiv 2405.15743"
-    depth: ClassVar[int] = 5  # what it does to gradients for decay = "kept" is of the step, not for `preconditioning` to turn
 
     schedule: Schedule = field(default_factory=lambda: Schedule("step", full="100%", end="100%"))
     power: float = 1.0
     most: float = 10.0
-    decay: str = field(default="scaled", metadata=LATER)
+    timescale: float = field(default=0.4, metadata=LATER)
 
     def __post_init__(self) -> None:
         if not 0 <= self.power <= 2:
             raise SettingError(f"power came as {self.power}", allowed="a number in [0, 2]", fix="1 is the paper's")
         if not 1 <= self.most < math.inf:
             raise SettingError(f"most came as {self.most}", allowed="a finite number >= 1", fix="10 is the default")
-        if self.decay not in {"scaled", "kept"}:
-            raise SettingError(f"decay came as {self.decay!r}", allowed="'scaled' or 'kept'", fix="'scaled' is the default")
+        if not 0 <= self.timescale <= 1:
+            raise SettingError(f"timescale came as {self.timescale}", allowed="a number in [0, 1]", fix="0.4 is the default")
 
     def attach(self, context: Context) -> "_Scaling":
         weights = context.masked_weights(self.name)
-        if self.decay == "kept":
-            _check_decay(context.needs_optimizer(self.name))
-        return _Scaling(self, weights, context.needs_mask(self.name), context.needs_optimizer(self.name))
+        optimizer = context.needs_optimizer(self.name)
+        rates = {id(p): _decay(group) for group in optimizer.param_groups for p in group["params"]}
+        decays = {name: rates[id(p)] * context.total_steps for name, p in weights.items()}
+        return _Scaling(self, weights, context.needs_mask(self.name), optimizer, decays)
 
-    def factors(self, mask: Mask) -> dict[str, float]:
+    def factors(self, mask: Mask, decays: Mapping[str, float] | None = None) -> dict[str, float]:
         """c of each tensor of `mask`, in [1, most]; 1 for one that keeps nothing.
+
+        Args:
+            mask: says what each tensor keeps.
+            decays: lr * weight_decay * total_steps of tensors, by name; 0 where there is none.
 
         Example:
             >>> DensityLR(power=0.5).factors(Mask({"weight": torch.eye(4)}))
             {'weight': 2.0}
+            >>> DensityLR().factors(Mask({"weight": torch.eye(4)}), {"weight": 0.1 * 5e-4 * 20000})
+            {'weight': 2.5}
         """
-        return {name: min(self.most, d**-self.power) if d else 1.0 for name, d in mask.layer_density().items()}
+        shares = {name: self.timescale * decay for name, decay in (decays or {}).items()}
+        bounds = {name: min(self.most, 1 / share) for name, share in shares.items() if share > 0}
+        return {name: max(1.0, min(bounds.get(name, self.most), d**-self.power)) if d else 1.0 for name, d in mask.layer_density().items()}
 
 
-_DECOUPLED = torch.optim.Adafactor, torch.optim.Muon  # beside those whose groups say so
-
-
-def _check_decay(optimizer: Optimizer) -> None:
-    decays = any(group.get("weight_decay", 0) for group in optimizer.param_groups)
-    if decays and not type(optimizer).__module__.startswith("torch.optim"):
-        raise TechniqueError(
-            f"{DensityLR.name} with decay = 'kept' on {type(optimizer).__name__}, whose weight decay it does not know",
-            allowed="optimisers of torch.optim, or one without weight decay",
-            fix="leave decay at 'scaled'",
-        )
+def _decay(group: Mapping[str, Any]) -> float:
+    """What a group's weight decay takes in a step at the peak of its learning rate, as far as schedulers have said which that is."""
+    rate = max(float(group.get(key) or 0) for key in ("lr", "initial_lr", "max_lr"))
+    return rate * float(group.get("weight_decay") or 0)
 
 
 class _Scaling(Attached):
-    def __init__(self, settings: DensityLR, parameters: Mapping[str, Tensor], mask: Mask, optimizer: Optimizer) -> None:
+    def __init__(
+        self, settings: DensityLR, parameters: Mapping[str, Tensor], mask: Mask, optimizer: Optimizer, decays: dict[str, float]
+    ) -> None:
         self._settings, self._parameters, self._mask, self._optimizer = settings, parameters, mask, optimizer
-        self._factors = settings.factors(mask)
+        self._decays = decays
+        self._factors = settings.factors(mask, decays)
         self._before: dict[str, Tensor] = {}
-        self._added: dict[str, Tensor] = {}  # to the gradients, for decay = "kept"
         self._strength = 1.0
         least, most = (f(self._factors[name] for name in parameters) for f in (min, max))
         self.found = f"updates of {len(parameters)} tensors, times {least:.3g} to {most:.3g}"
+        if self._factors != settings.factors(mask):
+            self.found += ", no more because of the weight decay over all steps"
 
     @property
     def recording(self) -> Hashable:
@@ -129,53 +133,25 @@ class _Scaling(Attached):
         self._follow()
         scaled = self._parameters.items() if self._strength > 0 else ()
         self._before = {n: local(p).clone() for n, p in scaled if p.grad is not None and self._factors[n] > 1}
-        scale = getattr(self._optimizer, "grad_scale", None)  # set by GradScaler for fused optimisers, which divide by it
-        for name, decay in self._decays(decoupled=False).items():
-            added = self._before[name] * (decay * (1 / (1 + self._more(name)) - 1))
-            self._added[name] = added
-            self._gradient(name).add_(added if scale is None else added * scale.to(added.device))
 
     @torch.no_grad()
     def after_update(self) -> None:
-        decays = self._decays(decoupled=True)
-        added, self._added = self._added, {}
-        for name, term in added.items() if not self._moved else ():  # others look at the gradients after the step, too
-            self._gradient(name).sub_(term)
         before, self._before = self._before, {}
         for name, old in before.items():
             here = local(self._parameters[name])
             # Sparse layers have other places for the step in which their mask moves; it is made as it is.
             if here.shape == old.shape and not (self._moved and old.shape != self._mask[name].shape):
-                made = here - (1 - decays[name]) * old if name in decays else torch.sub(here, old, out=old)
-                here.add_(made, alpha=self._more(name))
+                here.add_(torch.sub(here, old, out=old), alpha=self._strength * (self._factors[name] - 1))
         hold = held(self._optimizer)
         if self._moved and hold is not None:  # before this hook: what went was 0, and has been brought back
             hold(self._optimizer)
 
-    def _gradient(self, name: str) -> Tensor:
-        gradient = self._parameters[name].grad
-        assert gradient is not None
-        return local(gradient)
+    def state_dict(self) -> dict[str, Any]:
+        return {"decays": dict(self._decays)}
 
-    def _more(self, name: str) -> float:
-        """What c is more than 1 by, at this strength."""
-        return self._strength * (self._factors[name] - 1)
-
-    def _decays(self, *, decoupled: bool) -> dict[str, Any]:
-        """With decay = "kept", of the tensors that are scaled: the weight decay that their gradients get; or the share that they lose."""
-        if self._settings.decay == "scaled":
-            return {}
-        groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
-        skipped = getattr(self._optimizer, "found_inf", None)  # set by GradScaler for fused optimisers, which then make no step
-        made = 1.0 if skipped is None else 1 - skipped
-        found: dict[str, Any] = {}
-        for name in self._before:
-            group = groups[id(self._parameters[name])]
-            if group.get("decoupled_weight_decay", isinstance(self._optimizer, _DECOUPLED)) != decoupled:
-                continue
-            if (decay := group.get("weight_decay", 0)) != 0:
-                found[name] = group["lr"] * decay * made if decoupled else -decay if group.get("maximize") else decay
-        return found
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._decays = dict(state.get("decays", self._decays))
+        self._factors = self._settings.factors(self._mask, self._decays)
 
     @property
     def _moved(self) -> bool:
@@ -186,4 +162,4 @@ class _Scaling(Attached):
         """Take the factors of the mask that is held now."""
         hold = held(self._optimizer)
         if hold is not None and hold.mask is not self._mask:
-            self._mask, self._factors = hold.mask, self._settings.factors(hold.mask)
+            self._mask, self._factors = hold.mask, self._settings.factors(hold.mask, self._decays)

@@ -63,7 +63,7 @@ class SignIn(Technique):
     seam: ClassVar[str] = "step"
     about: ClassVar[str] = "masked weights are stepped on as products m * w, shared out anew now and then, so that signs can change"
     paper: ClassVar[str] = "arXiv 2504.12801"
-    depth: ClassVar[int] = 6  # while the parameters hold w, nobody else may look at them or at their gradients
+    depth: ClassVar[int] = 5  # while the parameters hold w, nobody else may look at them or at their gradients
 
     schedule: Schedule = field(default_factory=lambda: Schedule("step", full="100%", end="100%"))
     beta: float = 1.0
