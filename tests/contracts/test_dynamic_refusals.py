@@ -62,7 +62,7 @@ def test_a_parameter_that_another_optimiser_trains_is_refused(method):
     ("wrong", "error", "says"),
     [
         ({"every": "100it"}, SettingError, "no update in steps 0 to 12"),
-        ({"every": "0it"}, SettingError, "no update"),
+        ({"every": "0it"}, SettingError, "more than nothing"),
         ({"begin": "80%"}, SettingError, "no update"),
         ({"start": 10}, SettingError, "no update in steps 10 to 12"),
         ({"start": 12}, SettingError, "start < total_steps"),

@@ -128,5 +128,10 @@ def test_a_damaged_gz_or_xz_file_is_refused(tmp_path):
             read_embedded(part)
 
 
+def test_a_folder_in_place_of_the_embedded_file_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"came with the folder .*--data cifar100"):
+        load("fashion-mnist-5k", dir=tmp_path)
+
+
 def test_every_data_set_has_a_line_about_it():
     assert all(source.about for source in DATASETS.values())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anymask.data.splits import Dataset, Split
-from anymask.errors import FileFormatError
+from anymask.errors import DataError, FileFormatError
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 EMBEDDED = Path(__file__).parent / "embedded" / "fashion-mnist-5k.idx.xz"
@@ -23,6 +23,12 @@ _OPENERS: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".xz": lzma.ope
 
 def read_embedded(path: Path) -> Dataset:
     """Four idx arrays, one after the other in one .xz stream: training images and labels, test images and labels."""
+    if path.is_dir():
+        raise DataError(
+            f"fashion-mnist-5k came with the folder {path}",
+            allowed="a file of its own format, or nothing: it comes with the package",
+            fix="name what is in that folder (--data cifar100, data.load('cifar100', dir=...)), or leave the folder away",
+        )
     return _dataset("fashion-mnist-5k", _arrays(path, count=len(STEMS)), path)
 
 

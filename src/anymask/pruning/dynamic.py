@@ -75,6 +75,8 @@ class Dynamic:
             raise SettingError(f"fraction came as {self.fraction}", allowed="a number in (0, 1)", fix="0.3 is the papers' value")
         for length in (self.every, self.begin, self.end):
             Duration.parse(length)
+        if not Duration.parse(self.every).amount:
+            raise SettingError(f"every came as {self.every!r}", allowed="more than nothing, such as '100it'", fix="'100it' is the default")
 
     @property
     def shrinks(self) -> bool:
