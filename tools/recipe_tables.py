@@ -206,10 +206,8 @@ def which() -> str:
     wins = [c.verdict for c in small if c.recipe == "tost"]
     return "\n".join([
         f"- **Begin with `best`** (`density_lr`, `preconditioning` and `ghost_activation`). {_all('best', 'default')}",
-        f"- **`best` is for short trainings.** Where weights settle (in about 1 / (lr * weight_decay) steps, as in 182 epochs of all of "
-        f"CIFAR-100) it falls behind `default` ([lab.md](lab.md)). Try `best:-density_lr` there. "
-        f"`best-long`, which keeps the weight decay, gives in 15 epochs "
-        f"{_all('best-long', 'default')}",
+        f"- **In long trainings, too**: where weights settle, {long_short()} ([lab.md](lab.md)), since `density_lr` takes no larger steps "
+        f"than weights settle with. On whole networks and all images that is not shown yet.",
         f"- **The paper's recipe, `tost`**: {_all('tost', 'default')} `best` against it: {_all('best', 'tost')}",
         f"- **By mask**: {_by_mask('best', 0.98)}.",
         f"- **With a trained dense network at hand, let it teach** (`best-slow`, with `distillation`). {_all('best-slow', 'default')}",
@@ -263,39 +261,58 @@ def _one(found: Iterable[Comparison], recipe: str) -> str:
     return "not measured"
 
 
-def long() -> str:
-    """Where weights settle: each recipe's loss and validation accuracy at the first rate, and its accuracies at the end (results/long)."""
+# What `density_lr` was in results/long-before.
+BEFORE = {
+    "best": "`best`, c to 10",
+    "best:density_lr": "`density_lr` alone, c to 10",
+    "best-long": "`best`, c to 10, decay / c",
+    "best-long:density_lr": "`density_lr` alone, c to 10, decay / c",
+}
+
+
+def _long() -> Rows:
+    """The trainings of 182 epochs on the tuning part, those with what `density_lr` was named so."""
     rows = ledger("long")
+    for row in ledger("long-before"):
+        if row["settings"]["epochs"] == 182:  # `best` was another then, so its id is not what tells it apart
+            rows.append({**row, "id": f"before {row['id']}", "settings": {**row["settings"], "recipe": BEFORE[row["settings"]["recipe"]]}})
+    return rows
+
+
+def long() -> str:
+    """Each recipe's loss and validation accuracy at the first rate, and its accuracies at the end, by weight decay."""
+    rows = _long()
     first = rows[0]["curves"]["lr"].count(rows[0]["curves"]["lr"][0])
-    head = [
-        "recipe",
-        f"training loss of epoch {first}",
-        f"best validation of {first} epochs",
-        "best validation",
-        "test",
-        "- `default`",
-        "seeds",
-    ]
-    lines = []
-    tests = {name: {row["settings"]["seed"]: row["accuracy"]["test"] for row in named} for name, named in _by_recipe(rows).items()}
-    for name, named in _by_recipe(rows).items():
-        curves = [row["curves"] for row in named]
-        ahead = [100 * (value - tests["default"][seed]) for seed, value in tests[name].items() if seed in tests["default"]]
+    head = ["weight decay", "recipe", f"training loss of epoch {first}", f"best validation of {first} epochs", "best validation", "test"]
+    lines = [[*head, "- `default` [95% CI]", "seeds"], ["---"] * (len(head) + 2)]
+    groups: dict[tuple[float, str], Rows] = {}
+    for row in rows:
+        groups.setdefault((row["settings"]["weight_decay"], row["settings"]["recipe"]), []).append(row)
+    apart = {(c.settings["weight_decay"], c.recipe): c for c in paired(rows)}
+    for (decay, name), group in sorted(groups.items(), key=lambda item: -item[0][0]):
+        curves, beside = [row["curves"] for row in group], apart.get((decay, name))
         lines.append([
-            f"`{name}`",
+            f"{decay:g}",
+            name if name in BEFORE.values() else f"`{name}`",
             f"{fmean(c['train_loss'][first - 1] for c in curves):.2f}",
             f"{100 * fmean(max(c['validation_accuracy'][:first]) for c in curves):.1f}",
-            f"{100 * fmean(row['accuracy']['validation'] for row in named):.1f}",
-            f"{100 * fmean(tests[name].values()):.2f}",
-            f"{fmean(ahead):+.2f}" if name != "default" and ahead else "",
-            f"{len(named)}",
+            f"{100 * fmean(row['accuracy']['validation'] for row in group):.1f}",
+            f"{100 * fmean(row['accuracy']['test'] for row in group):.2f}",
+            _with_interval(beside) if beside else "",
+            f"{len(group)}",
         ])  # fmt: skip
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines]) + "\n"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def _by_recipe(rows: Rows) -> dict[str, Rows]:
-    names = dict.fromkeys(row["settings"]["recipe"] for row in rows)
-    return {name: [row for row in rows if row["settings"]["recipe"] == name] for name in names}
+def _with_interval(found: Comparison) -> str:
+    low, high = found.interval or (None, None)
+    return f"{found.mean:+.2f}" + (f" [{low:+.2f}, {high:+.2f}]" if found.interval else "")
+
+
+def long_short() -> str:
+    """What `best` is to `default` where weights settle: the largest weight decay of results/long."""
+    found = max((c for c in paired(ledger("long")) if c.recipe == "best"), key=lambda c: float(c.settings["weight_decay"]))
+    return f"{_with_interval(found)} points at 98% over 1 mask, n = {found.n}"
 
 
 PARTS: Mapping[str, Callable[[], str]] = {
