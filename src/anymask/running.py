@@ -68,7 +68,9 @@ class RunningRecipe:
             if state is not None:
                 self.added = Cost(**state["added"])
                 for technique, part in state.get("parts", {}).items():
-                    self._live[technique][1].load_state_dict(part)
+                    attached = self._live[technique][1]
+                    attached.load_state_dict(part)
+                    self.found[technique] = attached.found
             _forget_graphs()
         except BaseException:
             self.leave()

@@ -78,13 +78,13 @@ def test_it_is_a_learning_rate_for_each_tensor(name):
     assert all(not ours.get_parameter(n)[~kept].any() for n, kept in mask_of(ours).items())
 
 
-@pytest.mark.parametrize(("steps", "factors"), [(100, (4, 10)), (1250, (4, 4)), (2500, (2, 2)), (5000, (1, 1))])
-def test_weight_decay_over_all_steps_bounds_the_factor(steps, factors):
-    """lr * weight_decay * factor * steps stays within 2.5."""
+@pytest.mark.parametrize(("steps", "factors"), [(1000, (4, 10)), (15_000, (4, 4)), (30_000, (2, 2)), (60_000, (1, 1))])
+def test_how_often_weight_decay_replaces_the_weights_bounds_the_factor(steps, factors):
+    """lr * weight_decay * steps * factor stays within 30."""
     ours, theirs = net(), net()
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.05, weight_decay=0.01)
     running = attached(DensityLR(), ours, optimizer, total_steps=steps)
-    assert ("because of the weight decay" in running.found["density_lr"]) == (factors != (4, 10))
+    assert ("because weight decay replaces weights" in running.found["density_lr"]) == (factors != (4, 10))
     grouped = torch.optim.SGD([{"params": [p]} for p in theirs.parameters()], lr=0.05, weight_decay=0.01)
     for group, factor in zip(grouped.param_groups[::2], (*factors, 1), strict=True):
         group["lr"] = 0.05 * factor
@@ -95,39 +95,69 @@ def test_weight_decay_over_all_steps_bounds_the_factor(steps, factors):
         torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-12)
 
 
+REPLACED = {  # times 1 to 2 in 3,000 steps
+    "momentum": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=0.01),
+    "nesterov": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "dampened": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, dampening=0.9, weight_decay=0.1),
+    "plain": lambda params: torch.optim.SGD(params, lr=0.05, weight_decay=0.1),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=0.05, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_momentum_counts_where_the_decay_goes_through_it(name):
+    model = net()
+    assert "times 1 to 2," in attached(DensityLR(), model, REPLACED[name](model.parameters()), total_steps=3000).found["density_lr"]
+
+
+@pytest.mark.parametrize("name", ["plain", "momentum", "nesterov", "dampened", "adamw"])
+def test_weight_decay_replaces_weights_as_often_as_is_said(name):
+    """What is left of a weight without a gradient after T = 1 is about 1 / e."""
+    weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = REPLACED[name]([weight])
+    steps = 200 if name != "dampened" else 400  # T = 1 but for the dampened one, of which it is 2
+    for _ in range(steps):
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+    settled = {"plain": 1, "momentum": 1, "nesterov": 1, "dampened": 2, "adamw": 1}[name]
+    assert -torch.log(weight.detach()).item() == pytest.approx(settled, rel=0.06)
+
+
 @pytest.mark.parametrize(
     "scheduled",
     [
-        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=2500),
-        lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) / 100),
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=3000, cycle_momentum=False),
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=3000, base_momentum=0.8),
+        lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 100)),
         lambda optimizer: optimizer.param_groups[0].update(lr=torch.tensor(0.05)),
         lambda optimizer: None,
     ],
 )
 def test_the_peak_of_the_learning_rate_counts_and_is_remembered(scheduled):
     model = net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, weight_decay=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, weight_decay=0.1)
     _ = scheduled(optimizer)
-    running = attached(DensityLR(), model, optimizer, total_steps=2500)
+    running = attached(DensityLR(), model, optimizer, total_steps=3000)
     assert "times 1 to 2," in running.found["density_lr"]
     state = running.state_dict()
     running.finish()
 
     resumed = net()
-    late = torch.optim.SGD(resumed.parameters(), lr=0.0005, weight_decay=0.01)  # without a scheduler, after its rate was dropped
+    late = torch.optim.SGD(resumed.parameters(), lr=0.0005, weight_decay=0.1)  # without a scheduler, after its rate was dropped
     anymask.hold(mask_of(resumed), resumed, late)
-    running = Recipe((DensityLR(),)).attach(resumed, late, total_steps=2500, start=2000, state=state)
+    running = Recipe((DensityLR(),)).attach(resumed, late, total_steps=3000, start=2000, state=state)
+    assert running.found == state["found"]
     before = resumed[2].weight.detach().clone()
     x, y = data()
     (gradient,) = torch.autograd.grad(F.cross_entropy(resumed(x), y), resumed[2].weight)
     train(resumed, late, 1)
-    moved = -0.0005 * 2 * (gradient * mask_of(resumed)["2.weight"] + 0.01 * before)
+    moved = -0.0005 * 2 * (gradient * mask_of(resumed)["2.weight"] + 0.1 * before)
     torch.testing.assert_close(resumed[2].weight.detach() - before, moved, rtol=1e-6, atol=1e-12)
 
 
-def test_without_a_timescale_or_weight_decay_only_the_density_counts():
+def test_without_a_bound_or_weight_decay_only_the_density_counts():
     model = net()
-    for technique, decay in ((DensityLR(timescale=0.0), 0.01), (DensityLR(), 0.0)):
+    for technique, decay in ((DensityLR(turnover=0.0), 0.01), (DensityLR(), 0.0)):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, weight_decay=decay)
         running = attached(technique, model, optimizer, total_steps=10**6)
         assert running.found == {"density_lr": "updates of 3 tensors, times 1 to 10"}
@@ -274,7 +304,7 @@ def test_what_it_cannot_do_is_refused():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"power": -1.0}, {"power": 3.0}, {"most": 0.5}, {"most": float("inf")}, {"timescale": -0.1}, {"timescale": 2.0}]
+    "wrong", [{"power": -1.0}, {"power": 3.0}, {"most": 0.5}, {"most": float("inf")}, {"turnover": -0.1}, {"turnover": float("inf")}]
 )
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(SettingError, match=next(iter(wrong))):

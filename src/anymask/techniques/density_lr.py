@@ -22,19 +22,20 @@ class DensityLR(Technique):
 
     With d the density of the tensor in the mask, s the strength, and w' what the optimiser makes of w,
 
-        w <- w' + s (c - 1) (w' - w)      with      c = max(1, min(most, d^-power, 1 / (timescale lr decay steps)))
+        w <- w' + s (c - 1) (w' - w)      with      c = max(1, min(most, d^-power, turnover / T))
 
     which is c times the learning rate for that tensor at s = 1, for every optimiser whose step is the learning rate times something
     (SGD, Adam and AdamW, with momentum and weight decay); schedulers of the learning rate work as they do. The last bound is for long
-    trainings: with weight decay, weights are an average over 1 / (c lr decay) steps, and once that is a small part of them all, larger
-    steps only keep the weights from settling (docs/lab.md). lr is the peak that the optimiser knows of on attach. Weights outside of the
-    mask take their steps as they are. A mask that moves (`anymask.rewire`) is followed. It costs a copy of the masked weights during
-    the step, and two passes over them.
+    trainings. Weight decay replaces the weights T = lr decay steps / (1 - momentum) times in a training of so many steps at its peak
+    rate, and c T times with the larger steps; where that is often, they only keep the weights from settling (docs/lab.md). Weights outside
+    of the mask take their steps as they are. A mask that moves (`anymask.rewire`) is followed. It costs a copy of the masked weights
+    during the step, and two passes over them.
 
     Args:
         power: of 1 / density, in [0, 2]; 1 is the paper's.
         most: bound of c, >= 1.
-        timescale: how long the average is at least, as a part of total_steps, in [0, 1]; 0 for no such bound.
+        turnover: bound of c T, where c > 1; 0 for no such bound. T is 0 without weight decay. The peak of lr is taken from the optimiser
+            on attach: lr, or what a scheduler noted there (initial_lr, max_lr).
 
     Raises:
         TechniqueError: on attach, without a mask or an optimiser, when that trains none of the masked weights, or for LBFGS.
@@ -54,8 +55,9 @@ class DensityLR(Technique):
 
     Reference: Sparse maximal update parameterization (arXiv 2405.15743): with Adam, the learning rate of a hidden layer goes as
     1 / (width * density), and its initial variance, too (that half is `fan_in_init`). Ours: densities of each layer, relative to the
-    dense network; the power and the bounds (the timescale is that of arXiv 2405.13698); strengths between; that decoupled weight decay
-    grows along, as by a larger learning rate; and other optimisers. See docs/techniques.md for SGD, and for networks with batch norm.
+    dense network; the power and the bounds (1 / T is the timescale of arXiv 2405.13698, as a part of the training); strengths between;
+    that decoupled weight decay grows along, as by a larger learning rate; and other optimisers. See docs/techniques.md for SGD, and for
+    networks with batch norm.
     """
 
     name: ClassVar[str] = "density_lr"
@@ -66,60 +68,68 @@ class DensityLR(Technique):
     schedule: Schedule = field(default_factory=lambda: Schedule("step", full="100%", end="100%"))
     power: float = 1.0
     most: float = 10.0
-    timescale: float = field(default=0.4, metadata=LATER)
+    turnover: float = field(default=30.0, metadata=LATER)
 
     def __post_init__(self) -> None:
         if not 0 <= self.power <= 2:
             raise SettingError(f"power came as {self.power}", allowed="a number in [0, 2]", fix="1 is the paper's")
         if not 1 <= self.most < math.inf:
             raise SettingError(f"most came as {self.most}", allowed="a finite number >= 1", fix="10 is the default")
-        if not 0 <= self.timescale <= 1:
-            raise SettingError(f"timescale came as {self.timescale}", allowed="a number in [0, 1]", fix="0.4 is the default")
+        if not 0 <= self.turnover < math.inf:
+            raise SettingError(f"turnover came as {self.turnover}", allowed="a finite number >= 0, 0 for no bound", fix="30 is the default")
 
     def attach(self, context: Context) -> "_Scaling":
         weights = context.masked_weights(self.name)
         optimizer = context.needs_optimizer(self.name)
         rates = {id(p): _decay(group) for group in optimizer.param_groups for p in group["params"]}
-        decays = {name: rates[id(p)] * context.total_steps for name, p in weights.items()}
-        return _Scaling(self, weights, context.needs_mask(self.name), optimizer, decays)
+        replaced = {name: rates[id(p)] * context.total_steps for name, p in weights.items()}
+        return _Scaling(self, weights, context.needs_mask(self.name), optimizer, replaced)
 
-    def factors(self, mask: Mask, decays: Mapping[str, float] | None = None) -> dict[str, float]:
+    def factors(self, mask: Mask, replaced: Mapping[str, float] | None = None) -> dict[str, float]:
         """c of each tensor of `mask`, in [1, most]; 1 for one that keeps nothing.
 
         Args:
             mask: says what each tensor keeps.
-            decays: lr * weight_decay * total_steps of tensors, by name; 0 where there is none.
+            replaced: T of tensors, by name; 0 without weight decay.
 
         Example:
             >>> DensityLR(power=0.5).factors(Mask({"weight": torch.eye(4)}))
             {'weight': 2.0}
-            >>> DensityLR().factors(Mask({"weight": torch.eye(4)}), {"weight": 0.1 * 5e-4 * 20000})
+            >>> DensityLR().factors(Mask({"weight": torch.eye(4)}), {"weight": 12.0})
             {'weight': 2.5}
         """
-        shares = {name: self.timescale * decay for name, decay in (decays or {}).items()}
-        bounds = {name: min(self.most, 1 / share) for name, share in shares.items() if share > 0}
+        often = {name: times for name, times in (replaced or {}).items() if times > 0 and self.turnover > 0}
+        bounds = {name: min(self.most, self.turnover / times) for name, times in often.items()}
         return {name: max(1.0, min(bounds.get(name, self.most), d**-self.power)) if d else 1.0 for name, d in mask.layer_density().items()}
 
 
 def _decay(group: Mapping[str, Any]) -> float:
-    """What a group's weight decay takes in a step at the peak of its learning rate, as far as schedulers have said which that is."""
+    """What share of its weights a group's decay replaces in a step at the peak of its rate, where schedulers have noted which that is."""
     rate = max(float(group.get(key) or 0) for key in ("lr", "initial_lr", "max_lr"))
-    return rate * float(group.get("weight_decay") or 0)
+    decay = rate * float(group.get("weight_decay") or 0)
+    if "dampening" not in group:  # of AdamW, Muon and their like: beside the momentum
+        return decay
+    # SGD's momentum adds gradients up, and the decay with them; at the peak of OneCycleLR it is `base_momentum`.
+    momentum = float(group.get("base_momentum", group.get("momentum", 0)))
+    return decay * (1 - float(group["dampening"]) * bool(momentum)) / max(1 - momentum, 1e-3)
 
 
 class _Scaling(Attached):
     def __init__(
-        self, settings: DensityLR, parameters: Mapping[str, Tensor], mask: Mask, optimizer: Optimizer, decays: dict[str, float]
+        self, settings: DensityLR, parameters: Mapping[str, Tensor], mask: Mask, optimizer: Optimizer, replaced: dict[str, float]
     ) -> None:
         self._settings, self._parameters, self._mask, self._optimizer = settings, parameters, mask, optimizer
-        self._decays = decays
-        self._factors = settings.factors(mask, decays)
+        self._replaced = replaced
         self._before: dict[str, Tensor] = {}
         self._strength = 1.0
-        least, most = (f(self._factors[name] for name in parameters) for f in (min, max))
-        self.found = f"updates of {len(parameters)} tensors, times {least:.3g} to {most:.3g}"
-        if self._factors != settings.factors(mask):
-            self.found += ", no more because of the weight decay over all steps"
+        self._take_factors()
+
+    def _take_factors(self) -> None:
+        self._factors = self._settings.factors(self._mask, self._replaced)
+        least, most = (f(self._factors[name] for name in self._parameters) for f in (min, max))
+        self.found = f"updates of {len(self._parameters)} tensors, times {least:.3g} to {most:.3g}"
+        if self._factors != self._settings.factors(self._mask):
+            self.found += f", no more because weight decay replaces weights {max(self._replaced.values()):.3g} times by itself"
 
     @property
     def recording(self) -> Hashable:
@@ -147,11 +157,11 @@ class _Scaling(Attached):
             hold(self._optimizer)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"decays": dict(self._decays)}
+        return {"replaced": dict(self._replaced)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._decays = dict(state.get("decays", self._decays))
-        self._factors = self._settings.factors(self._mask, self._decays)
+        self._replaced = dict(state["replaced"])
+        self._take_factors()
 
     @property
     def _moved(self) -> bool:
@@ -162,4 +172,5 @@ class _Scaling(Attached):
         """Take the factors of the mask that is held now."""
         hold = held(self._optimizer)
         if hold is not None and hold.mask is not self._mask:
-            self._mask, self._factors = hold.mask, self._settings.factors(hold.mask, self._decays)
+            self._mask = hold.mask
+            self._take_factors()
