@@ -206,8 +206,8 @@ def which() -> str:
     wins = [c.verdict for c in small if c.recipe == "tost"]
     return "\n".join([
         f"- **Begin with `best`** (`density_lr`, `preconditioning` and `ghost_activation`). {_all('best', 'default')}",
-        f"- **In long trainings, too**: where weights settle, {long_short()} ([lab.md](lab.md)), since `density_lr` takes no larger steps "
-        f"than weights settle with. On whole networks and all images that is not shown yet.",
+        f"- **Where weights settle**, in long trainings with much weight decay, there is less to gain: {long_short()} ([lab.md](lab.md)). "
+        f"On whole networks and all images `best` has 16 epochs alone.",
         f"- **The paper's recipe, `tost`**: {_all('tost', 'default')} `best` against it: {_all('best', 'tost')}",
         f"- **By mask**: {_by_mask('best', 0.98)}.",
         f"- **With a trained dense network at hand, let it teach** (`best-slow`, with `distillation`). {_all('best-slow', 'default')}",
@@ -261,29 +261,41 @@ def _one(found: Iterable[Comparison], recipe: str) -> str:
     return "not measured"
 
 
-# What `density_lr` was in results/long-before.
-BEFORE = {
-    "best": "`best`, c to 10",
-    "best:density_lr": "`density_lr` alone, c to 10",
-    "best-long": "`best`, c to 10, decay / c",
-    "best-long:density_lr": "`density_lr` alone, c to 10, decay / c",
-}
-
-
 def _long() -> Rows:
-    """The trainings of 182 epochs on the tuning part, those with what `density_lr` was named so."""
+    """The trainings of 182 epochs on the tuning part; those of other bounds of `density_lr` named by it."""
     rows = ledger("long")
     for row in ledger("long-before"):
         if row["settings"]["epochs"] == 182:  # `best` was another then, so its id is not what tells it apart
-            rows.append({**row, "id": f"before {row['id']}", "settings": {**row["settings"], "recipe": BEFORE[row["settings"]["recipe"]]}})
+            recipe = f"{row['settings']['recipe']}, c to {_most(row)}"
+            rows.append({**row, "id": f"{row['id']} {recipe}", "settings": {**row["settings"], "recipe": recipe}})
     return rows
+
+
+def _most(row: dict[str, Any]) -> str:
+    """The largest c of `density_lr` in a training, as its row says what was found."""
+    found = re.search(r" to ([\d.]+)", row["found"].get("density_lr", ""))
+    return found[1] if found else ""
+
+
+NAMES = {  # what was a preset for a day
+    "best-long": "`best`, decay / c",
+    "best-long:density_lr": "`best:density_lr`, decay / c",
+}
 
 
 def long() -> str:
     """Each recipe's loss and validation accuracy at the first rate, and its accuracies at the end, by weight decay."""
     rows = _long()
     first = rows[0]["curves"]["lr"].count(rows[0]["curves"]["lr"][0])
-    head = ["weight decay", "recipe", f"training loss of epoch {first}", f"best validation of {first} epochs", "best validation", "test"]
+    head = [
+        "weight decay",
+        "recipe",
+        "largest c",
+        f"training loss of epoch {first}",
+        f"best validation of {first} epochs",
+        "best validation",
+        "test",
+    ]
     lines = [[*head, "- `default` [95% CI]", "seeds"], ["---"] * (len(head) + 2)]
     groups: dict[tuple[float, str], Rows] = {}
     for row in rows:
@@ -293,12 +305,13 @@ def long() -> str:
         curves, beside = [row["curves"] for row in group], apart.get((decay, name))
         lines.append([
             f"{decay:g}",
-            name if name in BEFORE.values() else f"`{name}`",
+            NAMES.get(name.partition(",")[0], f"`{name.partition(',')[0]}`"),
+            _most(group[0]),
             f"{fmean(c['train_loss'][first - 1] for c in curves):.2f}",
             f"{100 * fmean(max(c['validation_accuracy'][:first]) for c in curves):.1f}",
             f"{100 * fmean(row['accuracy']['validation'] for row in group):.1f}",
             f"{100 * fmean(row['accuracy']['test'] for row in group):.2f}",
-            _with_interval(beside) if beside else "",
+            _with_interval(beside) if beside and beside.n else "",
             f"{len(group)}",
         ])  # fmt: skip
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
@@ -311,8 +324,16 @@ def _with_interval(found: Comparison) -> str:
 
 def long_short() -> str:
     """What `best` is to `default` where weights settle: the largest weight decay of results/long."""
-    found = max((c for c in paired(ledger("long")) if c.recipe == "best"), key=lambda c: float(c.settings["weight_decay"]))
+    found = max((c for c in paired(ledger("long")) if c.recipe == "best" and c.n), key=lambda c: float(c.settings["weight_decay"]))
     return f"{_with_interval(found)} points at 98% over 1 mask, n = {found.n}"
+
+
+def kept_decay() -> str:
+    """What `best` lost in 15 epochs where the weight decay was divided by c."""
+    rows = [row for row in ledger("best") if row["settings"]["recipe"] == "best"]
+    rows += [row for row in ledger("long-before") if row["settings"]["recipe"] == "best-long"]
+    apart = [value for c in paired(rows, baseline="best") if c.recipe == "best-long" for value in c.differences.values()]
+    return f"{fmean(apart):+.2f} points on average over {len(apart)} pairs of masks and seeds.\n"
 
 
 PARTS: Mapping[str, Callable[[], str]] = {
@@ -330,5 +351,6 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "beside-ghosts": beside_ghosts,
     "ticket": ticket,
     "long": long,
+    "kept-decay": kept_decay,
     **{f"alone-{name.replace('_', '-')}": alone(name) for name in TECHNIQUES},
 }
