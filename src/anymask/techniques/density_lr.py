@@ -34,8 +34,9 @@ class DensityLR(Technique):
     Args:
         power: of 1 / density, in [0, 2]; 1 is the paper's.
         most: bound of c, >= 1.
-        turnover: bound of c T, where c > 1; 0 for no such bound. T is 0 without weight decay. The peak of lr is taken from the optimiser
-            on attach: lr, or what a scheduler noted there (initial_lr, max_lr).
+        turnover: bound of c T, where c > 1; 0 for no such bound. T is 0 without weight decay, and without its 1 - momentum where the decay
+            does not go through the momentum (AdamW). The peak of lr is taken from the optimiser on attach: lr, or what a scheduler noted
+            there (initial_lr, max_lr).
 
     Raises:
         TechniqueError: on attach, without a mask or an optimiser, when that trains none of the masked weights, or for LBFGS.
