@@ -311,7 +311,7 @@ def long() -> str:
             f"{100 * fmean(max(c['validation_accuracy'][:first]) for c in curves):.1f}",
             f"{100 * fmean(row['accuracy']['validation'] for row in group):.1f}",
             f"{100 * fmean(row['accuracy']['test'] for row in group):.2f}",
-            _with_interval(beside) if beside and beside.n else "",
+            _with_interval(beside) + f" (n = {beside.n})" * (beside.n < len(group)) if beside and beside.n else "",
             f"{len(group)}",
         ])  # fmt: skip
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
