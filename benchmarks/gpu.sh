@@ -22,7 +22,7 @@
 # two of three (docs/speed.md): if masks are made, --workers 2 is worth a try.
 #
 # Settings: LIMIT seconds for the whole run (590) and ROOM of them (50) for its start and end, PLAN, RUN, LEDGER, DATA, PACKS, PYTHON, DEVICE,
-# COMPILE (graph), STREAMS (4). The exit code is that of `anymask sweep`.
+# COMPILE (graph), STREAMS (4; 1 where COMPILE is off or on). The exit code is that of `anymask sweep`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -33,7 +33,7 @@ LEDGER=${LEDGER:-results/paper/ledger.jsonl}
 DATA=${DATA:-data-local} # as the plan has it
 DEVICE=${DEVICE:-cuda}
 COMPILE=${COMPILE:-graph}
-STREAMS=${STREAMS:-4}
+case $COMPILE in graph | fused) STREAMS=${STREAMS:-4} ;; *) STREAMS=${STREAMS:-1} ;; esac # others train one at a time
 ROOM=${ROOM:-50} # for the start, for the end of an epoch or of a ticket's round, and for what is taken home
 TICKETS=runs/tickets.tar.gz
 STOPPED=${STOPPED:-runs/stopped.tar.gz}
@@ -147,7 +147,10 @@ bring_back() {
     there=$(mktemp -d "$RUN/brought.XXXXXX")
     if cat "$STOPPED"* | tar -xzf - -C "$there"; then
         mkdir -p "$RUN/unfinished"
-        mv -n "$there"/unfinished/*.pt "$RUN/unfinished/"
+        local file # not `mv -n`, which fails from coreutils 9.2 on where there is one already
+        for file in "$there"/unfinished/*.pt; do
+            [[ -e $RUN/unfinished/${file##*/} ]] || mv "$file" "$RUN/unfinished/"
+        done
     else
         echo "gpu.sh: $STOPPED* is not whole; its trainings begin again" >&2
     fi

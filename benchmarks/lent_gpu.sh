@@ -33,6 +33,7 @@ masks() {
 
 wheels() {
     mkdir -p "$LENT/wheels"
+    rm -f "$LENT"/wheels/*.whl # two versions of one package are refused there
     "$PYTHON" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 -d "$LENT/wheels" "${MISSING[@]}"
 }
 
@@ -66,15 +67,18 @@ calls() {
         call 120 "${ready:+$ready && }cp $part /tmp/" ${ready:+"$LENT/wheels"} "$part"
         ready=
     done
-    local run="export ANYMASK_COMMIT=$(git rev-parse --short HEAD) PYTHONPATH=$site PLAN=$PLAN RUN=$RUN LEDGER=$LEDGER"
+    local commit
+    commit=$(git rev-parse --short HEAD)$(git diff --quiet HEAD -- src || echo -dirty)
+    local run="export ANYMASK_COMMIT=$commit PYTHONPATH=$site PLAN=$PLAN RUN=$RUN LEDGER=$LEDGER"
     run+=" STOPPED=/tmp/$(basename "$STOPPED"); benchmarks/gpu.sh"
     call 600 "${ready:+$ready && }mkdir -p data-local/packs && cat \$(ls /tmp/part* 2>/dev/null) $last | tar -xf - -C data-local/packs && $run" \
         ${ready:+"$LENT/wheels"} "$last" "$TICKETS"
     echo 'Each call within 30 s of the last, or the machine goes, with what is half trained on it.'
-    echo 'While more than two minutes are left (LIMIT: the seconds of the call):'
+    echo 'A call is cut to what is left to the session, which gpu.sh does not know: LIMIT is to be ten seconds less than that, in the first, too.'
+    echo 'While more than three minutes are left:'
     call '...' "${run/benchmarks/LIMIT=... benchmarks}" "$TICKETS"
     echo "After each: copy ledger.jsonl of the files that came back to $LEDGER, .venv/bin/python tools/make_docs.py, commit. Last: give_back,"
-    echo "and copy stopped.tar.gz.* to runs/, for the next machine."
+    echo "and copy stopped.tar.gz.* to runs/, in place of those that are there, for the next machine."
 }
 
 if (($# == 0)); then set -- masks wheels packs calls; fi

@@ -124,15 +124,19 @@ def test_trainings_that_a_gpu_did_not_finish_are_taken_home_and_brought_back(tmp
     )
     there, home, back = (tmp_path / name for name in ("there", "home", "back"))
     (there / "unfinished").mkdir(parents=True)
-    (there / "unfinished" / "other.pt").write_bytes(b"half a training" * 1000)
+    for name in ("other", "both"):
+        (there / "unfinished" / f"{name}.pt").write_bytes(b"half a training" * 1000)
     home.mkdir()
     settings = {"PLAN": str(plan), "LEDGER": str(tmp_path / "ledger.jsonl"), "DEVICE": "cpu", "COMPILE": "off", "STREAMS": "1"}
     done = run(tmp_path, **settings, RUN=str(there), OUT=str(home))
     assert done.returncode == 0, done.stderr
     assert {path.name for path in home.iterdir()} == {"ledger.jsonl", "stopped.tar.gz.00"}
+    (back / "unfinished").mkdir(parents=True)
+    (back / "unfinished" / "both.pt").write_bytes(b"further")  # in an earlier call
     done = run(tmp_path, **settings, RUN=str(back), STOPPED=str(home / "stopped.tar.gz"))
     assert "1 of 1 trainings are finished" in done.stderr
     assert (back / "unfinished" / "other.pt").read_bytes() == b"half a training" * 1000
+    assert (back / "unfinished" / "both.pt").read_bytes() == b"further"
 
     (home / "stopped.tar.gz.00").write_bytes((home / "stopped.tar.gz.00").read_bytes()[:100])
     done = run(tmp_path, **settings, RUN=str(tmp_path / "third"), STOPPED=str(home / "stopped.tar.gz"))

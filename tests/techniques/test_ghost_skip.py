@@ -53,6 +53,26 @@ def test_the_shortcut_is_what_is_written_out_by_hand(case):
     assert torch.equal(model(x), plain)
 
 
+def test_where_the_user_wants_determinism_it_has_a_backward_pass_that_cuda_has(request):
+    """Of torch's list of what raises there, adaptive average pools are what a strided unit would need."""
+    forward, modules, x, skip = CASES["strided, shrinking"]
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    torch.use_deterministic_algorithms(True)
+    model, seen = Flow(forward, **modules), x.clone().requires_grad_()
+    plain = model(x)
+    attached = GhostSkip(scale=0.5).attach(Context(model, None, F.cross_entropy, example=x))
+    attached.set_strength(1.0)
+    out = model(seen)
+    torch.testing.assert_close(out, plain + 0.5 * skip(torch.tanh(x)))
+    nodes, names = [out.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        names.add(type(node).__name__)
+        nodes += [after for after, _ in node.next_functions if after is not None]
+    assert "AvgPool2DBackward0" in names
+    assert not [name for name in names if name.startswith("Adaptive")]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_learned_shortcut_learns_and_leaves(case):
     forward, modules, x, _ = CASES[case]

@@ -81,6 +81,8 @@ def test_blocks_hold_each_kept_weight_once_and_no_more_than_they_may(counts, blo
     assert all(len(set(block.tolist())) == 1 for block in neurons.split(places.sizes.tolist()))
     covariances = places.covariances(torch.randn(20, 30))
     torch.testing.assert_close(places.symmetric(places.lower(covariances)), covariances)
+    again = places.symmetric(places.lower(covariances.mul_(1 + torch.rand_like(covariances) / 1e6)))  # as products are symmetric
+    assert torch.equal(places.square_roots(again, damping=0.1), places.square_roots(covariances, damping=0.1))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from anymask.errors import FileFormatError, SettingError
 from anymask.surgery import fingerprint
 from anymask.train import checkpoint
+from anymask.train.sparsity import slots_loaded, slots_stored
 from tests.train.trainings import MOVING, RECIPE, Net, train_and_save, train_once
 
 KILLS = 10
@@ -118,6 +119,22 @@ def test_ctrl_c_in_any_forward_pass_leaves_the_model_as_it_came(moving: str) -> 
         assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
     model.load_state_dict(fresh)
     assert train_once(model, moving=moving, sparse="off").curves == train_once(Net(), moving=moving, sparse="off").curves
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_how_steps_are_made_is_of_the_machine_that_goes_on(kind: type[torch.optim.Optimizer]) -> None:
+    """A CPU's checkpoint, on a GPU, would give its fused optimizer up, and a recorded step cannot read a rate for another."""
+    (there, here), made = (Net(), Net()), []
+    for model, fused in ((there, None), (here, True)):
+        made.append(kind(model.parameters(), lr=0.1, weight_decay=0.1, fused=fused))
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        made[-1].step()
+    saved = slots_stored(there, made[0])
+    saved["param_groups"][0]["lr"] = 0.01
+    slots_loaded(here, made[1], saved)
+    assert (made[1].param_groups[0]["lr"], made[1].param_groups[0]["fused"], saved["param_groups"][0]["fused"]) == (0.01, True, None)
+    made[1].step()
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut off"])

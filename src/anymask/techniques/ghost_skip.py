@@ -153,6 +153,8 @@ def _learned(inputs: int, outputs: int, *, dims: int) -> nn.Sequential:
 def _shrink(x: Tensor, size: tuple[int, ...]) -> Tensor:
     if x.shape[2:] == torch.Size(size):
         return x
+    if len(size) == 2 and torch.are_deterministic_algorithms_enabled() and not any(a % b for a, b in zip(x.shape[2:], size, strict=True)):
+        return F.avg_pool2d(x, [a // b for a, b in zip(x.shape[2:], size, strict=True)])  # CUDA has no deterministic backward of the others
     pools: tuple[Any, ...] = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
     return pools[len(size) - 1](x, size)
 

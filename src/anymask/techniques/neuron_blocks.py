@@ -82,6 +82,7 @@ class Blocks:
     def square_roots(self, flat: Tensor, *, damping: float) -> Tensor:
         """`roots` of power 0.5 by products alone, of all blocks at once: for a GPU, which is slow with eigenvalues of small matrices."""
         whole = self._padded(flat)
+        whole = whole.tril() + whole.tril(-1).mT  # as a checkpoint has them: products are symmetric but for rounding
         level = (whole.diagonal(dim1=1, dim2=2).sum(1) / self.sizes.to(flat.device)).clamp(min=_LEAST)[:, None, None]
         many = max(1, _TOGETHER // self.width**2)
         for part, its in zip(whole.split(many), level.split(many), strict=True):

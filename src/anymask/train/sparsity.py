@@ -112,12 +112,15 @@ def slots_stored(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def slots_loaded(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load into `optimizer` what `slots_stored` gave, whichever layers of `model` were sparse then, and are now."""
+    """Load into `optimizer` what `slots_stored` gave, whichever layers of `model` were sparse then, and are now, and wherever it was."""
 
     def collect(layer: Any, slot: Tensor) -> Tensor:
         return layer.collect(slot) if tuple(slot.shape) == layer.dense_shape else slot
 
-    optimizer.load_state_dict(_converted(model, optimizer, state, collect))
+    loaded = _converted(model, optimizer, state, collect)
+    here = [{name: group[name] for name in ("fused", "foreach", "capturable") if name in group} for group in optimizer.param_groups]
+    loaded["param_groups"] = [saved | now for saved, now in zip(loaded["param_groups"], here, strict=True)]  # steps made as this device can
+    optimizer.load_state_dict(loaded)
 
 
 @torch.no_grad()
