@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -101,10 +103,17 @@ def test_an_epoch_depends_on_seed_and_number_only_and_leaves_the_global_generato
     next(half_read)
     assert torch.equal(torch.get_rng_state(), state)
     assert same(batches.epoch(2), second)
-    assert same(batches, batches.epoch(0))
     assert not same(batches.epoch(3), second)
     for seed, epoch in [(1, 2), (2, 0), (2**32, 2)]:
         assert not same(Batches(split, seed=seed, **settings).epoch(epoch), second)
+
+
+def test_to_iterate_is_the_next_epoch_each_time_and_to_look_at_the_first_batches_is_none():
+    batches = Batches(noise(30), batch_size=8, shuffle=True, augment=Augment(pad=1))
+    for epoch in range(3):
+        next(iter(batches))
+        assert same(itertools.islice(batches, 2), itertools.islice(batches.epoch(epoch), 2))
+        assert same(batches, batches.epoch(epoch))
 
 
 def test_unshuffled_epochs_keep_their_order_and_draw_new_crops():

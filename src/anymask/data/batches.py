@@ -39,6 +39,8 @@ class Batches:
 
     A pixel v in 0 ... 255 becomes `(v / 255 - mean) / std`; padding is black before that. Order and augmentations of epoch k
     depend on `seed` and k only, and are drawn on the CPU, so that every device, and every resumed run, sees the same batches.
+    `for x, y in batches` is the next epoch each time, from 0; one that is left before its end begins again. A loop that resumes
+    says which: `batches.epoch(k)`.
 
     Args:
         split: images and labels; copied to `device` once, as uint8.
@@ -87,13 +89,15 @@ class Batches:
         self._scale = (1 / (255 * per_channel[1])).float().to(device)
         self._shift = (-per_channel[0] / per_channel[1]).float().to(device)
         self._drawn: tuple[int, tuple[Tensor, Tensor, Tensor, Tensor]] | None = None  # the epoch that was asked for last
+        self._passes = 0  # to the end, by iter()
         self._format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.epoch(0)
+        yield from self.epoch(self._passes)
+        self._passes += 1
 
     def epoch(self, number: int, *, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of epoch `number` (from 0): images float32 `(B, C, H, W)` and labels int64 `(B,)`.

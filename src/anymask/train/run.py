@@ -69,7 +69,7 @@ class Run:
     ) -> None:
         self.model, self.protocol = model, protocol
         self.file = None if file is None else Path(file)
-        self.spread, self.probe = Spread(model), _cloned(next(iter(train)))
+        self.spread, self.probe = Spread(model), _cloned(next(train.epoch(0)))
         self.example, _, _ = self.spread.part(*self.probe)
         self.device = str(self.example.device)
         self.dtype = autocast_dtype(protocol.precision)
