@@ -20,6 +20,8 @@ lint: .venv/done
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Where PYTHONDONTWRITEBYTECODE is set, each of some 150 processes compiles the package anew, for half a second.
+test: export PYTHONDONTWRITEBYTECODE =
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal
 

@@ -249,6 +249,15 @@ def test_a_mask_file_is_trained_once_at_its_own_sparsity_and_again_when_it_chang
     assert names[0] != names[1]
 
 
+@pytest.mark.parametrize(
+    ("first", "reference"),
+    [("best", "default"), ("tost", "default"), ("default@density_lr=true", "default"), ("default@lr=0.2", "default@lr=0.2")],
+)
+def test_the_dense_network_is_trained_without_techniques(first: str, reference: str) -> None:
+    found = [(cell.mask, cell.recipe) for cell in cells(Grid(masks=("snip",), recipes=(first, "tost"), seeds=1))]
+    assert found[:2] == [("dense", reference), ("snip", first)]
+
+
 def test_a_file_called_like_a_method_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "snip").write_text("not a mask")

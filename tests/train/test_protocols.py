@@ -98,7 +98,7 @@ def test_without_drops_the_rate_stays():
     assert set(rates(Protocol(epochs=4, schedule="step", drops=()), per_epoch=2)) == {0.1}
 
 
-@pytest.mark.parametrize("drops", [("20ep",), ("5ep", "30ep")])
+@pytest.mark.parametrize("drops", [("20ep",), ("5ep", "30ep"), ("100%",)])
 def test_a_drop_that_would_never_come_is_refused_and_the_way_to_shorten_said(drops):
     with pytest.raises(SettingError, match=r"drops came with .* and epochs as 20\. Allowed: .*shares"):
         Protocol(epochs=20, schedule="step", drops=drops)

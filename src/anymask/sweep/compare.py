@@ -44,7 +44,7 @@ class Grid:
     first_seed: int = 0
     """The first of them."""
     dense: bool = True
-    """Train the dense network as well, with the first recipe."""
+    """Train the dense network as well, with the first recipe where that is `default` (or default@lr=0.2), else with `default`."""
 
     def __post_init__(self) -> None:
         for sparsity in self.sparsity:
@@ -145,10 +145,15 @@ def cells(grid: Grid, model: nn.Module | None = None) -> Iterator[Cell]:
 def _cells(grid: Grid, targets: Sequence[tuple[str, float]]) -> Iterator[Cell]:
     for seed in range(grid.first_seed, grid.first_seed + grid.seeds):
         if grid.dense:
-            yield Cell(DENSE, 0.0, grid.recipes[0], seed)
+            yield Cell(DENSE, 0.0, _reference(grid.recipes[0]), seed)
         for mask, sparsity in targets:
             for recipe in grid.recipes:
                 yield Cell(mask, sparsity, recipe, seed)
+
+
+def _reference(first: str) -> str:
+    """The recipe of the dense network: techniques that are made for masks would refuse it."""
+    return "default" if variant(first).recipe.techniques else first
 
 
 def _targets(grid: Grid, model: nn.Module | None) -> Iterator[tuple[str, float]]:

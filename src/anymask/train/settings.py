@@ -78,7 +78,8 @@ class Protocol:
         if not 0 <= self.momentum < 1:
             raise SettingError(f"momentum came as {self.momentum}", allowed="a number in [0, 1)", fix="0.9 is usual")
         for drop in map(Duration.parse, self.drops):
-            if self.schedule == "step" and drop.unit == "ep" and drop.amount >= self.epochs:  # what does nothing says so
+            end = {"ep": self.epochs, "%": 100}.get(drop.unit, math.inf)
+            if self.schedule == "step" and drop.amount >= end:  # what does nothing says so
                 raise SettingError(
                     f"drops came with {drop} and epochs as {self.epochs}",
                     allowed="drops before the end of the training",
