@@ -1,5 +1,5 @@
-"""20,000 damaged files (ANYMASK_DAMAGED_FILES for more): a mask or an error of ours comes out, no warning, no hang, and no more memory than the
-file explains."""
+"""20,000 damaged files (ANYMASK_DAMAGED_FILES for more): a mask or an error of ours comes out, no warning, no hang, and no more memory than
+the file explains."""
 
 import io
 import os

@@ -40,7 +40,7 @@ def test_the_mnist_script_needs_four_lines_more(capsys: pytest.CaptureFixture[st
 
 
 def test_the_readme_names_the_mnist_script_and_its_marks() -> None:
-    assert "[examples/mnist.py](examples/mnist.py) is PyTorch's MNIST script with four lines more" in README
+    assert "[examples/mnist.py](examples/mnist.py) is PyTorch's MNIST script on the embedded images; the four lines" in README
     assert "`# anymask 1/4`" in README
 
 

@@ -15,7 +15,8 @@ from anymask.errors import AnymaskError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and give its exit code: 0, 2 for what the user can mend, 130 after Ctrl-C. Under torchrun it is one of several.
+    """Run one command and give its exit code: 0, 1 where trainings of a sweep failed, 2 for what the user can mend, 130 after Ctrl-C, 141
+    where nobody reads any more. Under torchrun it is one of several.
 
     Args:
         argv: the words after `anymask`; None for those of this process.

@@ -120,8 +120,9 @@ Examples:
         "Turn ledgers into tables of paired differences, and a page.",
         """\
 All rows are put together; of rows with the same id the last one counts. First
-comes every cell, with what is won, tied and lost, then the effect against
-sparsity, then a table for each data set and network.
+comes what failed, if anything did, then every cell, with what is won, tied and
+lost, then the effect against sparsity, then a table for each data set and
+network.
 
 Examples:
 
