@@ -18,8 +18,8 @@ from anymask.formats import load_weights
 from anymask.formats.reading import load_into
 from anymask.onednn import memory_format
 from anymask.ranks import by_rank_0, first_of_machine, ranks, together
-from anymask.registry import imported
-from anymask.runlog import file_hash
+from anymask.registry import code_digest, imported
+from anymask.runlog import CODE_OF, file_hash
 from anymask.surgery import evaluating
 from anymask.train import Protocol
 
@@ -62,9 +62,11 @@ class Bench:
         self, experiment: Experiment, protocol: Protocol, *, cut: Callable[[Dataset], Dataset] | None = None, tests: bool = True
     ) -> None:
         self.experiment, self.protocol, self.tests = experiment, protocol, tests
-        for plugin in experiment.plugins:  # here, because worker processes and Ray's nodes have imported none
-            imported(plugin)
+        plugins = {name: imported(name) for name in experiment.plugins}  # here: worker processes and Ray's nodes have imported none
         models.find(experiment.model)  # a name that is not there is told before the data are read
+        if models.is_own(experiment.model):
+            plugins |= {(name := experiment.model.partition(":")[0]): imported(name)}
+        self.own_code = {f"{CODE_OF}{name}": code_digest(module) for name, module in plugins.items()}  # which no id knows
         self.device = pick_device(experiment.device)
         whole = first_of_machine(self._load) if experiment.download else self._load(False)
         self.dataset: Dataset = whole if cut is None else cut(whole)

@@ -13,6 +13,8 @@ from typing import IO, Any
 
 from anymask.errors import FileFormatError, IsFolder
 
+CODE_OF = "code of "  # begins the names of digests of the user's modules among the `versions` of a row
+
 
 @contextmanager
 def atomic(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:

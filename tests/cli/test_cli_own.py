@@ -1,5 +1,6 @@
 """Networks, mask methods and techniques of the user's own, by their names on the command line."""
 
+import hashlib
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from anymask import models
 from anymask.config import Bench, Experiment
 from anymask.pruning import METHODS
+from anymask.runlog import Ledger
 from anymask.train import Protocol
 from tests.cli.test_cli_mistakes import check
 
@@ -66,6 +68,8 @@ def test_a_network_and_a_mask_method_of_ones_own_are_trained_compared_and_shippe
     words = ["--plugins", "outside", "--epochs", "1", *own(small, "Net")]
     said = anymask("train", "--mask", "outside", "--sparsity", "0.5", "--recipe", "default", "--out", "one", *words)
     assert said.code == 0, said.err
+    (row,) = Ledger(here / "one" / "ledger.jsonl").rows()
+    assert row["versions"]["code of outside"] == hashlib.sha256(MODULE.encode()).hexdigest()[:12]
     check(anymask("ship", "one", "--to", "one.safetensors", "--input", 3, 12, 12), "outside:Net, whose code would be run")
     said = anymask("ship", "one", "--model", "outside:Net", "--to", "one.safetensors", "--input", 3, 12, 12)
     assert said.code == 0, said.err

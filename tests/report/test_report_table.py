@@ -65,6 +65,9 @@ def test_pairs_that_were_trained_on_unlike_machines_are_counted():
     assert said in table(rows)
     assert said in grid(rows)
     for row in rows:
+        row["versions"] = {"code of mine": row["settings"]["recipe"]}
+    assert "another content of mine in 3." in table(rows)
+    for row in rows:
         row |= {"machine": {"device": f"cuda:{row['settings']['seed']}"}, "versions": {}}
     assert "trained with another" not in table(rows)
 

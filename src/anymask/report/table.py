@@ -7,6 +7,7 @@ from typing import Any
 
 from anymask.report.cells import Cell, Group, Row, all_masks, count, differing, groups, names, percent
 from anymask.report.stats import Overall, Pairs, compare, missing, overall, paired
+from anymask.runlog import CODE_OF
 
 NOTHING = "No finished runs."
 NONE = "-"
@@ -205,7 +206,9 @@ def _mixed(group: Group, baseline: str) -> list[str]:
     """How many pairs differ in what they were made with, which rounds otherwise."""
     compared = [(cell, c) for cell in group.cells for c in compare(cell, baseline=baseline)]
     pairs = [(cell.runs[c.baseline, seed], cell.runs[c.recipe, seed]) for cell, c in compared for seed in c.pairs]
-    numbers = {what: sum(_differ(one, other, *where) for one, other in pairs) for what, *where in MADE}
+    own = sorted({name for pair in pairs for row in pair for name in row.get("versions") or {} if name.startswith(CODE_OF)})
+    made = [*MADE, *((f"content of {name.removeprefix(CODE_OF)}", "versions", name) for name in own)]
+    numbers = {what: sum(_differ(one, other, *where) for one, other in pairs) for what, *where in made}
     said = ", ".join(f"another {what} in {number}" for what, number in numbers.items() if number)
     return [f"Of {count(len(pairs), 'pair')}, the recipe was trained with {said}."] if said else []
 

@@ -253,7 +253,7 @@ class Runner:
             "id": name,
             "settings": self.settings(cell),
             "techniques": wanted.recipe.settings(),
-            "versions": versions(),
+            "versions": versions() | self.bench.own_code,
             "machine": machine(self.bench.device) | self._computed(),
             "accuracy": result.accuracies(),
             "parameters": sum(p.numel() for p in model.parameters()),
