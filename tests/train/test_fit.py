@@ -153,8 +153,30 @@ def test_the_learning_rate_warms_up_and_never_rises_after(schedule: str) -> None
 
 def test_a_rewound_training_begins_where_it_is_told() -> None:
     train, validation, _ = batches()
-    result = fit(Net(), train, recipe="default", protocol=Protocol(epochs=4), validation=validation, first_step=7)
+    whole, walked, model = Protocol(epochs=4, lr=1e-9), [], Net()  # 7 batches an epoch
+    model.register_forward_pre_hook(lambda net, args: walked.append(args[0].clone()) if net.training else None)
+    result = fit(model, train, recipe="default", protocol=whole, validation=validation, first_step=9)
     assert result.curves["epoch"] == [2, 3, 4]
+    expected = [*train.epoch(1, start=2), *train.epoch(2), *train.epoch(3)]
+    assert all(torch.equal(x, seen) for (x, _), seen in zip(expected, walked, strict=True))
+    losses = fit(Net(), train, recipe="default", protocol=whole, validation=validation).curves["train_loss"]
+    assert result.curves["train_loss"] == pytest.approx(losses[1:], rel=0.1)  # the mean of what was seen, however much that was
+
+
+def test_a_rewound_training_that_is_stopped_within_its_first_epoch_goes_on(tmp_path: Path) -> None:
+    train, validation, _ = batches()
+    how = {"recipe": "default", "protocol": Protocol(epochs=4, lr=0.05), "validation": validation, "first_step": 9}
+    steps = iter([None, None, KeyboardInterrupt])
+
+    def on_step() -> None:
+        if error := next(steps):
+            raise error
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(Net(), train, **how, checkpoint_file=tmp_path / "c.pt", checkpoint_every=1, on_step=on_step)
+    whole, resumed = Net(), Net()
+    assert fit(resumed, train, **how, checkpoint_file=tmp_path / "c.pt").curves == fit(whole, train, **how).curves
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())
 
 
 def test_the_recipe_that_is_given_may_be_a_value_or_a_name() -> None:

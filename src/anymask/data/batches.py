@@ -172,6 +172,24 @@ class Batches:
         return order.to(device), edges[0].to(device), edges[1].to(device), mirrored.to(device)
 
 
+@dataclass(frozen=True)
+class Fixed:
+    """The batches of one epoch, each time that they are gone through, whatever was gone through before.
+
+    Example:
+        >>> batches = Batches(Split(torch.zeros(5, 1, 4, 4, dtype=torch.uint8), torch.arange(5)), batch_size=5, shuffle=True)
+        >>> first = [labels.tolist() for _, labels in batches]
+        >>> [labels.tolist() for _, labels in Fixed(batches)] == first != [labels.tolist() for _, labels in batches]
+        True
+    """
+
+    batches: Batches
+    number: int = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.batches.epoch(self.number)
+
+
 def _together(images: Tensor) -> int:
     """How many images are cropped at once. A GPU is told of several batches: 15 launches take longer than what they do for one."""
     return 0 if images.device.type == "cpu" else 2**24 // images[0].numel()  # 64 MB in float32, 5,000 images of CIFAR

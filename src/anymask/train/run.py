@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anymask.data import Batches
+from anymask.data.batches import Batches, Fixed
 from anymask.diagnostics import Diagnostics, sharpness
 from anymask.errors import SettingError, TechniqueError
 from anymask.holding import hold
@@ -75,7 +75,6 @@ class Run:
         self.dtype = autocast_dtype(protocol.precision)
         self.per_epoch = math.ceil(len(train) / protocol.accumulate)
         self.total = protocol.epochs * self.per_epoch
-        self.first_batch, self.batches = 0, len(train)
         self.loss = torch.zeros((), device=self.device)  # summed on the device: nothing waits for it inside an epoch; on each rank its part
         self.progress: dict[str, Any] = {
             "step": first_step,
@@ -121,7 +120,7 @@ class Run:
             steps_per_epoch=self.per_epoch,
             start=first_step,
             example=self.example[:2],
-            data=train,
+            data=Fixed(train),
             teacher=self.remembered or teacher,
             seed=seed,
             state=saved["recipe"] if saved else None,
@@ -151,6 +150,11 @@ class Run:
         """Optimiser steps done."""
         return int(self.progress["step"])
 
+    @property
+    def first_batch(self) -> int:
+        """Of its epoch, the batch that comes next before a step."""
+        return self.step % self.per_epoch * self.protocol.accumulate
+
     def autocast(self) -> Any:
         """Mixed precision, where the protocol asks for it."""
         return nullcontext() if self.dtype is None else torch.autocast(self.device.split(":")[0], self.dtype)
@@ -170,6 +174,7 @@ class Run:
                 self.recipe.replayed()
         else:
             self._make(x, y, last=last)
+        self.progress["added"] = self.progress.get("added", 0) + 1  # checkpoints of before have none
         if last:
             self._count()
 
@@ -209,14 +214,13 @@ class Run:
         self.recipe.step()
         self.progress["step"] += 1
         self.spread.draw(self.seed, self.step)
-        self.first_batch = self.step % self.per_epoch * self.protocol.accumulate
 
     def end_epoch(self, epoch: int, *, validation: Batches | None) -> None:
         """Evaluate and diagnose the plain network, remember the best one, and save."""
         curves = self.progress["curves"]
         self.spread.agree(self.loss)
         arrive()
-        loss = float(self.loss) / self.batches
+        loss = float(self.loss) / self.progress["added"]
         if not math.isfinite(loss):
             raise TechniqueError(
                 f"the training loss became {loss} in epoch {epoch + 1}",
@@ -224,6 +228,7 @@ class Run:
                 fix="lower lr, set clip=1, or leave out the techniques you added last",
             )
         self.loss.zero_()
+        self.progress["added"] = 0
         with self.recipe.plain() as plain:
             score = None if validation is None else self.spread.accuracy(plain, validation)
             more = {} if self.watch is None else {"diagnostics": self._diagnosed(self.watch)}
@@ -370,7 +375,6 @@ class Run:
         slots_loaded(self.model, self.optimizer, saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         self.loss, self.progress = saved["loss"], saved["progress"]
-        self.first_batch = self.step % self.per_epoch * self.protocol.accumulate
         checkpoint.restore_random(saved)
 
 
