@@ -9,7 +9,18 @@ from torch.optim import Optimizer
 from anymask.errors import MaskError
 from anymask.interrupts import uninterrupted
 from anymask.mask import Mask, local, shard
-from anymask.prunables import trained
+from anymask.prunables import compact, trained
+
+
+def _check_slots(model: nn.Module, optimizer: Optimizer) -> None:
+    for name, layer in compact(model).items():
+        for slot, value in optimizer.state.get(layer.weight, {}).items():
+            if isinstance(value, Tensor) and tuple(value.shape) == layer.dense_shape:
+                raise MaskError(
+                    f"the optimizer keeps {slot} of {name} as of the dense layer, {layer.dense_shape}",
+                    allowed="slots of the kept weights alone, where a layer is sparse",
+                    fix="call anymask.to_sparse(model, mask, example, optimizer=optimizer), which converts them",
+                )
 
 
 class Hold:
@@ -18,6 +29,7 @@ class Hold:
     def __init__(self, mask: Mask, model: nn.Module, optimizer: Optimizer) -> None:
         self.mask, self.model, self.optimizer = mask, model, optimizer
         self.parameters = mask.check(model)
+        _check_slots(model, optimizer)
         self._kept = self._ones(mask)
         self._handles: list[Any] = []
         try:
@@ -137,7 +149,8 @@ def hold(mask: Mask, model: nn.Module, optimizer: Optimizer) -> Hold:
         optimizer: any `torch.optim.Optimizer` that holds the parameters of `model`.
 
     Raises:
-        MaskError: when the mask is none or does not fit, or `optimizer` holds a mask already or none of the masked parameters.
+        MaskError: when the mask is none or does not fit, or `optimizer` holds a mask already or none of the masked parameters, or has slots
+            of dense layers that are sparse now.
 
     Example:
         >>> import torch, anymask

@@ -51,7 +51,7 @@ class RunningRecipe:
         self.found: dict[str, str] = dict(state["found"]) if state else {}  # those that are gone already are not found again
         self.added = Cost()
         self._given, context = context.model, replace(context, model=bare(context.model))
-        self._context, self._before = context, form(context.model)
+        self._context, self._before = context, form(context.model, dense=True)
         self._hold = held(context.optimizer) if context.optimizer is not None else None
         self._live: dict[str, tuple[Technique, Attached]] = {}
         self._handles: list[Any] = []  # of the optimiser's hooks
@@ -322,7 +322,7 @@ class RunningRecipe:
                     _forget_graphs()
 
     def _check_plain(self) -> None:
-        before, after = self._before, form(self._context.model)
+        before, after = self._before, form(self._context.model, dense=True)
         if how_spread(self._given).startswith("cut"):  # fully_shard adds its hooks to state dicts in the first forward pass
             before, after = ({key: _STATE_HOOKS.sub("", line) for key, line in found.items()} for found in (before, after))
         if changed := changes(before, after):

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anymask.errors import TechniqueError
 from anymask.interrupts import Mode
-from anymask.prunables import TRANSPOSED, bare, transposed_groups
+from anymask.prunables import TRANSPOSED, bare, compact, transposed_groups
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -38,8 +38,10 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def form(model: nn.Module) -> dict[str, str]:
+def form(model: nn.Module, *, dense: bool = False) -> dict[str, str]:
     """As `fingerprint`, without what a loop may change in the middle of a training: attributes, and which parameters are frozen.
+
+    With `dense`, neither which layers are sparse (`anymask.to_sparse`): while a mask moves they are not for some steps.
 
     Example:
         >>> from torch import nn
@@ -47,12 +49,14 @@ def form(model: nn.Module) -> dict[str, str]:
         ['module ', 'parameter weight', 'parameter bias']
     """
     found: dict[str, str] = {}
+    shapes = {name: layer.dense_shape for name, layer in compact(model).items()} if dense else {}
     for name, module in model.named_modules(remove_duplicate=False):
-        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        made = next(kind for kind in type(module).__mro__ if not dense or not kind.__module__.startswith("anymask.sparse"))
+        kind = f"{made.__module__}.{made.__qualname__}"
         hooks = {key: len(value) for key, value in vars(module).items() if key.endswith("hooks") and value}
         found[f"module {name}"] = f"{kind} id {id(module)} hooks {hooks}"
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        found[f"parameter {name}"] = f"{tuple(parameter.shape)} {parameter.dtype} id {id(parameter)}"
+        found[f"parameter {name}"] = f"{shapes.get(name, tuple(parameter.shape))} {parameter.dtype} id {id(parameter)}"
     for name, buffer in model.named_buffers(remove_duplicate=False):
         found[f"buffer {name}"] = f"{tuple(buffer.shape)} {buffer.dtype}"
     return found

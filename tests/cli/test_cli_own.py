@@ -14,6 +14,8 @@ from anymask.train import Protocol
 from tests.cli.test_cli_mistakes import check
 
 MODULE = """
+import random
+import numpy as np
 from torch import nn
 from anymask.pruning import METHODS
 from anymask.pruning.methods import Method, criteria
@@ -29,6 +31,11 @@ def lazy(classes):
 
 def ten(classes):
     return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+
+def numpy_drawn(classes):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, classes))
+    nn.init.constant_(net[1].weight, np.random.rand() + random.random())
+    return net
 
 def strange(**everything):
     return sorted(everything)
@@ -92,7 +99,10 @@ def test_lazy_layers_of_a_network_of_ones_own_begin_by_the_seed(here):
 
 def test_the_weights_of_a_network_of_ones_own_depend_on_the_seed_alone(here):
     before = torch.get_rng_state()
-    first, again, other = (models.build("outside:Net", classes=2, seed=seed)[0].weight for seed in (1, 1, 2))
+    for name, layer in (("numpy_drawn", 1), ("Net", 0)):
+        first, again, other = (models.build(f"outside:{name}", classes=2, seed=seed)[layer].weight for seed in (1, 1, 2))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(before, torch.get_rng_state())

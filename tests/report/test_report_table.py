@@ -65,11 +65,24 @@ def test_pairs_that_were_trained_on_unlike_machines_are_counted():
     assert said in table(rows)
     assert said in grid(rows)
     for row in rows:
-        row["versions"] = {"code of mine": row["settings"]["recipe"]}
+        row["machine"] = {"device": "cpu", **({"ranks": 2} if row["settings"]["recipe"] == "tost" else {})}
+        row["versions"] = {"commit": row["settings"]["recipe"]}
+    assert "another number of ranks in 3, another commit of anymask in 3." in table(rows)
+    for row in rows:
+        row |= {"machine": {}, "versions": {"code of mine": row["settings"]["recipe"]}}
     assert "another content of mine in 3." in table(rows)
     for row in rows:
         row |= {"machine": {"device": f"cuda:{row['settings']['seed']}"}, "versions": {}}
     assert "trained with another" not in table(rows)
+
+
+def test_all_masks_are_all_of_them():
+    """A recipe that was not trained on one of them has no line over all, which would be of the others."""
+    rows = [made_row(mask, recipe, 0, 0.8) for mask in ("snip", "synflow") for recipe in ("default", "tost", "best")]
+    rows = [row for row in rows if (row["settings"]["mask"], row["settings"]["recipe"]) != ("synflow", "best")]
+    head, (line,) = [[line.split(" | ") for line in table(rows).splitlines() if word in line] for word in ("| mask |", "all masks |")]
+    shown = dict(zip(head[0], line, strict=True))
+    assert (shown["tost"], shown["best"], shown["best - default, points [95% CI]"]) == ("80.00 ± n/a", "-", "-")
 
 
 def test_every_difference_and_interval_of_the_statistics_is_in_the_table():

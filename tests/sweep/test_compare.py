@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,9 @@ from anymask import load_mask, prune
 from anymask.config import Bench, Experiment
 from anymask.errors import FileFormatError, MaskError, SettingError, UnknownName
 from anymask.recipe import Recipe
+from anymask.runlog import Ledger
 from anymask.sweep import Cell, Grid, Runner, Watcher, cells, compare
+from anymask.sweep.claims import claimed
 from anymask.sweep.compare import versions
 from anymask.sweep.masks import Masks, digests, dynamic_named
 from anymask.train import Protocol
@@ -247,6 +250,38 @@ def test_a_mask_file_is_trained_once_at_its_own_sparsity_and_again_when_it_chang
         assert cell.sparsity == pytest.approx(sparsity, abs=1e-4)
         names.append(Runner(Bench(experiment, PROTOCOL), tmp_path).name(cell))
     assert names[0] != names[1]
+
+
+def test_a_recipe_file_that_is_changed_meanwhile_gives_no_row_under_the_id_of_what_it_was(experiment: Experiment, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('[[technique]]\nname = "label_smoothing"\neps = 0.1\n')
+    grid = Grid(masks=("random-erk",), sparsity=(0.9,), recipes=("default", str(recipe)), seeds=1, dense=False)
+
+    class Editor(Watcher):
+        def finished(self, cell: Cell, row: dict) -> None:
+            recipe.write_text(recipe.read_text().replace("0.1", "0.9"))
+
+    with pytest.raises(SettingError, match="was changed after this began"):
+        compare(grid, tmp_path / "out", experiment=experiment, protocol=PROTOCOL, watcher=Editor())
+    assert [row["settings"]["recipe"] for row in Ledger(tmp_path / "out" / "ledger.jsonl").rows()] == ["default"]
+
+
+def test_what_another_process_is_at_comes_last_and_is_not_trained_again(experiment: Experiment, tmp_path: Path) -> None:
+    grid = Grid(masks=("random-erk",), sparsity=(0.9,), recipes=("default", "tost:label_smoothing"), seeds=1, dense=False)
+    runner = Runner(Bench(experiment, PROTOCOL), tmp_path)
+    first, second = cells(grid)
+    other, order = ExitStack(), []
+    assert other.enter_context(claimed(tmp_path / "claims" / f"{runner.name(first)}.lock"))
+
+    class Other(Watcher):
+        def finished(self, cell: Cell, row: dict) -> None:
+            order.append(cell)
+            if cell == second:
+                runner.ledger.append({**row, "id": runner.name(first)})
+                other.close()
+
+    ledger = compare(grid, tmp_path, experiment=experiment, protocol=PROTOCOL, watcher=Other())
+    assert (order, len(ledger.rows())) == ([second, first], 2)
 
 
 @pytest.mark.parametrize(

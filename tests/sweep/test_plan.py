@@ -62,6 +62,13 @@ def test_several_networks_of_a_block_take_turns_within_a_seed_and_share_the_data
     ]
 
 
+def test_trainings_that_differ_in_their_protocols_alone_are_two(images: Path, tmp_path: Path) -> None:
+    """Progress bars, and those who look after workers, know trainings by their cells."""
+    path = write_plan(tmp_path / "plan.toml", images, f"{PLAN}[[block]]{PLAN.split('[[block]]')[1]}[block.protocol]\nlr = 0.2\n")
+    planned = tasks(read_plan(path), tmp_path)
+    assert len({task.cell for task in planned}) == len(planned) == 2 * len({str(task.cell) for task in planned})
+
+
 WRONG = [
     ('[[block]]\nmask = "snip"', UnknownName, r"unknown setting in block 1 of .*plan\.toml: 'mask'.*did you mean 'masks'"),
     ('[[block]]\n[[block]]\nmasks = ["snpi"]', UnknownName, r"block 2 of .*: unknown mask method 'snpi'.*'snip'"),
@@ -77,7 +84,7 @@ WRONG = [
     ("[[block]]\nseeds = [1, 1]", SettingError, r"block 1 of .*: seeds came as \[1, 1\]"),
     ("[[block]]\nseeds = [1]\nfirst_seed = 2", SettingError, r"block 1 of .*: first_seed came as 2 with a list"),
     ('[[block]]\ndense = "yes"', SettingError, r"block 1 of .*: dense came as 'yes'. Allowed: true or false"),
-    ('[[block]]\nmasks = ["dense"]', SettingError, r"block 1 of .*dense = true"),
+    ('[[block]]\nmasks = ["dense"]', SettingError, r"block 1 of .*`dense` is a setting"),
     ("[[block]]\nmasks = []\ndense = false", SettingError, r"block 1 of .*something to train"),
     ("[[block]]\nvalidation = 1", SettingError, r"block 1 of .*: validation came as 1"),
     ("[protocol]\nepoch = 3\n[[block]]", UnknownName, r"block 1 of .*'epoch'.*'epochs'"),

@@ -43,8 +43,8 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_cifar10(folder: Path) -> Dataset:
-    """All `data_batch_*` that are there, `test_batch` and `batches.meta`; a part of CIFAR-10 may hold fewer batches."""
-    train = [_split(path, "labels") for path in sorted(folder.glob("data_batch_*"))]
+    """All `data_batch_1` to 9 that are there, `test_batch` and `batches.meta`; a part of CIFAR-10 may hold fewer batches."""
+    train = [_split(path, "labels") for path in sorted(folder.glob("data_batch_[0-9]"))]
     if not train:
         raise _missing(folder / "data_batch_1")
     whole = Split(torch.cat([part.images for part in train]), torch.cat([part.labels for part in train]))

@@ -4,6 +4,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from anymask.errors import SettingError
 from anymask.models.table import MODELS, Model, resnet
+from anymask.randomness import isolated_random
 from anymask.registry import imported, unknown
 
 FORMS = (
@@ -58,9 +60,7 @@ def build(name: str, *, classes: int, channels: int = 3, seed: int | None = None
     for what, value in (("classes", classes), ("channels", channels)):
         if value < 1:
             raise SettingError(f"{what} came as {value}", allowed="a whole number from 1", fix=f"give the {what} of the data set")
-    with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.device("cpu"):
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)  # the CPU's only: torch.manual_seed would reseed the accelerators too
+    with nullcontext() if seed is None else isolated_random(seed), torch.device("cpu"):  # yours may draw from NumPy
         return make(channels=channels, classes=classes)
 
 

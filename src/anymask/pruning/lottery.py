@@ -14,12 +14,13 @@ from anymask.errors import MaskError, SettingError
 from anymask.mask import Mask
 from anymask.prunables import names, prunable
 from anymask.pruning.budget import at_least, keep_count, least_kept, report_collapse, seed_of
-from anymask.pruning.isolation import isolated_random, masked_copy
+from anymask.pruning.isolation import masked_copy
 from anymask.pruning.lottery_folder import LotteryFolder
 from anymask.pruning.patterns import pattern as pattern_of
 from anymask.pruning.provenance import made_with
 from anymask.pruning.select import check_finite
 from anymask.pruning.selector import Selector, selector
+from anymask.randomness import isolated_random
 
 Train = Callable[[nn.Module, Mask | None, int, int | None], None]
 

@@ -13,13 +13,14 @@ from anymask.prunables import names, prunable
 from anymask.pruning import criteria
 from anymask.pruning.batches import Batches, Loss, device_of, input_shape, take
 from anymask.pruning.budget import at_least, keep_count, least_kept, report_collapse, seed_of
-from anymask.pruning.isolation import isolated_random, masked_copy
+from anymask.pruning.isolation import masked_copy
 from anymask.pruning.lottery import Train, lottery_ticket
 from anymask.pruning.methods import Method, method_of
 from anymask.pruning.patterns import pattern as pattern_of
 from anymask.pruning.provenance import made_with
 from anymask.pruning.select import check_finite
 from anymask.pruning.selector import Selector, selector
+from anymask.randomness import isolated_random
 
 HOW_TO_GIVE = {
     "data": ("data", "data=loader of (x, y) batches"),

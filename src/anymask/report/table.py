@@ -28,8 +28,12 @@ MADE = (
     ("device", "machine", "device"),
     ("number of threads", "machine", "threads"),
     ("setting of compile", "machine", "compile"),
+    ("number of ranks", "machine", "ranks"),
     ("version of torch", "versions", "torch"),
+    ("version of anymask", "versions", "anymask"),
+    ("commit of anymask", "versions", "commit"),
 )
+USUAL = {"compile": "off", "ranks": 1}  # where rows do not say it
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,9 @@ def _cell_line(cell: Cell, name: str, baseline: str, others: Sequence[str]) -> l
 
 
 def _all_line(members: Sequence[Cell], name: str, baseline: str, others: Sequence[str]) -> list[str]:
-    """The baseline is shown where all recipes are judged against the same of its runs."""
-    here = {member.recipe: member for member in overall(c for cell in members for c in compare(cell, baseline=baseline))}
+    """The baseline is shown where all recipes are judged against the same of its runs; a recipe, where it was trained on all members."""
+    found = overall(c for cell in members for c in compare(cell, baseline=baseline))
+    here = {member.recipe: member for member in found if member.cells == len(members)}
     befores = {spread(member.baseline_accuracies) for member in here.values()}
     line = [percent(members[0].settings["sparsity"]), name, befores.pop() if len(befores) == 1 else NONE]
     for recipe in others:
@@ -214,7 +219,7 @@ def _mixed(group: Group, baseline: str) -> list[str]:
 
 
 def _differ(one: Row, other: Row, part: str, name: str) -> bool:
-    usual = "off" if name == "compile" and one.get(part) and other.get(part) else None  # rows do not say it
+    usual = USUAL.get(name) if one.get(part) and other.get(part) else None
     here, there = ((row.get(part) or {}).get(name, usual) for row in (one, other))
     if name == "device":  # cuda:0 and cuda:1 are one kind
         here, there = (str(value).partition(":")[0] if value else None for value in (here, there))

@@ -82,7 +82,11 @@ def densify(layer: Any, optimizer: Optimizer | None = None) -> None:
 
 def _reshape(weight: nn.Parameter, change: Callable[[Tensor], Tensor], *, shape: tuple[int, ...], optimizer: Optimizer | None) -> None:
     gradient, weight.grad = weight.grad, None
-    weight.data = change(weight.data)
+    changed = change(weight.data)
+    # A graph that lives on (a loss in a variable) holds the node that adds up gradients of the old shape, and the next graph would take
+    # that one, too; PyTorch makes a new one where the type changes.
+    weight.data = weight.data.new_empty(0, dtype=torch.float64)
+    weight.data = changed
     if gradient is not None:
         weight.grad = change(gradient)
     slots = {} if optimizer is None else optimizer.state.get(weight, {})
@@ -110,7 +114,8 @@ def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimize
         measure: False converts every layer that can be; where that is none, a warning names the kinds that stay dense.
 
     Returns:
-        `model` itself. Second derivatives are refused. A mask that `rewire` moves takes new tables when it moves, and only then.
+        `model` itself. Second derivatives are refused. A mask that `rewire` moves takes new tables when it moves, and only then; in a copy
+        it does not move, so an average of the weights (EMA) of such a training wants dense layers.
 
     Raises:
         MaskError: when the mask does not fit.

@@ -40,8 +40,8 @@ def times(layer: Any, gather: Gather, shape: tuple[int, ...]) -> Times:
     known = _read()
     key = _key(layer, gather, shape)
     if key not in known:
-        known[key] = [float(f"{seconds:.4g}") for seconds in _measure(layer, gather, shape)]
-        _write({**_read(), key: known[key]})
+        known = {key: [float(f"{seconds:.4g}") for seconds in _measure(layer, gather, shape)], **_read()}  # who was first stays right
+        _write(known)
     return Times(*known[key])
 
 

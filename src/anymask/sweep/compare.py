@@ -6,6 +6,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -22,6 +23,7 @@ from anymask.errors import SettingError
 from anymask.mask import Mask
 from anymask.ranks import by_rank_0, leads, ranks
 from anymask.runlog import Ledger, file_hash, settings_id
+from anymask.sweep.claims import claimed
 from anymask.sweep.masks import DENSE, Masks, Start, check_mask, digests, file_name, file_sparsity, is_dynamic, is_mask_file
 from anymask.sweep.teachers import Teachers
 from anymask.sweep.variants import variant
@@ -47,6 +49,10 @@ class Grid:
     """Train the dense network as well, with the first recipe where that is `default` (or default@lr=0.2), else with `default`."""
 
     def __post_init__(self) -> None:
+        if DENSE in self.masks:
+            raise SettingError(
+                "masks came with dense", allowed="methods and mask files there", fix="leave it out: `dense` is a setting of its own"
+            )
         for sparsity in self.sparsity:
             if not 0 <= sparsity < 1:
                 raise SettingError(f"sparsity came as {sparsity}", allowed="a share of zeros in [0, 1)", fix="0.98 keeps 2% of the weights")
@@ -126,11 +132,10 @@ def compare(
     planned = [(cell, runner.name(cell)) for cell in cells(grid, bench.model(grid.first_seed))]
     done = by_rank_0(runner.ledger.ids)
     watcher.begin(total=len(planned), done=sum(name in done for _, name in planned))
-    for cell, name in planned:
-        if name not in done:
-            watcher.cell(cell, epochs=bench.protocol.epochs)
-            row = runner.run(cell, name, watcher)
-            watcher.finished(cell, row)
+    for wait in (False, True):  # what another process is at comes last
+        for cell, name in planned:
+            if name not in done and runner.once(cell, name, watcher, wait=wait):
+                done.add(name)
     return runner.ledger
 
 
@@ -208,13 +213,35 @@ class Runner:
         here = {"mask": cell.mask, "sparsity": cell.sparsity, "recipe": cell.recipe, "seed": cell.seed}
         return {**self.bench.settings(cell.seed), **here, **file}
 
+    def once(self, cell: Cell, name: str, watcher: Watcher, *, wait: bool) -> bool:
+        """Train `cell`, if nobody else has; False where another process is at it, unless to `wait` for that one."""
+        with claimed(self.folder / "claims" / f"{name}.lock", wait=wait) if ranks() == 1 else nullcontext(True) as mine:
+            if not mine:
+                return False
+            row = next((row for row in by_rank_0(self.ledger.rows) if row["id"] == name), None)
+            if row is None:
+                watcher.cell(cell, epochs=self.bench.protocol.epochs)
+                row = self.run(cell, name, watcher)
+        watcher.finished(cell, row)
+        return True
+
     def run(self, cell: Cell, name: str, watcher: Watcher) -> dict[str, Any]:
         """Train `cell`, or go on with it, and put it into the ledger."""
+        self._check_unchanged(cell, name)  # it may have been planned hours ago
         row = self.train(cell, name, watcher).row
+        self._check_unchanged(cell, name)
         if leads():
             self.ledger.append(row)
             self.checkpoint_file(name).unlink(missing_ok=True)
         return row
+
+    def _check_unchanged(self, cell: Cell, name: str) -> None:
+        if self.name(cell) != name:
+            raise SettingError(
+                f"a file that {cell} is made of was changed after this began",
+                allowed="recipe, mask and weights files that stay as they are while trainings of them are left",
+                fix="start again: that one is trained as the files are then",
+            )
 
     def train(self, cell: Cell, name: str, watcher: Watcher, *, log_dir: Path | None = None) -> Trained:
         """Train `cell`, or go on with it; its checkpoint file stays."""
@@ -303,6 +330,8 @@ def versions() -> dict[str, str | None]:
     here = Path(anymask.__file__).parent
     commit, changed = _git(here, "rev-parse", "--short", "HEAD"), _git(here, "status", "--porcelain", "--untracked-files=no", "--", ".")
     commit = os.environ.get("ANYMASK_COMMIT") or (f"{commit}-dirty" if commit and changed else commit)  # said for a copy elsewhere
+    if _git(here, "ls-files", "--error-unmatch", "__init__.py") is None:  # installed in a folder of another repository
+        commit = os.environ.get("ANYMASK_COMMIT")
     return {"anymask": anymask.__version__, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
 
 

@@ -82,7 +82,7 @@ def _runner(order: Order) -> Iterator[Runner]:
 
 
 def _contents(mask: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in (mask, weights_file(mask)) if file.exists()}
+    return {file.name: file.read_bytes() for file in (weights_file(mask), mask) if file.exists()}  # a mask is whole with its weights
 
 
 def _write(file: Path, content: bytes) -> None:

@@ -14,7 +14,6 @@ from anymask.data import DATASETS
 from anymask.errors import FileFormatError, SettingError, naming
 from anymask.registry import imported, lookup, unknown
 from anymask.sweep.compare import Grid
-from anymask.sweep.masks import DENSE
 from anymask.train import Protocol
 from anymask.train.presets import protocol_of
 
@@ -162,8 +161,6 @@ def _seeds(block: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _grid(block: Mapping[str, Any]) -> Grid:
-    if DENSE in block.get("masks", ()):
-        raise SettingError("masks came with dense", allowed="methods and mask files there", fix="leave it out, and write dense = true")
     grid = Grid(**{name: block[name] for name in ("masks", "sparsity", "recipes", "dense") if name in block}, seeds=1)
     if not grid.masks and not grid.dense:
         raise SettingError("masks came empty, and dense is false", allowed="something to train", fix='write masks = ["snip"]')

@@ -38,6 +38,7 @@ class Placed(Cell):
 
     data: str = ""
     model: str = ""
+    task: str = ""  # the id of its row, which is not shown: two blocks may differ in their protocols alone
 
     def __str__(self) -> str:
         return f"{self.data}, {self.model}, {super().__str__()}"
@@ -131,8 +132,7 @@ def sweep(
         budget: "25m", "2h", "90s" or seconds; then the training that runs stops at the end of its epoch, or one epoch earlier
             where the last epoch took longer than what is left; so do the rounds of a lottery ticket. On Ray all stop at once.
         workers: how many processes train beside each other, >= 1; they share the cores.
-        streams: how many trainings each process has beside each other, >= 1; more than one with compile="graph" or "fused", each in a
-            stream of its own on a GPU, which a small network does not fill.
+        streams: how many trainings each process has beside each other, >= 1; on a GPU with compile="graph" or "fused" only.
         ray: the address of a Ray cluster to train on, instead of here: see `anymask.sweep.on_ray`.
         computing: how.
         watcher: told of progress; on Ray of finished and failed trainings only.
@@ -234,9 +234,9 @@ def make_masks(plan: Plan, folder: str | Path, computing: Computing | None = Non
 
 
 def _task(runner: Runner, part: Part, cell: Cell) -> Task:
-    where = {"data": part.experiment.data, "model": part.experiment.model}
+    where = {"data": part.experiment.data, "model": part.experiment.model, "task": runner.name(cell)}
     file = runner.masks.file(cell.mask, sparsity=cell.sparsity, seed=cell.seed)
-    return Task(runner.name(cell), Placed(cell.mask, cell.sparsity, cell.recipe, cell.seed, **where), part, file)
+    return Task(where["task"], Placed(cell.mask, cell.sparsity, cell.recipe, cell.seed, **where), part, file)
 
 
 class Benches:

@@ -246,7 +246,7 @@ class _SoftReLU(Ghost, layers.Softens):
 
     def softness(self) -> float | None:
         """For a norm that takes its ReLU along."""
-        return float(self.strength) if self.silu else None
+        return 0.0 if self.gone else float(self.strength) if self.silu else None
 
     def soften(self, x: Tensor, *, capped: bool) -> Tensor:
         """`x` (any shape) through a ReLU as soft as the strength says."""

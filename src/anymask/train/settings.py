@@ -100,7 +100,8 @@ class Protocol:
         """
         decides = {"drops": self.schedule == "step", "momentum": self.optimizer == "sgd", "nesterov": self.optimizer == "sgd"}
         kept = [f.name for f in fields(self) if f.name not in decides or (decides[f.name] and getattr(self, f.name) != f.default)]
-        return {name: list(value) if isinstance(value := getattr(self, name), tuple) else value for name in kept}
+        plain: dict[str, Any] = {name: list(value) if isinstance(value := getattr(self, name), tuple) else value for name in kept}
+        return {name: float(value) if name in _FLOATS else value for name, value in plain.items()}  # lr=1 is lr=1.0
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
         """The optimiser for `model`; biases and norms are not decayed."""
@@ -127,6 +128,9 @@ class Protocol:
         if self.schedule == "step":
             return self.lr * 0.1 ** sum(_reached(drop, step=step, done=done, total=total, per_epoch=per_epoch) for drop in self.drops)
         return self.lr
+
+
+_FLOATS = frozenset(field.name for field in fields(Protocol) if isinstance(field.default, float))
 
 
 def _reached(drop: str, *, step: int, done: float, total: int, per_epoch: int) -> bool:
