@@ -1,6 +1,7 @@
 """Whole networks as files: the same outputs, the promised size, the same accuracy; nothing of PyTorch to run them."""
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -122,6 +123,48 @@ def test_a_file_runs_without_torch(batch, tmp_path):
     said = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert said.stdout.strip() == "[]"
     assert close(np.load(tmp_path / "out.npy"), model(batch), within=1e-4)
+
+
+def test_float16_is_refused_where_the_file_is_another_network(batch, tmp_path, monkeypatch):
+    """Rounding is no excuse: what is meant is compared before it is rounded."""
+    model = network("demonet")
+    monkeypatch.setattr("anymask.shipping.making.fused", lambda plan: plan)
+    monkeypatch.setattr("anymask.shipping.making._answer", lambda net, x: net(x).detach().double().numpy() * 1.01 + 0.1)
+    with pytest.raises(AnymaskError, match="other outputs than the model"):
+        ship(model, None, example=batch, to=tmp_path / "net.anymask", values="float16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_all_too_small_for_float16_are_told(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[0].weight.mul_(1e-9)
+    with pytest.raises(SettingError, match=r"all 16 weights of a layer of 4 outputs are 0 in float16.*bfloat16"):
+        ship(model, None, example=torch.randn(3, 4), to=tmp_path / "net.anymask")
+    ship(model, None, example=torch.randn(3, 4), to=tmp_path / "net.anymask", values="bfloat16")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_of_a_fork_runs_what_its_parent_ran_on_several_threads(batch, tmp_path):
+    """OpenMP's threads are gone there, and to wait for them takes for ever."""
+    ship(network("demonet"), None, example=batch, to=tmp_path / "net.anymask")
+    code = """if True:
+        import os, numpy, anymask
+        program, x = anymask.load("net.anymask", threads=2), numpy.ones((64, 3, 32, 32), numpy.float32)
+        wanted = program(x)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if numpy.allclose(program(x), wanted, atol=1e-5) else 1)
+        print(os.waitpid(child, 0)[1])"""
+    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True, timeout=60)
+    assert said.stdout.strip() == "0"
+
+
+def test_more_threads_than_channels_compute_a_large_batch(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+    x = torch.randn(40_000, 3, 4, 4)
+    program = load(ship(model, None, example=x[:2], to=tmp_path / "net.anymask", values="float32").path, threads=8)
+    assert close(program(x.numpy()), model(x).detach(), within=1e-4)
 
 
 def test_what_a_call_gives_stays_after_the_next_one(batch, tmp_path):

@@ -1,5 +1,7 @@
 """Each operation that can be shipped gives what PyTorch gives, in our runtime and rebuilt as a module."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +84,10 @@ OPS = {
     "add": Call(lambda x: x + x),
     "numbers": Call(lambda x: (3 - (x * 2 + 1) / 4) - 0.5),
     "sub": Call(lambda x: x - torch.relu(x)),
+    "add-scaled": Call(lambda x: torch.add(x, torch.relu(x), alpha=3) + torch.add(x, 2.0, alpha=0.5)),
+    "number-first": Call(lambda x: torch.add(torch.arange(4.0)[:, None, None], x, alpha=2)),
+    "add-nothing": Call(lambda x: torch.add(x, torch.relu(x), alpha=0) + torch.add(x, 5.0, alpha=0)),
+    "no-bounds": nn.Sequential(nn.Hardtanh(-math.inf, math.inf), nn.ReLU()),
     "max-pool": nn.MaxPool2d(2),
     "max-pool-padded": nn.MaxPool2d(3, 2, 1),
     "max-pool-ceil": nn.MaxPool2d(2, ceil_mode=True),
@@ -232,6 +238,9 @@ REFUSED = {
     "cat of rows": (Call(lambda x: torch.cat([x, x], 2)), "along another dimension"),
     "the batch": (Call(lambda x: x + x.size(0)), "uses add"),
     "positions": (Call(lambda x: x * torch.arange(7.0)), "one number or one for each channel"),
+    "rounded down": (Call(lambda x: torch.div(x, 0.5, rounding_mode="floor")), "a division that is rounded"),
+    "no number": (nn.Sequential(nn.ConstantPad2d(1, -math.inf), nn.MaxPool2d(3)), "where finite numbers can be shipped"),
+    "divided by less than 0": (Call(lambda x: F.avg_pool2d(x, 2, divisor_override=-3)), "a mean divided by -3"),
     "integers": (Call(lambda x: (x > 0).float()), "uses gt"),
 }
 
@@ -249,6 +258,9 @@ def test_an_operation_that_cannot_be_shipped_is_named_with_its_module(name):
 def test_a_model_that_cannot_be_exported_or_gives_two_tensors_is_refused():
     with pytest.raises(SettingError, match="cannot be exported"):
         plan_of(Call(lambda x: x if x.sum() > 0 else -x), torch.randn(2, *MAP))
+    for odd in (lambda x: torch.relu(x) if x.shape[0] > 4 else -x, lambda x: torch.relu(x) if x.shape[0] < 100 else -x):
+        with pytest.raises(SettingError, match="other things for batches of other sizes"):
+            plan_of(Call(odd), torch.randn(8, *MAP))
     with pytest.raises(SettingError, match="gives an output that does not depend on its input"):
         plan_of(Call(lambda x: torch.ones(2, 3)), torch.randn(2, *MAP))
     with pytest.raises(SettingError, match="gives 2 tensors"):

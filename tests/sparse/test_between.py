@@ -98,6 +98,14 @@ def test_what_is_done_unseen_between_a_norm_and_its_relu_is_an_error(kind):
         sparse.train()(x)
 
 
+def test_a_norm_of_one_value_a_channel_is_refused_in_training_as_pytorch_does():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    anymask.to_sparse(model, anymask.prune(model, "random", sparsity=0.5), torch.randn(2, 4, 4, 4), measure=False)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model(torch.randn(1, 4, 1, 1))
+    assert model.eval()(torch.randn(1, 4, 1, 1)).shape == (1, 8, 1, 1)
+
+
 def test_several_threads_may_compute_with_a_model_at_once():
     _, sparse, x = both(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     sparse.eval()

@@ -100,16 +100,23 @@ def _clamp(low: str, high: str) -> "Handler":
             raise Wrong(f"{name} is a tensor")
         return None if found is None or math.isinf(found) else float(found)
 
-    return lambda trace, given: trace.add(Clamp(bound(given, low), bound(given, high)), given.value())
+    def handle(trace: Trace, given: Given) -> Value:
+        bounds = bound(given, low), bound(given, high)
+        return given.value() if bounds == (None, None) else trace.add(Clamp(*bounds), given.value())
+
+    return handle
 
 
 def _binary(op: Op, *, sign: float = 1.0, inverse: bool = False) -> "Handler":
     """Add, subtract, multiply or divide: two values, or a value and numbers that are the same at each place of a map."""
 
     def handle(trace: Trace, given: Given) -> Value:
-        first, second, factor = given["self"], given["other"], sign * (given.get("alpha") or 1)
+        first, second, alpha = given["self"], given["other"], given.get("alpha")
+        factor = sign * (1 if alpha is None else alpha)
+        if given.get("rounding_mode"):
+            raise Wrong("a division that is rounded")
         if isinstance(first, Value) and isinstance(second, Value):
-            if inverse or given.get("rounding_mode"):
+            if inverse:
                 raise Wrong("one value divided by another")
             return trace.add(op, first, second if factor == 1 else _scaled(trace, second, factor, 0.0))
         value, number = (first, second) if isinstance(first, Value) else (second, first)
@@ -118,7 +125,7 @@ def _binary(op: Op, *, sign: float = 1.0, inverse: bool = False) -> "Handler":
         each = _per_channel(number, trace.shape(value))
         if isinstance(op, Mul):
             return _scaled(trace, value, 1 / each if inverse else each, 0.0)
-        return _scaled(trace, value, 1.0, factor * each)
+        return _scaled(trace, value, 1.0, factor * each) if value is first else _scaled(trace, value, factor, each)
 
     return handle
 
@@ -163,6 +170,8 @@ def _native_max_pool(trace: Trace, given: Given) -> list[Value | None]:
 
 def _avg_pool(trace: Trace, given: Given) -> Value:
     padding, divisor = bool(given["count_include_pad"]), given["divisor_override"] or 0
+    if divisor < 0:
+        raise Wrong(f"a mean divided by {divisor}")
     return trace.add(AvgPool(**_windows(given), count_padding=padding, divisor=divisor), given.value())
 
 
@@ -199,6 +208,8 @@ def _pad(trace: Trace, given: Given) -> Value:
         raise Wrong(f"a padding of mode {given['mode']!r}")
     if len(trace.shape(value)) != 3 or len(by) > 6 or min(by, default=0) < 0:
         raise Wrong(f"a padding {by} of {trace.shape(value)}")
+    if not math.isfinite(given["value"] or 0.0):
+        raise Wrong(f"a padding by {given['value']}, where finite numbers can be shipped")
     by += [0] * (6 - len(by))  # the last dimension comes first
     return trace.add(Pad((*by[4:], *by[2:4], *by[:2]), float(given["value"] or 0.0)), value)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from anymask.errors import AnymaskError, SettingError
 from anymask.shipping.plan import Array
-from anymask.shipping.tracing import exporting
+from anymask.shipping.tracing import check_batches, exporting
 
 _INSTALL = "pip install 'anymask[onnx]'"
 
@@ -29,6 +29,8 @@ def onnx_bytes(model: nn.Module, example: Tensor) -> bytes:
     with exporting(model):
         dynamic = ({0: torch.export.Dim.DYNAMIC},)
         program: Any = torch.onnx.export(model, (several,), dynamo=True, dynamic_shapes=dynamic, verbose=False)
+    check_batches(model, program.exported_program)
+    with exporting(model):
         blob: bytes = program.model_proto.SerializeToString()
         return blob
 

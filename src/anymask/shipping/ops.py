@@ -4,6 +4,7 @@ Shapes are those of one sample, (C, H, W) or (D,). A network is a list of steps;
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +21,16 @@ class Wrong(ValueError):
 def _need(fits: bool, why: str) -> None:
     if not fits:
         raise Wrong(why)
+
+
+_ROOM, _LONGEST, _PARTS = 2**28, 2**16, 2**16  # numbers of a padded map, a side of a kernel, places of an adaptive pool: see `_fits`
+
+
+def _fits(channels: int, sides: Iterable[int], kernel: Pair, stride: Pair) -> None:
+    """Refuse windows that no network has: a file may come from anywhere, and the kernels count places in 32 bits."""
+    numbers = channels * math.prod(sides)
+    _need(numbers <= _ROOM, f"a padded map of {numbers:,} numbers, at most {_ROOM:,} are allowed")
+    _need(max(kernel) <= _LONGEST and max(stride) <= _ROOM, f"a kernel {kernel} at a stride {stride}")
 
 
 def _image(shape: Shape) -> tuple[int, int, int]:
@@ -100,6 +111,7 @@ class Conv(Layer):
         spans = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True)]
         out = [(n + 2 * p - s) // t + 1 for n, p, s, t in zip(size, self.padding, spans, self.stride, strict=True)]
         _need(min(out) > 0, f"a map {given[0]} that is smaller than the kernel")
+        _fits(c, [n + 2 * p for n, p in zip(size, self.padding, strict=True)], self.kernel, self.stride)
         return self.check_sum((self.outputs, *out), given)
 
 
@@ -181,6 +193,8 @@ class MaxPool(Op):
         parts = zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         out = tuple(pooled(n, k, s, p, d, ceil=self.ceil) for n, k, s, p, d in parts)
         _need(min(out) > 0, f"a map {given[0]} that is smaller than the window")
+        ends = [(m - 1) * s + d * (k - 1) + 1 for m, s, d, k in zip(out, self.stride, self.dilation, self.kernel, strict=True)]
+        _fits(c, [max(end, n + 2 * p) for end, n, p in zip(ends, size, self.padding, strict=True)], self.kernel, self.stride)
         return (c, *out)
 
 
@@ -208,8 +222,9 @@ class AdaptivePool(Op):
 
     def shape(self, *given: Shape) -> Shape:
         """(C, *size)."""
-        c, _, _ = _image(given[0])
+        c, *size = _image(given[0])
         _need(min(self.size) > 0, "an output of no size")
+        _need(math.prod(self.size) <= _PARTS or [*self.size] == size, f"an output of {self.size}")
         return (c, *self.size)
 
 
@@ -221,6 +236,7 @@ class Reshape(Op):
 
     def shape(self, *given: Shape) -> Shape:
         """`to`."""
+        _need(len(self.to) <= 16, f"a shape of {len(self.to)} dimensions")
         _need(bool(self.to) and math.prod(self.to) == math.prod(given[0]), f"{given[0]} brought to {self.to}")
         return self.to
 

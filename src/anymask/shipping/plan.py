@@ -97,6 +97,12 @@ def _stored(step: Step, arrays: Arrays, values: str) -> tuple[Step, Arrays]:
         return step, small
     number, scales = _rounded(step.op, arrays, values)
     left = number != 0
+    if not left.any() and arrays["values"].any():
+        raise SettingError(
+            f"all {len(left):,} weights of a layer of {step.op.outputs} outputs are 0 in {values}",
+            allowed="weights that stay, at least one in each layer that has any",
+            fix="ship with values='float32' or 'bfloat16'",
+        )
     small |= {"positions": arrays["positions"][left], "values": number[left]} | ({} if scales is None else {"scales": scales})
     return Step(replace(step.op, kept=int(left.sum())), step.inputs), small
 

@@ -112,7 +112,7 @@ def _avg_pool(op: AvgPool, x: Tensor) -> Tensor:
 
 _RUN: dict[type[Op], Callable[..., Tensor]] = {
     Activation: lambda op, x: _FUNCTIONS[op.kind](x),
-    Clamp: lambda op, x: torch.clamp(x, op.low, op.high),
+    Clamp: lambda op, x: x if op.low is op.high is None else torch.clamp(x, op.low, op.high),
     Add: lambda op, a, b: a + b,
     Mul: lambda op, a, b: a * b,
     MaxPool: lambda op, x: F.max_pool2d(x, op.kernel, op.stride, op.padding, op.dilation, op.ceil),

@@ -127,6 +127,7 @@ class Program:
 
     def _run(self, batch: Array, *, threads: int | None) -> Array:
         """(N, ...): a view of a buffer that the next call writes into."""
+        threads = 1 if _Team.lost else threads
         bound = self._bound.get((len(batch), threads)) or self._bind(len(batch), threads)
         np.copyto(bound.input, batch)
         for call in bound.calls:
@@ -146,6 +147,7 @@ class Program:
 
     def _calls(self, images: int, threads: int) -> "_Bound":
         """All calls for a batch of that size, on arrays in the buffers, which grow as needed."""
+        _Team.used |= threads > 1
         for place, size in enumerate(self._sizes):
             if len(self._buffers[place]) < size * images:
                 self._buffers[place] = _aligned(size * images)
@@ -235,12 +237,27 @@ def _bind_of(step: Step, arrays: Arrays) -> Bind:
         apart = isinstance(op, CHANNELWISE) and {len(out)} == {len(array) for array in given}
         if threads == 1 or out.size < _PARTED or not apart:
             return partial(function, op, given, own, out)
+        threads = min(threads, len(out))
         ends = [len(out) * i // threads for i in range(threads + 1)]
         parts = [slice(begin, end) for begin, end in pairwise(ends)]
         cut = [([array[part] for array in given], {name: array[part] for name, array in own.items()}, out[part]) for part in parts]
         return lambda: list(_pool(threads).map(lambda part: function(op, *part), cut))
 
     return bind
+
+
+class _Team:
+    """OpenMP's threads do not survive a fork (a preforking server, multiprocessing): the child would wait for them for ever."""
+
+    used = lost = False
+
+    @classmethod
+    def forked(cls) -> None:
+        cls.lost = cls.used
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Team.forked)
 
 
 @cache

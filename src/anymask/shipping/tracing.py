@@ -69,7 +69,23 @@ def exported(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
     several = example if len(example) > 1 else torch.cat([example, example])  # a size of 1 would be taken as fixed
     with exporting(model):
         program = torch.export.export(model, (several,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    check_batches(model, program)
+    with exporting(model):
         return program.run_decompositions({}) if any(map(_writes, program.graph.nodes)) else program
+
+
+def check_batches(model: nn.Module, program: torch.export.ExportedProgram) -> None:
+    """Refuse a graph that is of some sizes of batches alone, since the model does something else for others.
+
+    Raises:
+        SettingError: when there are such.
+    """
+    if any(sizes.lower > 2 or sizes.upper < 2**31 for sizes in program.range_constraints.values()):
+        raise SettingError(
+            f"{type(model).__name__} does other things for batches of other sizes than the example's",
+            allowed="a model that does the same for batches of any size",
+            fix="take out of its forward what asks for the number of samples, or ship its weights alone, to .safetensors",
+        )
 
 
 @contextmanager

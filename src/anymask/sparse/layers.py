@@ -124,6 +124,8 @@ class BatchLastNorm2d(BatchLast, nn.BatchNorm2d):
     def normed(self, input: Tensor, add: Tensor | None, *, soft: float | None, pool: bool = False) -> Tensor:
         """The norm of a batch-last tensor, plus `add`, then a ReLU as soft as asked (0: a plain one; None: none), then a max pool."""
         batch = self.training or self.running_mean is None
+        if self.training and input.numel() == input.shape[1]:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")  # as PyTorch's own
         given = (None, None) if batch else (self.running_mean, self.running_var)
         tiles = self.pool[0].tiles(input) if pool and isinstance(self.pool[0], BatchLastMaxPool2d) else (0, 0, 0, 0)
         y, mean, var, _ = ops.norm(input, add, self.weight, self.bias, *given, self.eps, soft is not None, soft or 0.0, *tiles)
@@ -206,6 +208,7 @@ def _stages(body: nn.Sequential, x: Tensor, *, last: float | None) -> list[rows.
         o, h, w, n = how.output
         running = norm.running(o) if norm.track_running_stats else None
         fits = shape[1] == how.input[0] and norm.training and norm.num_features == o and not norm.pools() and not _hooked_itself(norm)
+        fits = fits and h * w * n > 1  # or the norm refuses
         if not fits or (running is None and norm.track_running_stats):
             return None
         named = [("weight", conv), ("weight", norm), ("bias", norm)]
