@@ -193,7 +193,8 @@ def test_the_effect_against_sparsity_is_the_mean_over_masks_and_networks(anymask
     ("words", "says"),
     [
         ([], "report came without a ledger"),
-        (["gone"], "no such ledger: gone/ledger.jsonl"),
+        (["gone"], "no training has finished in gone"),
+        (["nowhere"], "nothing is at nowhere"),
         (["my.mask"], "my.mask came as a ledger"),
         (["a", "--baseline", "defualt"], "unknown recipe in these ledgers: 'defualt'"),
     ],

@@ -11,7 +11,7 @@ from rich.markdown import Markdown
 from anymask.cli.errors import explain
 from anymask.cli.outcome import FAILURES, LEDGER, ledger_of
 from anymask.cli.settings import RUN
-from anymask.errors import AnymaskError, SettingError, naming
+from anymask.errors import AnymaskError, MissingFile, SettingError, naming
 from anymask.registry import unknown
 from anymask.report import failed_table, markdown, overviews, table, write_page
 from anymask.report.cells import Row, latest
@@ -46,11 +46,15 @@ def report(
 
 
 def _ledger(path: Path) -> Ledger:
+    if not path.exists():
+        raise MissingFile(f"nothing is at {path}", allowed=f"a run folder, or its {LEDGER}", fix="check the path")
     ledger = ledger_of(path)
     if ledger is None:
         raise SettingError(f"{path} came as a ledger", allowed=f"a run folder, or its {LEDGER}", fix="`anymask inspect` shows mask files")
     if not ledger.path.is_file() and not _failures(ledger).path.is_file():
-        raise FileNotFoundError(2, "no such ledger", str(ledger.path))
+        raise MissingFile(
+            f"no training has finished in {path}", allowed=f"a run folder with a {LEDGER}", fix="call this again when one has"
+        )
     return ledger
 
 

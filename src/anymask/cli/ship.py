@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from anymask.cli.settings import RUN
-from anymask.errors import SettingError
+from anymask.errors import MissingFile, SettingError
 from anymask.shipping import ship as ship_model
 from anymask.shipping.runs import of_checkpoint, of_folder
 
@@ -38,6 +38,8 @@ def ship(
                 f"--mask came with the folder {source}", allowed="it for a checkpoint", fix="leave it out: the folder has one"
             )
         found = of_folder(source, shape=shape, model=model)
+    elif (model is None or shape is None) and not source.exists():
+        raise MissingFile(f"nothing is at {source}", allowed="a run folder, or a checkpoint", fix="check the path")
     elif model is None or shape is None:
         raise SettingError(f"{source} came without its network", allowed="a folder, or a checkpoint", fix="give --model NAME --input C H W")
     else:

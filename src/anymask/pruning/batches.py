@@ -70,8 +70,9 @@ def device_of(model: nn.Module) -> torch.device:
 
 def _pair(batch: Any, device: torch.device) -> tuple[Tensor, Any]:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[0], Tensor):
+        parts = [type(part).__name__ for part in batch] if isinstance(batch, (tuple, list)) else []
         raise DataError(
-            f"a batch came as {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""),
+            f"a batch came as {type(batch).__name__}" + (f" of {', '.join(parts)}" if parts else ""),
             allowed="pairs (x, y) of a tensor x (N, ...) and its labels y",
             fix="give a loader of labelled batches, or a data-free method such as synflow or magnitude",
         )

@@ -27,7 +27,12 @@ def save(path: Path, state: dict[str, Any]) -> None:
         if hasattr(part, "_metadata"):  # of a state dict: which versions of its modules wrote it
             whole[name]._metadata = part._metadata
     with aside(), atomic(path) as file:  # to write it takes longer than to copy it
-        torch.save(whole, file)
+        try:
+            torch.save(whole, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # "unexpected pos 64 vs 0", where the disk is full
+                raise error.__context__ from None
+            raise
 
 
 def _off_the_gpu(tensor: Tensor) -> Tensor:
