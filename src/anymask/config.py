@@ -62,11 +62,8 @@ class Bench:
         self, experiment: Experiment, protocol: Protocol, *, cut: Callable[[Dataset], Dataset] | None = None, tests: bool = True
     ) -> None:
         self.experiment, self.protocol, self.tests = experiment, protocol, tests
-        plugins = {name: imported(name) for name in experiment.plugins}  # here: worker processes and Ray's nodes have imported none
+        self.own_code()  # imports plugins here, because worker processes and Ray's nodes have imported none
         models.find(experiment.model)  # a name that is not there is told before the data are read
-        if models.is_own(experiment.model):
-            plugins |= {(name := experiment.model.partition(":")[0]): imported(name)}
-        self.own_code = {f"{CODE_OF}{name}": code_digest(module) for name, module in plugins.items()}  # which no id knows
         self.device = pick_device(experiment.device)
         whole = first_of_machine(self._load) if experiment.download else self._load(False)
         self.dataset: Dataset = whole if cut is None else cut(whole)
@@ -74,6 +71,12 @@ class Bench:
         self.data_hash = _hash(self.dataset)
         self._formats: dict[str, torch.memory_format] = {}  # by the network's name
         self._hashes: dict[tuple[Any, ...], str] = {}  # of checkpoints, as they are now
+
+    def own_code(self) -> dict[str, str]:
+        """A digest of each module of the user's, which no id knows of, for the `versions` of a row."""
+        model = self.experiment.model
+        names = dict.fromkeys([*self.experiment.plugins, *([model.partition(":")[0]] if models.is_own(model) else [])])
+        return {f"{CODE_OF}{name}": code_digest(imported(name)) for name in names}
 
     def batches(self, seed: int) -> tuple[Batches, Batches, Batches | None]:
         """Training, validation and test batches (None without `tests`); split, order and augmentation depend on `seed` only."""

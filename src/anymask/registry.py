@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -75,8 +76,11 @@ def imported(name: str) -> ModuleType:
         ) from error
 
 
+@cache
 def code_digest(module: ModuleType) -> str:
     """Twelve digits that change with the file of `module`, or with any file of Python in its folder where it is a package.
+
+    As they are when it is asked first: the code that runs is that of then.
 
     Example:
         >>> import json

@@ -22,7 +22,9 @@ from anymask.cli import main
 from anymask.cli.progress import watching
 from anymask.config import Bench, Experiment
 from anymask.sweep import Cell
+from anymask.sweep.claims import claimed
 from anymask.train import Protocol, accuracy
+from tests.cli.test_cli_mistakes import check
 
 GRID = ["--masks", "snip", "--sparsity", "0.9", "--seeds", "2", "--epochs", "1"]
 
@@ -185,6 +187,12 @@ def test_train_stopped_by_ctrl_c_and_resumed_ends_bit_equal_to_one_undisturbed(a
     assert load_mask(out / "mask.mask") == load_mask(tmp_path / "whole" / "mask.mask")
     assert rows(out)[0]["accuracy"] == rows(tmp_path / "whole")[0]["accuracy"]
     assert not (out / "unfinished").exists()
+
+
+def test_train_does_not_begin_where_another_process_is_at_it(anymask, small, tmp_path):
+    with claimed(tmp_path / "t" / "train.lock"):
+        check(anymask("train", "--mask", "random", "--epochs", 1, "--out", tmp_path / "t", *small), "another process trains in")
+    assert list((tmp_path / "t").iterdir()) == []
 
 
 def test_train_logs_for_tensorboard_when_told_to(anymask, small, tmp_path):

@@ -109,6 +109,12 @@ def test_synflow_is_finite_and_conserved_through_104_layers(gain):
     assert all(float(score.sum()) == pytest.approx(1, rel=1e-9) for score in got.values())
 
 
+def test_synflow_says_that_it_has_no_input_for_token_ids():
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Flatten(), nn.Linear(32, 2))
+    with pytest.raises(TechniqueError, match=r"fails on the input of synflow, \(1, 4\) of ones.*such as snip or magnitude"):
+        anymask.prune(model, "synflow", sparsity=0.5, example=torch.zeros(1, 4, dtype=torch.long))
+
+
 @pytest.mark.parametrize("weight", [1e27, 1e30])  # the sum of the outputs only, or activations too
 def test_synflow_refuses_a_flow_beyond_float64_rather_than_rank_what_is_left(weight):
     model = net(*[10] * 12)

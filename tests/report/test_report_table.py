@@ -46,10 +46,12 @@ def test_missing_pairs_and_left_out_seeds_are_said():
 
 def test_pairs_that_are_none_because_their_masks_differ_are_said():
     rows = [made_row("snip", recipe, seed, 0.8) | {"mask": {"digest": recipe * seed}} for recipe in ("default", "tost") for seed in (0, 1)]
-    said = "Pairs left out because they began with other masks or weights: 1 (tost on snip at 98%, seed 1)."
+    said = "Pairs left out because they began with other masks or weights, or had other teachers: 1 (tost on snip at 98%, seed 1)."
     assert said in table(rows)
     assert said in grid(rows)
     assert "Pairs left out" not in table(small_rows())
+    taught = [made_row("snip", recipe, seed, 0.8) | {"teacher": recipe * seed} for recipe in ("default", "tost") for seed in (0, 1)]
+    assert said in table(taught)
 
 
 def test_pairs_that_were_trained_on_unlike_machines_are_counted():

@@ -30,6 +30,7 @@ def test_one_teacher_a_seed_serves_all_and_is_the_dense_network_of_that_seed(ben
     rows = compare(grid, tmp_path, experiment=bench.experiment, protocol=bench.protocol, computing=DENSELY).rows()
     taught = [row for row in rows if row["settings"]["recipe"] == TAUGHT]
     assert [set(row["found"]) for row in taught] == [{"distillation"}] * 2
+    assert len({row["teacher"] for row in taught}) == 1
     assert taught[0]["time"]["teacher_seconds"] > 5 * taught[1]["time"]["teacher_seconds"]
     assert all("teacher_seconds" not in row["time"] for row in rows if row not in taught)
     (file,) = (tmp_path / "teachers").iterdir()

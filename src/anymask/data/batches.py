@@ -39,7 +39,7 @@ class Batches:
 
     A pixel v in 0 ... 255 becomes `(v / 255 - mean) / std`; padding is black before that. Order and augmentations of epoch k
     depend on `seed` and k only, and are drawn on the CPU, so that every device, and every resumed run, sees the same batches.
-    `for x, y in batches` is the next epoch each time, from 0; one that is left before its end begins again. A loop that resumes
+    `for x, y in batches` is the next epoch each time, from 0; one that is left before its last batch begins again. A loop that resumes
     says which: `batches.epoch(k)`.
 
     Args:
@@ -96,8 +96,9 @@ class Batches:
         return self._count
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from self.epoch(self._passes)
-        self._passes += 1
+        for number, batch in enumerate(self.epoch(self._passes), 1):
+            self._passes += number == len(self)  # with the last one: whoever counts asks for no further one
+            yield batch
 
     def epoch(self, number: int, *, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of epoch `number` (from 0): images float32 `(B, C, H, W)` and labels int64 `(B,)`.

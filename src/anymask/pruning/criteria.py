@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from anymask.errors import MaskError
+from anymask.errors import MaskError, TechniqueError
 from anymask.pruning.batches import Batches, device_of
 from anymask.pruning.select import wide
 from anymask.surgery import logits_of, twice_differentiable
@@ -153,6 +153,10 @@ def synflow(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, T
     Differs from the paper: the statistics of batch norm are set to mean 0, variance 1, which is what they are before
     training, where the two agree; the paper's code takes |mean| off, so that a trained network's flow may turn negative.
     Group and layer norm are run as they are: with them the flow is no sum over paths.
+
+    Raises:
+        TechniqueError: for a model that cannot compute such an input.
+        MaskError: for a flow that is not finite.
     """
     model.double().eval()
     for module in model.modules():
@@ -166,7 +170,15 @@ def synflow(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, T
             if tensor.is_floating_point():
                 tensor.abs_()
     ones = torch.ones(1, *(batches.shape or ()), dtype=torch.float64, device=device_of(model))
-    flow = logits_of(model(ones)).sum()
+    try:
+        given = model(ones)
+    except (RuntimeError, TypeError, IndexError) as error:  # such as an embedding's, which wants token ids
+        raise TechniqueError(
+            f"{type(model).__name__} fails on the input of synflow, {tuple(ones.shape)} of ones in float64 ({str(error).splitlines()[0]})",
+            allowed="a model of numbers of any type, in a batch of one",
+            fix="take another method, such as snip or magnitude",
+        ) from error
+    flow = logits_of(given).sum()
     if flow.item() == 0:  # every path is cut: no weight matters
         return _zeros(weights)
     if not math.isfinite(flow.item()):

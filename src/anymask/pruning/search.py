@@ -91,7 +91,8 @@ def prune(
         DataError: for data without a batch or without labels.
         MaskError: for scores that are not finite, a collapse that was to be refused, a pattern that does not fit a layer, a budget
             smaller than the floors, or nothing to prune.
-        TechniqueError: for an output of the model without logits, and with grasp for a model that cannot be differentiated twice.
+        TechniqueError: for an output of the model without logits, with grasp for a model that cannot be differentiated twice, and with
+            synflow for one that takes token ids.
 
     Example:
         >>> import anymask, torch

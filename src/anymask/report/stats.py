@@ -154,10 +154,10 @@ def _comparison(cell: Cell, recipe: str, baseline: str, before: Mapping[Any, flo
 
 
 def _begin_alike(one: Row, other: Row) -> bool:
-    """Whether two runs began with the same mask and weights, where both say with which."""
-    here, there = one.get("mask"), other.get("mask")
+    """Whether two runs began with the same mask and weights, and learned from the same teacher, where both say with which."""
+    pairs = [(one.get(what), other.get(what)) for what in ("mask", "teacher")]
     same = one["settings"].get("weights_hash") == other["settings"].get("weights_hash")
-    return same and (None in (here, there) or here == there)
+    return same and all(None in pair or pair[0] == pair[1] for pair in pairs)
 
 
 def missing(rows: Iterable[Row], *, baseline: str = "default") -> list[dict[str, Any]]:

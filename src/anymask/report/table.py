@@ -202,7 +202,7 @@ def _left_out(group: Group, baseline: str) -> list[str]:
         f"Runs that are missing beside a finished partner, which is in no difference: {_counted(gaps)}."
         if gaps
         else "No pair is incomplete.",
-        *([f"Pairs left out because they began with other masks or weights: {_counted(unlike)}."] if unlike else []),
+        *([f"Pairs left out because they began with other masks or weights, or had other teachers: {_counted(unlike)}."] if unlike else []),
         *_mixed(group, baseline),
     ]
 

@@ -24,7 +24,7 @@ from anymask.mask import Mask
 from anymask.ranks import by_rank_0, leads, ranks
 from anymask.runlog import Ledger, file_hash, settings_id
 from anymask.sweep.claims import claimed
-from anymask.sweep.masks import DENSE, Masks, Start, check_mask, digests, file_name, file_sparsity, is_dynamic, is_mask_file
+from anymask.sweep.masks import DENSE, Masks, Start, check_mask, digest, digests, file_name, file_sparsity, is_dynamic, is_mask_file
 from anymask.sweep.teachers import Teachers
 from anymask.sweep.variants import variant
 from anymask.train import Computing, Protocol, fit
@@ -280,7 +280,7 @@ class Runner:
             "id": name,
             "settings": self.settings(cell),
             "techniques": wanted.recipe.settings(),
-            "versions": versions() | self.bench.own_code,
+            "versions": versions() | self.bench.own_code(),
             "machine": machine(self.bench.device) | self._computed(),
             "accuracy": result.accuracies(),
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -291,6 +291,7 @@ class Runner:
             "ghosts": result.added,
             "found": result.found,
             "sparse_layers": result.sparse_layers,
+            **({} if teacher is None else {"teacher": digest(teacher.state_dict())}),
         }
         return Trained(row, model, result.mask)
 

@@ -231,15 +231,16 @@ def _read(file: Path, mask: str, *, sparsity: float, seed: int) -> Start:
 def digests(start: Start) -> dict[str, str]:
     """What tells two starts apart: of the mask, and of the weights where they are not the initialisation."""
     parts: dict[str, Mapping[str, Tensor] | None] = {"digest": start.mask, "weights": start.weights}
-    return {name: _digest(tensors) for name, tensors in parts.items() if tensors is not None}
+    return {name: digest(tensors) for name, tensors in parts.items() if tensors is not None}
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Twelve digits of names, shapes and values."""
+    found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:12]
+        found.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:12]
 
 
 def weights_file(mask_file: Path) -> Path:

@@ -3,6 +3,7 @@
 import shutil
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from anymask.config import Bench, Experiment
 from anymask.errors import SettingError
 from anymask.mask import Mask
 from anymask.pruning.methods import method_of
-from anymask.ranks import by_rank_0, leads
+from anymask.ranks import by_rank_0, leads, ranks
+from anymask.sweep.claims import claimed
 from anymask.sweep.compare import Cell, Grid, Runner, Trained, Watcher
 from anymask.sweep.masks import DENSE, Masks, check_mask, file_sparsity, is_dynamic, is_mask_file, weights_file
 from anymask.sweep.teachers import write_weights
@@ -52,7 +54,8 @@ def train_one(
         watcher: told of progress.
 
     Raises:
-        SettingError: when `folder` holds a training that is not to be resumed, or one of other settings, or sparse="on" cannot be.
+        SettingError: when `folder` holds a training that is not to be resumed, one of other settings, or one that another process is at, or
+            sparse="on" cannot be.
     """
     Grid(masks=() if cell.mask == DENSE else (cell.mask,), sparsity=(cell.sparsity,), recipes=(cell.recipe,))  # checks the names
     bench = Bench(experiment or Experiment(), protocol or Protocol())
@@ -67,10 +70,14 @@ def train_one(
     watcher.begin(total=1, done=len(finished))
     if name in finished:
         return finished[name]
-    watcher.cell(cell, epochs=runner.bench.protocol.epochs)
-    done = runner.train(cell, name, watcher, log_dir=runner.folder / "tensorboard" if tensorboard else None)
-    if leads():
-        _keep(done, runner)
+    with claimed(runner.folder / "train.lock") if ranks() == 1 else nullcontext(True) as mine:
+        if not mine:
+            fix = "wait for it and add --resume, or choose another --out"
+            raise SettingError(f"another process trains in {runner.folder}", allowed="one at a time", fix=fix)
+        watcher.cell(cell, epochs=runner.bench.protocol.epochs)
+        done = runner.train(cell, name, watcher, log_dir=runner.folder / "tensorboard" if tensorboard else None)
+        if leads():
+            _keep(done, runner)
     watcher.finished(cell, done.row)
     return done.row
 
