@@ -19,7 +19,7 @@ def check_disk(error: Exception, folder: Path) -> None:
     """
     cause: BaseException | None = error
     while cause is not None and not (isinstance(cause, OSError) and cause.errno in _FULL):
-        cause = cause.__cause__ or cause.__context__  # torch.save says "unexpected pos" where a write failed
+        cause = cause.__cause__ or cause.__context__
     if isinstance(cause, OSError):
         raise AnymaskError(
             f"{cause.strerror}: {cause.filename or folder}",  # a write that fails does not know its file
