@@ -81,12 +81,16 @@ def best_short() -> str:
         if o.interval and o.recipe in recipes:
             where = tuple(o.settings[name] for name in ("data", "model", "epochs", "sparsity"))
             found.setdefault((*where, round(o.baseline_mean or 0, 9), o.n), {})[o.recipe] = o
+    above = []
     for (data, model, epochs, sparsity, default, seeds), group in found.items():
-        of = [row for row in rows if row["settings"]["mask"] == "dense" and _place(row) == (data, model, epochs)]
-        dense = f"{100 * fmean(row['accuracy']['test'] for row in of):.2f}" if of else ""
+        of = [100 * row["accuracy"]["test"] for row in rows if row["settings"]["mask"] == "dense" and _place(row) == (data, model, epochs)]
+        dense = f"{fmean(of):.2f}" if of else ""
+        if of and "best" in group and (group["best"].recipe_mean or 0) > fmean(of):
+            above.append(f"{model} at {100 * sparsity:g}% ({len(of)} dense seed{'s' * (len(of) > 1)})")
         cells = [_won(group[name]) if name in group else "" for name in recipes]
         lines.append([f"{data}, {model}, {epochs}", dense, f"{100 * sparsity:g}%", f"{default:.2f}", *cells, f"{seeds}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    said = f"`best` ends above the dense network, which `default` trains for as long, on {'; '.join(above)}.\n" if above else ""
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{said}"
 
 
 def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:

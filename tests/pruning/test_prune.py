@@ -1,5 +1,7 @@
 """`anymask.prune`: what it takes, what it refuses, and that pruned stays pruned."""
 
+from collections import UserDict
+
 import numpy as np
 import pytest
 import torch
@@ -31,7 +33,7 @@ LOADER = [(torch.randn(4, 8), torch.arange(4))]
         ({"data": []}, DataError, "data holds no batch"),
         ({"data": [torch.zeros(4, 8)]}, DataError, r"a batch came as Tensor.*pairs \(x, y\)"),
         ({"data": [(torch.zeros(4, 8),)]}, DataError, "a batch came as tuple of Tensor"),
-        ({"data": [({"pixels": torch.zeros(4, 8)}, torch.zeros(4))]}, DataError, "a batch came as tuple of dict, Tensor"),
+        ({"data": [({"pixels": "none"}, torch.zeros(4))]}, DataError, "a batch came as tuple of dict, Tensor"),
         ({"method": "synflow", "data": []}, DataError, "data holds no batch"),
         ({"method": "synflow", "data": ["text"]}, DataError, "the input came as str.*give example="),
         ({"method": "synflow", "data": None}, SettingError, r"synflow came without the shape of an input.*example=x\[:1\]"),
@@ -127,6 +129,27 @@ def test_the_logits_are_found_in_mappings_and_tuples(method):
         assert {name.removeprefix("net."): kept.tolist() for name, kept in got.items()} == {n: k.tolist() for n, k in bare.items()}
     with pytest.raises(TechniqueError, match=r"output is a dict.*wrap the model"):
         prune(Within(NET, lambda logits: {"out": logits}), method, sparsity=0.5, data=LOADER)
+
+
+@pytest.mark.parametrize("method", ["snip", "grasp", "taylor", "wanda", "snip-iterative", "force"])
+def test_inputs_may_have_names_or_be_several(method):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 6), nn.Linear(8, 6)
+            self.out = nn.Linear(6, 3)
+
+        def forward(self, first, second):
+            return self.out(torch.tanh(self.a(first) + self.b(second)))
+
+    draws = torch.Generator().manual_seed(3)
+    model, x, z = Two(), torch.randn(16, 8, generator=draws), torch.randn(16, 8, generator=draws)
+    found = [
+        prune(model, method, sparsity=0.6, data=[(inputs, torch.arange(16) % 3)])
+        for inputs in ((x, z), [x, z], {"second": z, "first": x}, UserDict({"first": x, "second": z}))
+    ]
+    assert all(mask == found[0] for mask in found)
+    assert 0 < int(found[0]["b.weight"].sum()) < 48
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm")  # torch advises the newer one

@@ -1,6 +1,6 @@
 """What a criterion may look at besides the model: a few batches, the loss, the input's shape, a source of lots."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from anymask.errors import DataError
 
@@ -20,18 +21,18 @@ class Batches:
 
     Args:
         generator: of the CPU; the only source of random numbers of a criterion.
-        pairs: a bounded number of (x, y) batches; x `(N, ...)` and y on the model's device. Empty for data-free methods.
-        loss: `loss(logits, y)` is a scalar, with the logits of `model(x)` as `logits_of` finds them.
+        pairs: a bounded number of (x, y) batches, on the model's device; x as `surgery.run` takes it. Empty for data-free methods.
+        loss: `loss(logits, y)` is a scalar, with the logits of the model's output as `logits_of` finds them.
         shape: of one input, without the batch dimension, such as `(C, H, W)`; None where no input is known.
     """
 
     generator: torch.Generator
-    pairs: Sequence[tuple[Tensor, Any]] = ()
+    pairs: Sequence[tuple[Any, Any]] = ()
     loss: Loss = F.cross_entropy
     shape: tuple[int, ...] | None = None
 
 
-def take(data: Iterable[Any], count: int, *, device: torch.device) -> list[tuple[Tensor, Any]]:
+def take(data: Iterable[Any], count: int, *, device: torch.device) -> list[tuple[Any, Any]]:
     """The first `count` (x, y) batches of `data`, or all if there are fewer; no more than these are read or held.
 
     Raises:
@@ -68,16 +69,18 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _pair(batch: Any, device: torch.device) -> tuple[Tensor, Any]:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[0], Tensor):
+def _pair(batch: Any, device: torch.device) -> tuple[Any, Any]:
+    pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+    x = dict(batch[0]) if pair and isinstance(batch[0], Mapping) else batch[0] if pair else None  # a tokenizer's is no dict
+    if not any(isinstance(part, Tensor) for part in tree_leaves(x)):
         parts = [type(part).__name__ for part in batch] if isinstance(batch, (tuple, list)) else []
         raise DataError(
             f"a batch came as {type(batch).__name__}" + (f" of {', '.join(parts)}" if parts else ""),
-            allowed="pairs (x, y) of a tensor x (N, ...) and its labels y",
+            allowed="pairs (x, y) of inputs x (a tensor (N, ...), a tuple of several or a mapping of named ones) and their labels y",
             fix="give a loader of labelled batches, or a data-free method such as synflow or magnitude",
         )
-    x, y = batch
-    return x.to(device), y.to(device) if isinstance(y, Tensor) else y
+    inputs: Any = tree_map_only(Tensor, lambda tensor: tensor.to(device), x)
+    return inputs, batch[1].to(device) if isinstance(batch[1], Tensor) else batch[1]
 
 
 def _empty() -> DataError:

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from anymask.errors import MaskError, TechniqueError
 from anymask.pruning.batches import Batches, device_of
 from anymask.pruning.select import wide
-from anymask.surgery import logits_of, twice_differentiable
+from anymask.surgery import logits_of, run, twice_differentiable
 
 Weights = Mapping[str, Tensor]
 Criterion = Callable[[nn.Module, Weights, Batches], dict[str, Tensor]]
@@ -94,7 +94,7 @@ def wanda(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Ten
             module.register_forward_pre_hook(note, with_kwargs=True)
     for x, _ in batches.pairs:
         with torch.no_grad():
-            model(x)
+            run(model, x)
         inputs = list(calls)
         for name, module, value in inputs:
             squares[name] += _squared_inputs(module, value)
@@ -128,7 +128,7 @@ def grasp(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Ten
     wanted = _wanted(model, weights)
 
     def gradients(x: Tensor, y: Tensor, *, graph: bool) -> tuple[Tensor, ...]:
-        return _gradients(batches.loss(logits_of(model(x)) / GRASP_TEMPERATURE, y), wanted, graph=graph)
+        return _gradients(batches.loss(logits_of(run(model, x)) / GRASP_TEMPERATURE, y), wanted, graph=graph)
 
     stopped = [torch.zeros_like(weight) for weight in wanted.values()]
     product = _zeros(weights)
@@ -214,7 +214,7 @@ def _batch_gradients(model: nn.Module, weights: Weights, batches: Batches) -> It
     model.train()
     wanted = _wanted(model, weights)
     for x, y in batches.pairs:
-        yield dict(zip(wanted, _gradients(batches.loss(logits_of(model(x)), y), wanted), strict=True))
+        yield dict(zip(wanted, _gradients(batches.loss(logits_of(run(model, x)), y), wanted), strict=True))
 
 
 def _wanted(model: nn.Module, weights: Weights) -> dict[str, Tensor]:

@@ -66,7 +66,8 @@ def prune(
         method: a name in `METHODS`, with another scope or pattern after a plus if wanted: "snip", "magnitude+erk", "wanda+2:4"; or
             a `Method` of your own.
         sparsity: share of zeros among the prunable weights, in [0, 1). May be left out where an N:M pattern decides it.
-        data: batches (x, y), x `(N, ...)`; snip, grasp, taylor and wanda score on the first few; synflow looks at the first one's shape.
+        data: batches (x, y), x `(N, ...)`, a tuple of positional inputs or a mapping of keyword ones; snip, grasp, taylor and wanda
+            score on the first few; synflow looks at the shape of the first one, which has to be a tensor.
         example: an input `(N, ...)`, of which synflow uses the shape; instead of `data`.
         loss: `loss(logits, y)`, a scalar, for snip, grasp and taylor; the logits are the model's output, or what
             `RunningRecipe.loss` takes of it where it is a mapping, ModelOutput or tuple.
