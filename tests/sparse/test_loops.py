@@ -1,0 +1,68 @@
+"""Sparse models in loops of the user's own: what a loop keeps, copies, or begins in the middle."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import anymask
+from anymask.errors import MaskError
+from anymask.kernels import available
+from anymask.prunables import compact
+from tests.sparse.test_converting import made, sgd, steps
+
+pytestmark = pytest.mark.skipif(not available(), reason="the native kernels were not built here (no C compiler)")
+
+
+@pytest.mark.parametrize("kind", ["rigl", "set"])
+def test_a_loop_may_keep_its_loss_while_the_mask_moves_and_layers_become_dense(kind):
+    """A graph that lives on keeps the node that adds up gradients, of the shape that the weight had."""
+    model, mask, x, y = made("resnet20")
+    optimizer = sgd(model)
+    anymask.to_sparse(model, mask, x, measure=False)
+    rewiring = anymask.rewire(anymask.hold(mask, model, optimizer), kind, total_steps=6, every="2it", end="100%")
+    for step in range(8):
+        if step == 6:
+            anymask.to_dense(model, optimizer=optimizer)
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(rewiring.history) == 2
+
+
+def test_a_recipe_may_come_and_go_while_layers_are_dense_for_a_move():
+    model, mask, x, y = made("resnet20")
+    optimizer = sgd(model)
+    anymask.to_sparse(model, mask, x, measure=False)
+    anymask.rewire(anymask.hold(mask, model, optimizer), "rigl", total_steps=9, every="1it", end="100%")
+    running = anymask.Recipe.preset("tost:label_smoothing").attach(model, optimizer, total_steps=3, example=x)
+    assert not compact(model)  # paused: the gradients of pruned weights are wanted in the next step
+    for _ in range(3):
+        running.loss(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        running.step()
+    running.finish()
+
+
+def test_a_copy_of_a_sparse_model_with_ghosts_is_the_plain_one():
+    model, mask, x, _ = made("resnet20")
+    optimizer = sgd(model)
+    anymask.to_sparse(model, mask, x, measure=False)
+    plain = copy.deepcopy(model).eval()(x)
+    anymask.hold(mask, model, optimizer)
+    anymask.Recipe.preset("best").attach(model, optimizer, total_steps=9, example=x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other.eval()(x), plain)
+
+
+def test_slots_that_were_not_converted_are_told():
+    model, mask, x, y = made("resnet20")
+    optimizer = sgd(model)
+    steps(model, optimizer, x, y, many=1)
+    anymask.to_sparse(model, mask, x, measure=False)
+    with pytest.raises(MaskError, match=r"keeps momentum_buffer of .* dense layer.*optimizer=optimizer"):
+        anymask.hold(mask, model, optimizer)
