@@ -20,7 +20,7 @@ lint: .venv/done
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Where PYTHONDONTWRITEBYTECODE is set, each of some 150 processes compiles the package anew, for half a second.
+# Where PYTHONDONTWRITEBYTECODE is set, each process that a test starts compiles the package anew, for half a second.
 test: export PYTHONDONTWRITEBYTECODE =
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal
