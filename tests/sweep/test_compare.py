@@ -257,13 +257,19 @@ def test_a_recipe_file_that_is_changed_meanwhile_gives_no_row_under_the_id_of_wh
     recipe.write_text('[[technique]]\nname = "label_smoothing"\neps = 0.1\n')
     grid = Grid(masks=("random-erk",), sparsity=(0.9,), recipes=("default", str(recipe)), seeds=1, dense=False)
 
+    begun = set()
+
     class Editor(Watcher):
+        def epoch(self, cell: Cell, epoch: int, figures: dict) -> None:
+            begun.add(cell.recipe)
+
         def finished(self, cell: Cell, row: dict) -> None:
             recipe.write_text(recipe.read_text().replace("0.1", "0.9"))
 
     with pytest.raises(SettingError, match="was changed after this began"):
         compare(grid, tmp_path / "out", experiment=experiment, protocol=PROTOCOL, watcher=Editor())
     assert [row["settings"]["recipe"] for row in Ledger(tmp_path / "out" / "ledger.jsonl").rows()] == ["default"]
+    assert begun == {"default"}  # nor was it trained in vain
 
 
 def test_what_another_process_is_at_comes_last_and_is_not_trained_again(experiment: Experiment, tmp_path: Path) -> None:
