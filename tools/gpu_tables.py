@@ -19,8 +19,8 @@ def gpu_short() -> str:
     found = overall(paired(rows))
     single = [o for o in found if not o.interval and o.mean is not None]
     said = [f"{o.settings['model']}, `{o.recipe}` {o.mean:+.2f} points over {o.cells} masks" for o in single]
-    more = f"\nOf one seed each: {'; '.join(said)}.\n" if said else ""
-    return f"The whole networks on all of CIFAR-100, on one {rows[0]['machine']['processor']}:\n\n{differences(rows)}{more}"
+    more = f"\nWith one seed each: {'; '.join(said)}.\n" if said else ""
+    return f"Full-width networks on all of CIFAR-100, on one {rows[0]['machine']['processor']}:\n\n{differences(rows)}{more}"
 
 
 WAYS = {

@@ -143,10 +143,12 @@ def refitting_short() -> str:
         sparsity: [fmean(r[name] for r in first if r["sparsity"] == sparsity) for name in ("pruned", "refitted")]
         for sparsity in sorted({r["sparsity"] for r in first})
     }
-    each = ", ".join(f"{refitted:.1f}% at {sparsity:.0%} sparsity ({pruned:.1f}% before)" for sparsity, (pruned, refitted) in means.items())
+    said = "{:.1f}% at {:.0%} sparsity ({:.1f}% before it)"
+    each = ", ".join(said.format(refitted, sparsity, pruned) for sparsity, (pruned, refitted) in means.items())
     seeds = len({r["seed"] for r in first})
     dense = fmean(r["dense"] for r in first)
-    return f"{found[0]['model']} on a fifth of CIFAR-100, pruned by {found[0]['mask']}, {seeds} seeds: {dense:.1f}% dense; {each}.\n"
+    where = f"{found[0]['model']} on a fifth of CIFAR-100, pruned by {found[0]['mask']}, {seeds} seeds"
+    return f"Test accuracy, {where}: {dense:.1f}% dense; after refitting {each}.\n"
 
 
 def _spread(values: list[float]) -> str:
@@ -184,6 +186,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "moving-tost": lambda: method_tables.moving(rows("methods"), recipe="tost", against="tost"),
     "moving-both": lambda: method_tables.moving(rows("methods"), recipe="tost", against="default"),
     "demo-table": lambda: table(rows("demo")) + "\n" + seconds("demo") + fits(),
+    "demo-best": lambda: recipe_tables.differences(rows("demo-best")),
     "times": times,
     "masks-table": lambda: table(rows("evidence", keep=main_recipes)),
     "techniques-grid": lambda: grid(rows("evidence", keep=in_the_grid)),

@@ -288,7 +288,7 @@ def short() -> str:
     for what, row in rows:
         mask, cases = next(iter(_by_mask(row).items()))
         lines.append([what, _ms(_best(row)), *(_times(cases[s]["speedup"]) if s in cases else "-" for s in sparsities)])
-    said = f"\nMasks: {mask}. {_files_short(results('inference'))}".rstrip() + "\n"
+    said = f"\nMasks: {mask}; those by ERK gain less (docs/speed.md). {_files_short(results('inference'))}".rstrip() + "\n"
     return _table(["", "fastest dense, ms", *(f"{s:.0%} zeros" for s in sparsities)], lines) + said
 
 
