@@ -1,5 +1,6 @@
 """What every trainer's callback does: hold, attach, count steps, stay out of checkpoints, resume, leave."""
 
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,6 +21,7 @@ from anymask.formats import load_mask
 from anymask.holding import held, hold
 from anymask.mask import Mask
 from anymask.prunables import prunable
+from anymask.pruning.rewiring import packed, unpacked
 from anymask.recipe import Recipe
 from anymask.techniques import Loss
 
@@ -102,7 +104,7 @@ class Session:
         self._keys = set(network.state_dict())
         self._own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._plain, self._watched = ExitStack(), ExitStack()
-        mask = wanted.mask_for(network) if state is None or state["mask"] is None else unpacked(state["mask"])
+        mask = wanted.mask_for(network) if state is None or state["mask"] is None else _mask_of(state["mask"])
         self._hold = None
         if mask is not None and held(optimizer) is None:
             self._hold = hold(mask, network, optimizer)
@@ -236,15 +238,11 @@ class Session:
         return {**state, "state": slots, "param_groups": groups}
 
 
-def packed(mask: Mask) -> dict[str, Any]:
-    """A mask as tensors of one bit a weight, for a trainer's checkpoint."""
-    return {name: (tuple(t.shape), torch.from_numpy(np.packbits(t.numpy().reshape(-1)))) for name, t in mask.items()}
-
-
-def unpacked(saved: Mapping[str, Any]) -> Mask:
-    """The mask of `packed`."""
-    flat = {name: (shape, np.unpackbits(bits.cpu().numpy(), count=int(np.prod(shape)))) for name, (shape, bits) in saved.items()}
-    return Mask({name: torch.from_numpy(bits).reshape(tuple(shape)) for name, (shape, bits) in flat.items()})
+def _mask_of(saved: Mapping[str, Any]) -> Mask:
+    if "info" not in saved:  # of before masks kept their info: (shape, bits) for each name
+        flat = {name: np.unpackbits(bits.cpu().numpy(), count=math.prod(shape)) for name, (shape, bits) in saved.items()}
+        return Mask({name: torch.from_numpy(flat[name]).reshape(tuple(saved[name][0])) for name in saved})
+    return unpacked(saved)
 
 
 # -- looking at data without being seen ----------------------------------------------------------------------------------

@@ -1,0 +1,30 @@
+"""What the callbacks of all trainers share, without a trainer."""
+
+import numpy as np
+import torch
+from torch import nn
+
+import anymask
+from anymask.holding import held
+from anymask.integrations.shared import Session, Wanted
+
+
+def begun(mask: anymask.Mask | None, state=None) -> Session:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    return Session(Wanted(mask), network, optimizer, total_steps=10, steps_per_epoch=None, batches=[], state=state)
+
+
+def test_a_resumed_mask_still_knows_where_it_comes_from():
+    mask = anymask.prune(begun(None).network, "magnitude+2:4")
+    session = begun(None, begun(mask).state_dict())
+    assert held(session.optimizer).mask == mask
+    assert held(session.optimizer).mask.info == mask.info
+
+
+def test_a_state_from_before_masks_kept_their_info_is_read():
+    mask = anymask.prune(begun(None).network, "magnitude", sparsity=0.5)
+    bits = {name: (tuple(kept.shape), torch.from_numpy(np.packbits(kept.numpy().reshape(-1)))) for name, kept in mask.items()}
+    session = begun(None, begun(mask).state_dict() | {"mask": bits})
+    assert held(session.optimizer).mask == mask
