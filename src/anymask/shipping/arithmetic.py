@@ -100,7 +100,7 @@ def _clamp(op: Clamp, given: list[Array], own: dict[str, Array], out: Array) -> 
         np.copyto(out, x)
 
 
-def _padded(x: Array, padding: Pair, size: tuple[int, int], value: float) -> Array:
+def padded(x: Array, padding: Pair, size: tuple[int, int], value: float) -> Array:
     """`x` with `value` around it, at least of `size`; itself where that is no more."""
     _, h, w, _ = x.shape
     (ph, pw), high, wide = padding, max(size[0], padding[0] + h), max(size[1], padding[1] + w)
@@ -118,13 +118,14 @@ def taps(x: Array, out: Array, *, kernel: Pair, stride: Pair, dilation: Pair) ->
     return [x[:, i : i + sh * (oh - 1) + 1 : sh, j : j + sw * (ow - 1) + 1 : sw] for i, j in corners]
 
 
-def _needed(out: Array, kernel: Pair, stride: Pair, dilation: Pair) -> tuple[int, int]:
+def needed(out: Array, kernel: Pair, stride: Pair, dilation: Pair) -> tuple[int, int]:
+    """The height and width of the input that windows for `out` (C, OH, OW, N) reach over."""
     high, wide = ((n - 1) * s + d * (k - 1) + 1 for n, s, d, k in zip(out.shape[1:3], stride, dilation, kernel, strict=True))
     return high, wide
 
 
 def _max_pool(op: MaxPool, given: list[Array], own: dict[str, Array], out: Array) -> None:
-    x = _padded(given[0], op.padding, _needed(out, op.kernel, op.stride, op.dilation), -np.inf)
+    x = padded(given[0], op.padding, needed(out, op.kernel, op.stride, op.dilation), -np.inf)
     first, *rest = taps(x, out, kernel=op.kernel, stride=op.stride, dilation=op.dilation)
     np.copyto(out, first)
     for tap in rest:
@@ -132,7 +133,7 @@ def _max_pool(op: MaxPool, given: list[Array], own: dict[str, Array], out: Array
 
 
 def _avg_pool(op: AvgPool, given: list[Array], own: dict[str, Array], out: Array) -> None:
-    x = _padded(given[0], op.padding, _needed(out, op.kernel, op.stride, (1, 1)), 0.0)
+    x = padded(given[0], op.padding, needed(out, op.kernel, op.stride, (1, 1)), 0.0)
     first, *rest = taps(x, out, kernel=op.kernel, stride=op.stride, dilation=(1, 1))
     np.copyto(out, first)
     for tap in rest:

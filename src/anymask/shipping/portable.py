@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from anymask.shipping.arithmetic import needed, padded, taps
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -60,38 +62,16 @@ class Gather:
         """
         from scipy.sparse import csr_array  # here: who has the native kernels does not need it
 
-        channels, _, _, images = x.shape
-        size = self._size(x)
-        total = np.zeros((self.weight_shape[0], size[0] * size[1] * images), np.float32)
-        for place, chosen, columns, begins in self._taps:
-            weight = csr_array((values[chosen], columns, begins), shape=(self.weight_shape[0], channels))
-            total += weight @ self._under(x, place, size).reshape(channels, -1)
-        return _finish(total.reshape(-1, *size, images), bias=bias, add=add, relu=relu, out=out)
-
-    def _size(self, x: Array) -> tuple[int, int]:
-        sides = zip(x.shape[1:3], self.padding, self.dilation, self.weight_shape[2:], self.stride, strict=True)
+        kernel = self.weight_shape[2:]
+        sides = zip(x.shape[1:3], self.padding, self.dilation, kernel, self.stride, strict=True)
         high, wide = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in sides)
-        return high, wide
-
-    def _under(self, x: Array, place: tuple[int, int], size: tuple[int, int]) -> Array:
-        """What lies under one place of the kernel, (C, OH, OW, N)."""
-        spans = [self._span(x.shape[1 + axis], axis, place[axis], size[axis]) for axis in (0, 1)]
-        (to_y, from_y), (to_x, from_x) = spans
-        if (from_y, from_x) == (slice(0, x.shape[1], 1), slice(0, x.shape[2], 1)) and x.shape[1:3] == size:
-            return x
-        under = np.zeros((x.shape[0], *size, x.shape[3]), np.float32)
-        under[:, to_y, to_x] = x[:, from_y, from_x]
-        return under
-
-    def _span(self, length: int, axis: int, place: int, windows: int) -> tuple[slice, slice]:
-        """The outputs whose input is no padding, and those inputs, along one side."""
-        shift, stride = place * self.dilation[axis] - self.padding[axis], self.stride[axis]
-        first = max(0, -(shift // stride))
-        last = min(windows, (length - 1 - shift) // stride + 1)
-        if last <= first:
-            return slice(0, 0), slice(0, 0)
-        begin = first * stride + shift
-        return slice(first, last), slice(begin, begin + (last - first - 1) * stride + 1, stride)
+        total = np.zeros((self.weight_shape[0], high, wide, x.shape[3]), np.float32)
+        x = padded(x, self.padding, needed(total, kernel, self.stride, self.dilation), 0.0)
+        under, flat = taps(x, total, kernel=kernel, stride=self.stride, dilation=self.dilation), total.reshape(len(total), -1)
+        for (i, j), chosen, columns, begins in self._taps:
+            weight = csr_array((values[chosen], columns, begins), shape=(len(total), len(x)))
+            flat += weight @ under[i * kernel[1] + j].reshape(len(x), -1)
+        return _finish(total, bias=bias, add=add, relu=relu, out=out)
 
 
 def _finish(total: Array, *, bias: Array | None, add: Array | None, relu: bool, out: Array | None) -> Array:
