@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ _LINE = 64  # bytes of a cache line, where each buffer begins
 _PARTED = 1 << 17  # numbers of an activation that are worth several threads
 _FEW = 8  # images: for fewer one thread is tried, too
 _SIZES = 8  # batch sizes for which all is kept ready
+_VIEWS = (Reshape, Slice)  # what they make lies where their input does, and nothing is called
 
 
 def load(path: str | os.PathLike[str], *, threads: int | None = None) -> "Program":
@@ -49,14 +49,6 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> "Progra
     return Program(file.read(path), threads=threads)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a value lies: in which buffer, or as a view of another value."""
-
-    buffer: int
-    view: bool
-
-
 class _Bound(NamedTuple):
     """What a batch size needs: where images (N, ...) go, where outputs (N, ...) are, and what is called in between."""
 
@@ -78,7 +70,9 @@ class Program:
         self._free = threads is None
         self._chosen: dict[int, int] = {}  # for a few images: the number of threads that was faster
         self._shapes = plan.shapes()
-        self._binds = [_bind_of(step, arrays) for step, arrays in zip(plan.steps, plan.arrays, strict=True)]
+        self._binds = [
+            None if isinstance(step.op, _VIEWS) else _bind_of(step, arrays) for step, arrays in zip(plan.steps, plan.arrays, strict=True)
+        ]
         self._places, self._sizes = _places(plan, self._shapes)
         self._buffers: list[Array] = [np.empty(0, np.float32)] * len(self._sizes)
         self._bound: dict[tuple[int, int | None], _Bound] = {}
@@ -155,7 +149,7 @@ class Program:
         values, calls = [self._array(0, images)], list[Call]()
         for number, (step, bind) in enumerate(zip(self.plan.steps, self._binds, strict=True), 1):
             given = [values[value] for value in step.inputs]
-            if self._places[number].view:
+            if bind is None:
                 values.append(_view(step, given[0], self._shapes[number]))
             else:
                 values.append(self._array(number, images))
@@ -165,7 +159,7 @@ class Program:
     def _array(self, value: int, images: int) -> Array:
         """The array of a value, (*shape, N), in its buffer."""
         shape = (*self._shapes[value], images)
-        return self._buffers[self._places[value].buffer][: math.prod(shape)].reshape(shape)
+        return self._buffers[self._places[value]][: math.prod(shape)].reshape(shape)
 
 
 def _fastest(ready: "list[_Bound]") -> int:
@@ -226,7 +220,7 @@ def _bind_of(step: Step, arrays: Arrays) -> Bind:
     op, own = step.op, dict(arrays)
     if isinstance(op, Layer):
         return _layer(op, own)
-    function: Any = RUN.get(type(op))  # none of views, which are not called
+    function: Any = RUN[type(op)]
     native = _native()
 
     def bind(given: list[Array], out: Array, threads: int) -> Call:
@@ -308,16 +302,16 @@ def _native() -> Any:
 
 
 # -- where values lie ----------------------------------------------------------------------------------------------
-def _places(plan: Plan, shapes: list[Shape]) -> tuple[list[_Place], list[int]]:
-    """A place for each value, and the size of each buffer in numbers per sample: buffers are used again when nobody reads them."""
+def _places(plan: Plan, shapes: list[Shape]) -> tuple[list[int], list[int]]:
+    """The buffer of each value, and the size of each buffer in numbers per sample: buffers are used again when nobody reads them."""
     roots, last = _lives(plan)
-    places, sizes, free = [_Place(0, view=False)], [math.prod(shapes[0])], list[int]()
+    places, sizes, free = [0], [math.prod(shapes[0])], list[int]()
     for number, step in enumerate(plan.steps, 1):
         needed = math.prod(shapes[number])
         if roots[number] != number:
-            places.append(_Place(places[roots[number]].buffer, view=True))
+            places.append(places[roots[number]])
         elif _over_its_input(step, number, roots=roots, last=last, shapes=shapes):
-            places.append(_Place(places[step.inputs[0]].buffer, view=False))
+            places.append(places[step.inputs[0]])
             last[roots[step.inputs[0]]] = -1  # its buffer goes on with this value
         else:
             best = min(free, key=lambda buffer: (sizes[buffer] < needed, abs(sizes[buffer] - needed)), default=None)
@@ -327,8 +321,8 @@ def _places(plan: Plan, shapes: list[Shape]) -> tuple[list[_Place], list[int]]:
             else:
                 free.remove(best)
             sizes[best] = max(sizes[best], needed)
-            places.append(_Place(best, view=False))
-        free += [places[root].buffer for root in sorted(set(roots[: number + 1])) if last[root] == number]
+            places.append(best)
+        free += [places[root] for root in sorted(set(roots[: number + 1])) if last[root] == number]
     return places, sizes
 
 
@@ -336,7 +330,7 @@ def _lives(plan: Plan) -> tuple[list[int], list[int]]:
     """For each value the one whose memory it is a view of, and the step after which nobody reads that memory."""
     roots, last = [0], [0] * (len(plan.steps) + 1)
     for number, step in enumerate(plan.steps, 1):
-        roots.append(roots[step.inputs[0]] if isinstance(step.op, (Reshape, Slice)) else number)
+        roots.append(roots[step.inputs[0]] if isinstance(step.op, _VIEWS) else number)
         for value in (*step.inputs, number):
             last[roots[value]] = number
     last[roots[-1]] = len(plan.steps) + 1
