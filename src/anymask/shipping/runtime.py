@@ -241,13 +241,14 @@ def _bind_of(step: Step, arrays: Arrays) -> Bind:
 
 
 class _Team:
-    """OpenMP's threads do not survive a fork (a preforking server, multiprocessing): the child would wait for them for ever."""
+    """Threads do not survive a fork (a preforking server, multiprocessing): the child would wait for OpenMP's for ever."""
 
     used = lost = False
 
     @classmethod
     def forked(cls) -> None:
         cls.lost = cls.used
+        _pool.cache_clear()  # of threads that the child does not have
 
 
 if hasattr(os, "register_at_fork"):
@@ -257,8 +258,6 @@ if hasattr(os, "register_at_fork"):
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Threads for what NumPy computes; it lets others run meanwhile."""
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_pool.cache_clear)  # which does not have these threads
     return ThreadPoolExecutor(threads, thread_name_prefix="anymask")
 
 
