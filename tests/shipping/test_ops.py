@@ -109,6 +109,8 @@ OPS = {
     "channel-pad": nn.ZeroPad3d((0, 0, 0, 0, 1, 2)),
     "constant-pad": Call(lambda x: F.pad(x, (1, 1), value=0.5)),
     "cat": Call(lambda x: torch.cat([x, torch.relu(x)], 1)),
+    "slice-from-the-end": Call(lambda x: x[:, -3:-1]),
+    "slice-from-before": Call(lambda x: x[:, -100:3]),
     "shuffle": Shuffle(),
     "gate": Gate(),
     "norm": nn.BatchNorm2d(4),

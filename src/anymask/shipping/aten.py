@@ -249,7 +249,7 @@ def _slice(trace: Trace, given: Given) -> Value:
     if dim != 1 or given["step"] != 1:
         raise Wrong("a part along another dimension than the channels")
     start = given["start"] or 0
-    start += shape[0] if start < 0 else 0
+    start = max(0, start + shape[0]) if start < 0 else start  # before the beginning is the beginning
     return trace.add(Slice(start, start + given.shape()[0]), value)
 
 

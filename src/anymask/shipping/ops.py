@@ -262,7 +262,7 @@ class Slice(Op):
 
     def shape(self, *given: Shape) -> Shape:
         """So many channels."""
-        _need(bool(given[0]) and self.start < self.stop <= given[0][0], f"channels {self.start} to {self.stop} of {given[0]}")
+        _need(bool(given[0]) and 0 <= self.start < self.stop <= given[0][0], f"channels {self.start} to {self.stop} of {given[0]}")
         return (self.stop - self.start, *given[0][1:])
 
 
