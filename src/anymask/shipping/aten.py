@@ -156,7 +156,7 @@ def _per_channel(number: Any, shape: Shape) -> Array:
 # -- windows -------------------------------------------------------------------------------------------------------
 def _windows(given: Given) -> dict[str, Any]:
     kernel = given.pair("kernel_size")
-    return {"kernel": kernel, "stride": given.pair("stride", default=kernel) if given["stride"] else kernel,
+    return {"kernel": kernel, "stride": given.pair("stride") if given["stride"] else kernel,
             "padding": given.pair("padding"), "ceil": bool(given["ceil_mode"])}  # fmt: skip
 
 

@@ -51,7 +51,6 @@ class Trace:
 class Given:
     """The arguments of one call, by the names that PyTorch gives them: values, constant tensors, and plain numbers."""
 
-    name: str
     arguments: Mapping[str, Any]
     node: fx.Node
 
@@ -76,15 +75,13 @@ class Given:
             raise Wrong(f"{name} depends on the input")
         return None if found is None else np.ascontiguousarray(found.float().numpy())
 
-    def pair(self, name: str, *, default: Any = 0) -> tuple[int, int]:
-        """Two whole numbers, that are given as one, two or none."""
+    def pair(self, name: str) -> tuple[int, int]:
+        """Two whole numbers, that are given as one or two."""
         found = self.arguments[name]
-        numbers = [found] if isinstance(found, int) else list(found) or [default]
-        if not all(type(number) is int for number in (*numbers, *np.atleast_1d(default).tolist())):
+        numbers = [found] if isinstance(found, int) else list(found)
+        if not all(type(number) is int for number in numbers):
             raise Wrong(f"{name} depends on the batch")
-        if len(numbers) == 1 and isinstance(numbers[0], int):
-            numbers *= 2
-        return numbers[0], numbers[1]
+        return numbers[0], numbers[-1]
 
     def shape(self) -> Shape:
         """The shape of one sample of what it gives."""

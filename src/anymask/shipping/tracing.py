@@ -157,7 +157,7 @@ def _called(node: fx.Node, trace: Trace, found: Mapping[fx.Node, Any]) -> Any:
             raise Wrong("")
         if name not in RESHAPES and any(found[taken] is None for taken in node.all_input_nodes):
             raise Wrong("it depends on the size of the batch")
-        made = HANDLERS[name](trace, Given(name, held, node))
+        made = HANDLERS[name](trace, Given(held, node))
         _check(made, node, trace)
     except Wrong as error:
         raise refused(trace.model, name, node, why=str(error)) from None
