@@ -31,9 +31,7 @@ _NAMES = {op: name for name, op in OPS.items()}
 def packed(plan: Plan) -> bytes:
     """The file of `plan`; see `unpacked`."""
     layers = [arrays for step, arrays in zip(plan.steps, plan.arrays, strict=True) if isinstance(step.op, Layer)]
-    others = [
-        arrays[name] for step, arrays in zip(plan.steps, plan.arrays, strict=True) for name in sizes(step, plan.values) if name != "scales"
-    ]
+    others = [arrays[name] for step, arrays in zip(plan.steps, plan.arrays, strict=True) for name in sizes(step)]
     values = _joined([arrays["values"] for arrays in layers], np.float32 if plan.values == "bfloat16" else STORED[plan.values])
     tensors = {
         "positions": gaps.compressed(_joined([gaps.code(arrays["positions"]) for arrays in layers], np.uint8)),
@@ -175,10 +173,10 @@ def _value(kind: Any, value: Any, what: str) -> Any:
 def _arrays(plan: Plan, tensors: Mapping[str, Array]) -> tuple[Arrays, ...]:
     """What each step needs, cut out of the tensors of the file, once each is known to be in its bounds."""
     layers = [step.op for step in plan.steps if isinstance(step.op, Layer)]
-    lengths = [sizes(step, plan.values) for step in plan.steps]
+    lengths = [length for step in plan.steps for length in sizes(step).values()]
     counted = {
         "values": (plan.kept, STORED[plan.values]),
-        "constants": (sum(n for found in lengths for name, n in found.items() if name != "scales"), STORED[constants(plan.values)]),
+        "constants": (sum(lengths), STORED[constants(plan.values)]),
     }
     if plan.values == "int8":
         counted["scales"] = (sum(op.outputs for op in layers), np.float32)
@@ -190,15 +188,15 @@ def _arrays(plan: Plan, tensors: Mapping[str, Array]) -> tuple[Arrays, ...]:
     for name in counted:
         if not np.isfinite(tensors[name]).all():
             raise Wrong(f"{name} that are not finite")
-    where = iter(_positions(tensors["positions"], layers, total=plan.total))
-    cut = {name: iter(_cut(tensors[name], [n for found in lengths for key, n in found.items() if (key == "scales") == (name == "scales")]))
-           for name in counted if name != "values"}  # fmt: skip
-    values = iter(_cut(tensors["values"], [op.kept for op in layers]))
-    found: list[Arrays] = []
-    for step, named in zip(plan.steps, lengths, strict=True):
-        own = {key: next(cut["scales" if key == "scales" else "constants"]) for key in named}
-        found.append(own | {"positions": next(where), "values": next(values)} if isinstance(step.op, Layer) else own)
-    return tuple(found)
+    cut = {
+        "positions": _positions(tensors["positions"], layers, total=plan.total),
+        "values": _cut(tensors["values"], [op.kept for op in layers]),
+    }
+    if plan.values == "int8":
+        cut["scales"] = _cut(tensors["scales"], [op.outputs for op in layers])
+    of_layers = (dict(zip(cut, parts, strict=True)) for parts in zip(*cut.values(), strict=True))
+    others = iter(_cut(tensors["constants"], lengths))
+    return tuple({name: next(others) for name in sizes(s)} | (next(of_layers) if isinstance(s.op, Layer) else {}) for s in plan.steps)
 
 
 def _check(name: str, tensor: Array, count: int, dtype: Any) -> None:

@@ -153,9 +153,9 @@ def whole(halved: Array) -> Array:
     return (halved.astype(np.uint32) << 16).view(np.float32)
 
 
-def sizes(step: Step, values: str) -> dict[str, int]:
-    """The constants that a step needs beside positions and values, in the order in which they are written, with their lengths."""
+def sizes(step: Step) -> dict[str, int]:
+    """The constants that a step needs beside positions, values and scales, in the order in which they are written, with their lengths."""
     op = step.op
     if isinstance(op, Layer):
-        return ({"bias": op.outputs} if op.bias else {}) | ({"scales": op.outputs} if values == "int8" else {})
+        return {"bias": op.outputs} if op.bias else {}
     return {"scale": op.channels, "shift": op.channels} if isinstance(op, Scale) else {}
