@@ -17,7 +17,7 @@ from safetensors import numpy as safetensors
 
 from anymask.errors import AnymaskError, FileFormatError, IsFolder, MissingFile
 from anymask.shipping import gaps
-from anymask.shipping.ops import OPS, VALUES, Layer, Op, Shape, Step, Wrong
+from anymask.shipping.ops import OPS, Layer, Op, Shape, Step, Wrong
 from anymask.shipping.plan import STORED, Array, Arrays, Plan, constants, halves, sizes, whole
 
 FORMAT = "anymask-program-1"
@@ -136,7 +136,7 @@ def refusing(path: Path) -> Iterator[None]:
 
 def _plan(header: dict[str, Any], tensors: Mapping[str, Array]) -> Plan:
     values, given = header["values"], _value(Shape, header["input"], "input")
-    if values not in VALUES or not given or not isinstance(header["info"], dict):
+    if values not in STORED or not given or not isinstance(header["info"], dict):
         raise Wrong(f"values stored as {values!r}, for an input {given}")
     steps = tuple(_step(*entry) for entry in header["steps"])
     plan = Plan(given, steps, ({},) * len(steps), values, header["info"])

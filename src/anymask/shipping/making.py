@@ -19,8 +19,7 @@ from anymask.prunables import effective
 from anymask.runlog import atomic
 from anymask.shipping import file, onnxfile
 from anymask.shipping.fusing import fused
-from anymask.shipping.ops import VALUES
-from anymask.shipping.plan import stored
+from anymask.shipping.plan import STORED, stored
 from anymask.shipping.runtime import Program
 from anymask.shipping.tracing import plain, reason, traced
 
@@ -89,8 +88,8 @@ def ship(
     write = _WRITERS.get(path.suffix)
     if write is None:
         raise SettingError(f"{path} came as the file to write", allowed=f"a name that ends in {', '.join(_WRITERS)}", fix="name it so")
-    if values not in (None, *VALUES) or (path.suffix != ".anymask" and values not in (None, "float32")):
-        allowed = ", ".join(VALUES) if path.suffix == ".anymask" else f"float32 in {path.suffix}"
+    if values not in (None, *STORED) or (path.suffix != ".anymask" and values not in (None, "float32")):
+        allowed = ", ".join(STORED) if path.suffix == ".anymask" else f"float32 in {path.suffix}"
         raise SettingError(f"values came as {values!r}", allowed=allowed, fix="choose one of these, or leave it out")
     _check_example(example)
     try:

@@ -11,7 +11,6 @@ from typing import ClassVar
 Shape = tuple[int, ...]
 Pair = tuple[int, int]
 KINDS = ("relu", "sigmoid", "tanh", "silu", "hardswish", "hardsigmoid", "gelu", "gelu-tanh")
-VALUES = ("float32", "bfloat16", "float16", "int8")
 
 
 class Wrong(ValueError):
