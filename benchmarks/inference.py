@@ -20,7 +20,7 @@ from turns import Record, arguments, figure, in_turns, say, summary
 
 from anymask import load, models, prune, ship
 from anymask.errors import AnymaskError
-from anymask.shipping import rebuilt, timing
+from anymask.shipping import Rebuilt, timing
 
 GROUPS = {name: names for name, names in timing.GROUPS.items() if name != "ONNX Runtime int8"}
 SIZES = "file sizes"
@@ -119,7 +119,7 @@ def measure(network: Network, batch: int, plan: Plan) -> dict[str, Any]:
 
 def _difference(program: Any, images: Any) -> float:
     with torch.inference_mode():
-        return figure(float(np.abs(program(images) - rebuilt(program.plan)(torch.from_numpy(images)).numpy()).max()))
+        return figure(float(np.abs(program(images) - Rebuilt(program.plan)(torch.from_numpy(images)).numpy()).max()))
 
 
 def _least(ratio: dict[str, float], names: tuple[str, ...]) -> float | None:

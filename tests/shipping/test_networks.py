@@ -17,7 +17,7 @@ from torch.nn.utils import prune
 import anymask
 from anymask import Mask, Recipe, data, models
 from anymask.errors import AnymaskError, MaskError, SettingError
-from anymask.shipping import Program, load, making, rebuilt, runtime, ship
+from anymask.shipping import Program, Rebuilt, load, making, runtime, ship
 from anymask.shipping.tracing import plain
 from anymask.sparse import to_sparse
 from anymask.techniques import GhostActivation, GhostSkip
@@ -53,7 +53,7 @@ def test_a_network_gives_the_same_as_in_pytorch(name, batch, shipped):
     program = load(done.path, threads=1)
     assert close(program(batch.numpy()), model(batch), within=1e-4)
     assert close(program(batch[:1].numpy()), model(batch[:1]), within=1e-4)
-    assert close(rebuilt(program.plan)(batch).detach().numpy(), model(batch), within=1e-4)
+    assert close(Rebuilt(program.plan)(batch).detach().numpy(), model(batch), within=1e-4)
     assert done.kept == program.plan.kept
     assert not [step for step in said(program.plan) if step in ("Scale", "Add")]  # all taken up by convolutions
 

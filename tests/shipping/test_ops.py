@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from anymask.errors import SettingError
-from anymask.shipping import Program, rebuilt
+from anymask.shipping import Program, Rebuilt
 from anymask.shipping.portable import Gather
 from anymask.shipping.runtime import gather_class
 from tests.shipping.nets import both, close, plan_of, said, trained_like
@@ -154,7 +154,7 @@ def check(model, shape):
         batch = torch.randn(images, *shape)
         wanted = model(batch)
         assert close(program(batch.numpy()), wanted)
-        assert close(rebuilt(plan)(batch).detach().numpy(), wanted)
+        assert close(Rebuilt(plan)(batch).detach().numpy(), wanted)
     assert program(np.zeros((0, *shape))).shape == (0, *program.output)
 
 

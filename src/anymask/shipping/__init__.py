@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from anymask.shipping.making import Shipped, ship
-    from anymask.shipping.rebuild import rebuilt
+    from anymask.shipping.rebuild import Rebuilt
     from anymask.shipping.runtime import Program, load
 
-_HOME = {"Program": "runtime", "Shipped": "making", "load": "runtime", "rebuilt": "rebuild", "ship": "making"}
-__all__ = ["Program", "Shipped", "load", "rebuilt", "ship"]
+_HOME = {"Program": "runtime", "Shipped": "making", "load": "runtime", "Rebuilt": "rebuild", "ship": "making"}
+__all__ = ["Program", "Rebuilt", "Shipped", "load", "ship"]
 
 
 def __getattr__(name: str) -> Any:

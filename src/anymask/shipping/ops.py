@@ -327,25 +327,3 @@ def pooled(size: int, kernel: int, stride: int, padding: int, dilation: int, *, 
     """
     out = (size + 2 * padding - dilation * (kernel - 1) - 1 + (stride - 1 if ceil else 0)) // stride + 1
     return out - 1 if ceil and (out - 1) * stride >= size + padding else out
-
-
-def shapes(given: Shape, steps: tuple[Step, ...]) -> list[Shape]:
-    """The shapes of all values: of the input `given`, then of what each step makes.
-
-    Raises:
-        Wrong: naming the step that cannot take what it is given.
-
-    Example:
-        >>> shapes((3, 8, 8), (Step(AdaptivePool(), (0,)), Step(Reshape((3,)), (1,))))
-        [(3, 8, 8), (3, 1, 1), (3,)]
-    """
-    found = [given]
-    for number, step in enumerate(steps):
-        takes = step.op.inputs_taken
-        _need(len(step.inputs) == takes or (takes < 0 < len(step.inputs)), f"step {number}: {len(step.inputs)} inputs")
-        _need(all(0 <= value <= number for value in step.inputs), f"step {number}: an input that is not made before it")
-        try:
-            found.append(step.op.shape(*(found[value] for value in step.inputs)))
-        except Wrong as error:
-            raise Wrong(f"step {number}, {type(step.op).__name__}: {error}") from None
-    return found

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from anymask.errors import SettingError
-from anymask.shipping.ops import Layer, Scale, Shape, Step, shapes
+from anymask.shipping.ops import Layer, Scale, Shape, Step, Wrong
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Arrays = Mapping[str, Array]
@@ -36,8 +36,28 @@ class Plan:
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def shapes(self) -> list[Shape]:
-        """The shape of each value, per sample; the last one is the output's."""
-        return shapes(self.input, self.steps)
+        """The shape of each value, per sample: of the input, then of what each step makes; the last one is the output's.
+
+        Raises:
+            Wrong: naming the step that cannot take what it is given.
+
+        Example:
+            >>> from anymask.shipping.ops import AdaptivePool, Reshape
+            >>> Plan((3, 8, 8), (Step(AdaptivePool(), (0,)), Step(Reshape((3,)), (1,))), ({}, {})).shapes()
+            [(3, 8, 8), (3, 1, 1), (3,)]
+        """
+        found = [self.input]
+        for number, step in enumerate(self.steps):
+            takes = step.op.inputs_taken
+            if len(step.inputs) != takes and not takes < 0 < len(step.inputs):
+                raise Wrong(f"step {number}: {len(step.inputs)} inputs")
+            if not all(0 <= value <= number for value in step.inputs):
+                raise Wrong(f"step {number}: an input that is not made before it")
+            try:
+                found.append(step.op.shape(*(found[value] for value in step.inputs)))
+            except Wrong as error:
+                raise Wrong(f"step {number}, {type(step.op).__name__}: {error}") from None
+        return found
 
     @property
     def kept(self) -> int:

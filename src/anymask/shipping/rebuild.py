@@ -31,7 +31,16 @@ from anymask.shipping.plan import Arrays, Plan, weights
 
 
 class Rebuilt(nn.Module):
-    """The steps of a plan, with its layers as `nn.Conv2d` and `nn.Linear` named step0, step1 ..., in eval mode."""
+    """The steps of a plan, with its layers as `nn.Conv2d` and `nn.Linear` in float32, named step0, step1 ..., in eval mode.
+
+    It gives the same numbers as the plan's Program, up to rounding.
+
+    Example:
+        >>> from anymask.shipping.ops import Linear
+        >>> arrays = {"positions": np.array([1]), "values": np.array([2.0], np.float32)}
+        >>> Rebuilt(Plan((2,), (Step(Linear(1, 2, kept=1), (0,)),), (arrays,)))(torch.ones(1, 2))
+        tensor([[2.]], grad_fn=<MmBackward0>)
+    """
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
@@ -61,18 +70,6 @@ class Rebuilt(nn.Module):
         out = self.get_submodule(f"step{number}")(given[0])
         out = out + given[1] if op.add else out
         return F.relu(out) if op.relu else out
-
-
-def rebuilt(plan: Plan) -> Rebuilt:
-    """`plan` as a module of dense layers in float32: the same numbers as its Program gives, up to rounding.
-
-    Example:
-        >>> from anymask.shipping.ops import Linear
-        >>> arrays = {"positions": np.array([1]), "values": np.array([2.0], np.float32)}
-        >>> rebuilt(Plan((2,), (Step(Linear(1, 2, kept=1), (0,)),), (arrays,)))(torch.ones(1, 2))
-        tensor([[2.]], grad_fn=<MmBackward0>)
-    """
-    return Rebuilt(plan)
 
 
 def _layer(op: Layer, arrays: Arrays) -> nn.Module:

@@ -21,7 +21,7 @@ from anymask.errors import AnymaskError, SettingError
 from anymask.registry import lookup
 from anymask.shipping import onnxfile
 from anymask.shipping.plan import Array
-from anymask.shipping.rebuild import rebuilt
+from anymask.shipping.rebuild import Rebuilt
 from anymask.shipping.runtime import Program
 
 OURS = "anymask"
@@ -176,8 +176,8 @@ class _Bench:
 
     def __init__(self, program: Program, threads: int, folder: Path) -> None:
         self.threads, self.folder, self.shape = threads, folder, program.input
-        self.plain = rebuilt(program.plan)
-        self.last = rebuilt(program.plan).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.plain = Rebuilt(program.plan)
+        self.last = Rebuilt(program.plan).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._blob: bytes | None = None
         self._sessions: dict[str, onnxfile.Session] = {}
 
