@@ -20,7 +20,8 @@ from turns import Record, arguments, figure, in_turns, say, summary
 
 from anymask import load, models, prune, ship
 from anymask.errors import AnymaskError
-from anymask.shipping import Rebuilt, timing
+from anymask.shipping import timing
+from anymask.shipping.rebuild import Rebuilt
 
 GROUPS = {name: names for name, names in timing.GROUPS.items() if name != "ONNX Runtime int8"}
 SIZES = "file sizes"

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from anymask import load_mask
-from anymask.shipping import load
+from anymask.shipping.runtime import load
 from tests.cli.test_cli_mistakes import check
 
 

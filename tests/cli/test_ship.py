@@ -9,7 +9,8 @@ import torch
 
 import anymask as package
 from anymask import Mask, load_mask, models
-from anymask.shipping import load, timing
+from anymask.shipping import timing
+from anymask.shipping.runtime import load
 from anymask.shipping.timing import OTHERS, OURS, Result, Timing
 from tests.cli.test_cli_mistakes import check
 
@@ -35,7 +36,7 @@ def here(tmp_path, monkeypatch, trained):
     torch.save(model.state_dict(), "dense.pt")
     mask.save("half.mask")
     mask.apply(model)
-    package.shipping.ship(model, mask, example=torch.ones(1, 1, 12, 12), to="half.anymask")
+    package.ship(model, mask, example=torch.ones(1, 1, 12, 12), to="half.anymask")
     return tmp_path
 
 

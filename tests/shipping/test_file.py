@@ -12,9 +12,11 @@ from torch import nn
 
 from anymask import Mask
 from anymask.errors import AnymaskError, FileFormatError
-from anymask.shipping import file, gaps, load, ship
+from anymask.shipping import file, gaps
+from anymask.shipping.making import ship
 from anymask.shipping.ops import OPS, Wrong
 from anymask.shipping.plan import halves, stored, whole
+from anymask.shipping.runtime import load
 from tests.shipping.nets import network, plan_of, trained_like
 
 

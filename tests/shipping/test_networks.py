@@ -17,7 +17,10 @@ from torch.nn.utils import prune
 import anymask
 from anymask import Mask, Recipe, data, models
 from anymask.errors import AnymaskError, MaskError, SettingError
-from anymask.shipping import Program, Rebuilt, load, making, runtime, ship
+from anymask.shipping import making, runtime
+from anymask.shipping.making import ship
+from anymask.shipping.rebuild import Rebuilt
+from anymask.shipping.runtime import Program, load
 from anymask.shipping.tracing import plain
 from anymask.sparse import to_sparse
 from anymask.techniques import GhostActivation, GhostSkip

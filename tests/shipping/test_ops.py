@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from anymask.errors import SettingError
-from anymask.shipping import Program, Rebuilt
 from anymask.shipping.portable import Gather
-from anymask.shipping.runtime import gather_class
+from anymask.shipping.rebuild import Rebuilt
+from anymask.shipping.runtime import Program, gather_class
 from tests.shipping.nets import both, close, plan_of, said, trained_like
 
 MAP, VECTOR = (4, 9, 7), (6,)

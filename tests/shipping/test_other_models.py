@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 
 import anymask
 from anymask.errors import SettingError
-from anymask.shipping import ship
+from anymask.shipping.making import ship
 from anymask.shipping.tracing import exporting
 
 

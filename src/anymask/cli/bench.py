@@ -15,7 +15,7 @@ from rich.text import Text
 
 from anymask.cli.settings import RUN
 from anymask.runlog import atomic
-from anymask.shipping import load
+from anymask.shipping.runtime import load
 from anymask.shipping.timing import OTHERS, OURS, Result, measured
 
 

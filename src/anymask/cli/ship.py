@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from anymask.cli.settings import RUN
 from anymask.errors import MissingFile, SettingError
-from anymask.shipping import ship as ship_model
+from anymask.shipping.making import ship as ship_model
 from anymask.shipping.runs import of_checkpoint, of_folder
 
 

@@ -42,7 +42,7 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> "Progra
     Example:
         >>> import tempfile, anymask, numpy, torch
         >>> path = tempfile.mkdtemp() + "/linear.anymask"
-        >>> _ = anymask.shipping.ship(torch.nn.Linear(2, 1), None, example=torch.ones(1, 2), to=path)
+        >>> _ = anymask.ship(torch.nn.Linear(2, 1), None, example=torch.ones(1, 2), to=path)
         >>> load(path)(numpy.ones((3, 2), numpy.float32)).shape
         (3, 1)
     """
