@@ -28,6 +28,7 @@ LOADER = [(torch.randn(4, 8), torch.arange(4))]
         ({"scope": "erkk"}, UnknownName, "unknown scope 'erkk'.*'erk'"),
         ({"on_collapse": "rise"}, UnknownName, "unknown on_collapse 'rise'.*'raise'"),
         ({"rounds": 0}, SettingError, "rounds came as 0.*>= 1"),
+        ({"method": "lottery", "rounds": 0, "train": print}, SettingError, "rounds came as 0.*>= 1"),
         ({"batches": 1.5}, SettingError, "batches came as 1.5"),
         ({"data": None}, SettingError, r"snip came without data.*give data=loader"),
         ({"data": []}, DataError, "data holds no batch"),

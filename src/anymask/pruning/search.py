@@ -110,12 +110,13 @@ def prune(
     row = method_of(method)
     _check_needs(row, data=data, example=example, train=train, rewind_step=rewind_step)
     scope, pattern, seed = scope or row.scope, pattern or row.pattern, seed_of(seed)
+    rounds = row.rounds if rounds is None else rounds
     kinds, exclude = names("kinds", kinds), names("exclude", exclude)
     if "train" in row.needs and train is not None:
         how: dict[str, Any] = {"sparsity": sparsity, "seed": seed, "kinds": kinds, "exclude": exclude, "on_collapse": on_collapse}
-        how |= {"scope": scope, "pattern": pattern, "rounds": rounds or row.rounds, "floor": floor, "rewind_step": rewind_step or 0}
+        how |= {"scope": scope, "pattern": pattern, "rounds": rounds, "floor": floor, "rewind_step": rewind_step or 0}
         return lottery_ticket(model, train=train, rewinds=row.rewinds, **how).mask
-    rounds = at_least("rounds", row.rounds if rounds is None else rounds, 1)
+    rounds = at_least("rounds", rounds, 1)
     batches = at_least("batches", row.batches if batches is None else batches, 1)
     weights = {name: weight.detach() for name, weight in prunable(model, kinds=kinds, exclude=exclude).items()}
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
