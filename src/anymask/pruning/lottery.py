@@ -14,13 +14,13 @@ from anymask.errors import MaskError, SettingError
 from anymask.mask import Mask
 from anymask.prunables import names, prunable
 from anymask.pruning.budget import at_least, keep_count, least_kept, report_collapse, seed_of
-from anymask.pruning.isolation import masked_copy
 from anymask.pruning.lottery_folder import LotteryFolder
 from anymask.pruning.patterns import pattern as pattern_of
 from anymask.pruning.provenance import made_with
 from anymask.pruning.select import check_finite
 from anymask.pruning.selector import Selector, selector
 from anymask.randomness import isolated_random
+from anymask.surgery import copied
 
 Train = Callable[[nn.Module, Mask | None, int, int | None], None]
 
@@ -171,7 +171,8 @@ def _train(
     model: nn.Module, mask: Mask | None, *, weights: dict[str, Tensor], train: Train, steps: tuple[int, int | None], seed: int
 ) -> dict[str, Tensor]:
     """The state dict after training a copy of `model` from `weights` under `mask`."""
-    twin = masked_copy(model, {})
+    twin = copied(model)
+    twin.zero_grad(set_to_none=True)
     twin.load_state_dict(weights)
     if mask is not None:
         mask.apply(twin)

@@ -13,7 +13,6 @@ from anymask.prunables import names, prunable
 from anymask.pruning import criteria
 from anymask.pruning.batches import Batches, Loss, device_of, input_shape, take
 from anymask.pruning.budget import at_least, keep_count, least_kept, report_collapse, seed_of
-from anymask.pruning.isolation import masked_copy
 from anymask.pruning.lottery import Train, lottery_ticket
 from anymask.pruning.methods import Method, method_of
 from anymask.pruning.patterns import pattern as pattern_of
@@ -21,6 +20,7 @@ from anymask.pruning.provenance import made_with
 from anymask.pruning.select import check_finite
 from anymask.pruning.selector import Selector, selector
 from anymask.randomness import isolated_random
+from anymask.surgery import copied
 
 HOW_TO_GIVE = {
     "data": ("data", "data=loader of (x, y) batches"),
@@ -153,7 +153,10 @@ def _search(
     """Score, prune, score again: after round r of n, total * (count / total) ** (r / n) weights are left."""
     kept = {name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in weights.items()}
     for number in range(1, rounds + 1):
-        scores = row.criterion(masked_copy(model, kept), weights, seen)
+        twin = copied(model)
+        twin.zero_grad(set_to_none=True)
+        Mask(kept).apply(twin)
+        scores = row.criterion(twin, weights, seen)
         check_finite(scores, row.name)
         now = round(choose.total * (count / choose.total) ** (number / rounds))
         kept = choose.keep(scores, now, alive=None if row.regrow else kept)
