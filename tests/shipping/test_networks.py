@@ -61,7 +61,7 @@ def test_a_network_gives_the_same_as_in_pytorch(name, batch, shipped):
     assert not [step for step in said(program.plan) if step in ("Scale", "Add")]  # all taken up by convolutions
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", models.MODELS)
 def test_every_network_of_the_table_ships(name, batch, tmp_path):
     model = network(f"{name}-0.125x")
     done = ship(model, None, example=batch[:2], to=tmp_path / "net.anymask", values="float32")

@@ -24,16 +24,6 @@ _NAME = re.compile(r"(?P<base>\w+?)(?:-(?P<width>\d{1,3}(?:\.\d+)?)x)?")
 _DEPTH = re.compile(r"resnet(\d{1,4})")
 
 
-def names() -> tuple[str, ...]:
-    """The names in the table, each of which `build` takes; `FORMS` says which others it takes.
-
-    Example:
-        >>> "vgg19" in names()
-        True
-    """
-    return tuple(MODELS)
-
-
 def build(name: str, *, classes: int, channels: int = 3, seed: int | None = None) -> nn.Module:
     """A new model on the CPU, in train mode, for images (N, `channels`, H, W) of 28, 32 or 64 pixels.
 
@@ -41,7 +31,7 @@ def build(name: str, *, classes: int, channels: int = 3, seed: int | None = None
     (Kaiming, arXiv 1502.01852); batch norm starts as 1 and 0; the linear layer as in PyTorch. A network of yours starts as you make it.
 
     Args:
-        name: a name of `names()`, or resnetN with N = 6n + 2; "-2x" or "-0.5x" after it multiplies every width. Or "module:callable":
+        name: a key of `MODELS`, or resnetN with N = 6n + 2; "-2x" or "-0.5x" after it multiplies every width. Or "module:callable":
             imported, and called with those of classes= and channels= that it takes.
         classes: number of outputs, >= 1.
         channels: channels of the images, >= 1: 1 for grey, 3 for colour.
