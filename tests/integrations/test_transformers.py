@@ -1,6 +1,7 @@
 """The Trainer of transformers with the callback, on a small ViT and a small BERT made from their configurations."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -225,6 +226,20 @@ class Started(TrainerCallback):
 
     def on_train_begin(self, *_args, **_):
         self.seen.clear()
+
+
+def test_batches_of_a_split_of_ones_own_are_moved_whole():
+    class SeenError(Exception):
+        pass
+
+    def split(batch):
+        raise SeenError([part.device.type for part in (*batch[0], batch[1])])
+
+    sparse = AnyMask(None, LEARNED, split=split)
+    args, state = SimpleNamespace(device=torch.device("meta"), gradient_accumulation_steps=1), SimpleNamespace(max_steps=1, global_step=0)
+    loader = [([torch.ones(1)], torch.ones(1))]
+    with pytest.raises(SeenError, match=r"\['meta', 'meta'\]"):
+        sparse.on_train_begin(args, state, None, model=Convolutions(), optimizer=None, train_dataloader=loader)
 
 
 def test_a_loss_that_is_never_asked_for_is_refused(tmp_path):

@@ -2,11 +2,13 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -95,7 +97,7 @@ class AnyMask(TrainerCallback):
             _innermost(kwargs["optimizer"]),
             total_steps=state.max_steps,
             steps_per_epoch=max(1, -(-len(loader) // args.gradient_accumulation_steps)) if hasattr(loader, "__len__") else None,
-            batches=taken(base, self.wanted.batches, split=self._split, move=lambda batch: _moved(batch, args.device)),
+            batches=taken(base, self.wanted.batches, split=self._split, move=partial(send_to_device, device=args.device)),
             state=self._resumed(args, state) if state.global_step else None,
         )
         self.session.plain(True)
@@ -168,12 +170,6 @@ def _innermost(optimizer: Any) -> Optimizer:
     while not isinstance(getattr(optimizer, "optimizer", None), type(None)):  # Accelerate's wrapper steps the one inside
         optimizer = optimizer.optimizer
     return optimizer
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    return {k: _moved(v, device) for k, v in batch.items()} if hasattr(batch, "items") else batch
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:
