@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from torch import Tensor
 
 from anymask.errors import MissingFile
 from anymask.formats.arrays import read_arrays
@@ -102,13 +101,9 @@ def _safetensors(path: Path, stack: ExitStack) -> Leaves:
 
     def leaf(name: str) -> Leaf:
         piece = file.get_slice(name)
-        return Leaf(tuple(piece.get_shape()), piece.get_dtype() not in _INT_TYPES, lambda: _tensor(file, name))
+        return Leaf(tuple(piece.get_shape()), piece.get_dtype() not in _INT_TYPES, lambda: file.get_tensor(name))
 
     return {(name,): leaf(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-
-
-def _tensor(file: Any, name: str) -> Tensor:
-    return file.get_tensor(name)
 
 
 def _sharded(path: Path, stack: ExitStack) -> Contents:
