@@ -1,12 +1,13 @@
 """What the callbacks of all trainers share, without a trainer."""
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 import anymask
 from anymask.holding import held
-from anymask.integrations.shared import Session, Wanted
+from anymask.integrations.shared import Session, Wanted, undisturbed
 
 
 def begun(mask: anymask.Mask | None, state=None) -> Session:
@@ -28,3 +29,12 @@ def test_a_state_from_before_masks_kept_their_info_is_read():
     bits = {name: (tuple(kept.shape), torch.from_numpy(np.packbits(kept.numpy().reshape(-1)))) for name, kept in mask.items()}
     session = begun(None, begun(mask).state_dict() | {"mask": bits})
     assert held(session.optimizer).mask == mask
+
+
+def test_looking_at_data_asks_nothing_of_gpus_that_nobody_uses(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # of which torch warns where it is to keep the numbers of all
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    state = torch.get_rng_state()
+    with undisturbed([]):
+        torch.rand(1)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,7 +1,6 @@
 """What every trainer's callback does: hold, attach, count steps, stay out of checkpoints, resume, leave."""
 
 import math
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from anymask.holding import held, hold
 from anymask.mask import Mask
 from anymask.prunables import prunable
 from anymask.pruning.rewiring import packed, unpacked
+from anymask.randomness import kept_random
 from anymask.recipe import Recipe
 from anymask.techniques import Loss
 
@@ -266,16 +266,13 @@ def undisturbed(loader: Any) -> Iterator[None]:
     owners = [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
     generators = {id(g): g for g in (getattr(o, "generator", None) for o in owners) if isinstance(g, torch.Generator)}
     before = [(g, g.get_state()) for g in generators.values()]
-    numpy_before, python_before = np.random.get_state(), random.getstate()
     workers = getattr(loader, "_iterator", None)  # persistent workers, in the middle of what they were asked for
     if workers is not None:
         loader._iterator = None
     try:
-        with torch.random.fork_rng():
+        with kept_random():
             yield
     finally:
-        random.setstate(python_before)
-        np.random.set_state(numpy_before)
         for generator, state in before:
             generator.set_state(state)
         if workers is not None:
