@@ -5,21 +5,24 @@
 Memory is what autograd saves between forward and backward, each storage counted once, and what hold and recipe themselves keep.
 """
 
-import json
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from turns import Record, arguments, in_turns
 
 from anymask import Recipe, hold, models, prune
-from anymask.sweep.compare import machine
+from anymask.holding import held
 
-NETS = (("resnet20", 128, 61, False), ("vgg11", 128, 21, False), ("resnet20", 128, 31, True))
-OUT = Path(__file__).resolve().parent.parent / "results" / "overhead.json"
+CASES: dict[str, tuple[str, int, int, bool]] = {  # network, batch, rounds, compiled
+    "resnet20": ("resnet20", 128, 61, False),
+    "vgg11": ("vgg11", 128, 21, False),
+    "resnet20, compiled": ("resnet20", 128, 31, True),
+}
+TINY = {"resnet8": ("resnet8", 4, 2, False)}
 VARIANTS: dict[str, tuple[bool, int | None]] = {  # name -> (held, the recipe's step out of 10^6)
     "plain": (False, None),
     "plain again": (False, None),  # how far two equal steps differ here
@@ -32,12 +35,12 @@ VARIANTS: dict[str, tuple[bool, int | None]] = {  # name -> (held, the recipe's 
 class Stepper:
     """One training, a step at a time."""
 
-    def __init__(self, name: str, batch: int, *, held: bool, at: int | None, compiled: bool) -> None:
+    def __init__(self, name: str, batch: int, *, holds: bool, at: int | None, compiled: bool) -> None:
         self.model: nn.Module = models.build(name, classes=10, seed=0).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         mask = prune(self.model, "random-erk", sparsity=0.95, seed=0)
         mask.apply(self.model)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
-        if held:
+        if holds:
             hold(mask, self.model, self.optimizer)
         self.x = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
         self.y = torch.arange(batch) % 10
@@ -52,15 +55,13 @@ class Stepper:
         output = self.forward(self.x)
         return self.running.loss(output, self.y) if self.running else F.cross_entropy(output, self.y)
 
-    def seconds(self) -> float:
-        """Make one step; how long it took."""
-        began = time.perf_counter()
+    def step(self) -> None:
+        """Make one step."""
         self.loss().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.running:
             self.running.step()
-        return time.perf_counter() - began
 
     def megabytes(self) -> float:
         """What autograd saves for the backward pass, and what hold and recipe keep beside it."""
@@ -75,40 +76,38 @@ class Stepper:
             loss = self.loss()
         loss.backward()
         self.optimizer.zero_grad()
-        held = self.running._hold if self.running else next((h for h in self.optimizer._optimizer_step_post_hooks.values()), None)
-        kept = sum(t.nbytes for t in held._kept.values()) if held else 0
+        carried = held(self.optimizer)
+        kept = sum(t.nbytes for t in carried._kept.values()) if carried else 0
         return (sum(saved.values()) + kept) / 1e6
 
 
-def measure(name: str, batch: int, repeats: int, compiled: bool) -> dict:
-    """All variants, alternating."""
+def measure(model: str, batch: int, rounds: int, compiled: bool) -> dict[str, Any]:
+    """All variants, in turns."""
     torch._dynamo.reset()
-    steppers = {kind: Stepper(name, batch, held=held, at=at, compiled=compiled) for kind, (held, at) in VARIANTS.items()}
-    times: dict[str, list[float]] = {kind: [] for kind in steppers}
-    for repeat in range(repeats + 2):
-        for kind, stepper in steppers.items():
-            seconds = stepper.seconds()
-            if repeat > 1:  # the first ones warm up, and compile
-                times[kind].append(seconds)
-    plain = statistics.median(times["plain"])
-    memory = {} if compiled else {kind: round(stepper.megabytes(), 2) for kind, stepper in steppers.items()}
+    steppers = {kind: Stepper(model, batch, holds=holds, at=at, compiled=compiled) for kind, (holds, at) in VARIANTS.items()}
+    for stepper in (*steppers.values(), *steppers.values()):  # which warms up, and compiles
+        stepper.step()
+    took = in_turns({kind: stepper.step for kind, stepper in steppers.items()}, rounds=rounds)
+    plain = median(took["plain"])
     return {
-        "model": name,
+        "model": model,
         "batch": batch,
         "compiled": compiled,
-        "repeats": repeats,
+        "repeats": rounds,
         "seconds of a plain step": round(plain, 4),
-        "ratios": {kind: round(statistics.median(values) / plain, 4) for kind, values in times.items()},
-        "megabytes": memory,
+        "ratios": {kind: round(median(seconds) / plain, 4) for kind, seconds in took.items()},
+        "megabytes": {} if compiled else {kind: round(stepper.megabytes(), 2) for kind, stepper in steppers.items()},
     }
 
 
-def main() -> None:
-    results = []
-    for net in NETS:
-        results.append(measure(*net))
-        print(results[-1], flush=True)
-        OUT.write_text(json.dumps({"machine": machine("cpu"), "results": results}, indent=1) + "\n")
+def main(given: list[str] | None = None) -> None:
+    asked = arguments(__doc__, "../overhead", CASES, given)  # not among what is of sparse layers
+    cases = TINY if asked.tiny else {name: case for name, case in CASES.items() if asked.compile or not case[-1]}
+    record = Record(asked.out, only=asked.only, cases=cases)
+    for name in record.missing():
+        model, batch, rounds, compiled = cases[name]
+        record.put({"name": name, **measure(model, batch, asked.rounds or rounds, compiled)})
+    record.finish()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 from anymask.kernels import available, why_not
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("training", "inference", "layers", "trainer")
+NAMES = ("training", "inference", "layers", "trainer", "overhead")
 
 pytestmark = pytest.mark.skipif(not available(), reason=why_not())
 
