@@ -57,7 +57,7 @@ def test_the_cheap_examples_of_the_help_run_as_they_are_written(anymask, here):
 
 def test_help_shows_what_stands_under_each_field_of_the_settings(anymask):
     said = anymask("compare", "--help")
-    for text in ("Mask methods (also grasp", "The images: fashion-mnist-5k", "Passes over the training images", "default tost]"):
+    for text in ("Mask methods (also grasp", "The images: fashion-mnist-5k", "Passes over the training images", "default tost best]"):
         assert text in said.out
     panels = [said.out.index(f"─ {title} ─") for title in ("Run", "Grid", "Data and network", "Protocol")]
     assert panels == sorted(panels)

@@ -39,7 +39,22 @@ def rows(folder: Path) -> list[dict]:
 
 
 def test_compare_on_two_ranks_is_one_comparison_with_the_masks_of_one_process(anymask, small, tmp_path):
-    command = ["compare", "--masks", "rigl+2it", "--sparsity", "0.9", "--seeds", "1", "--epochs", "2", "--no-dense", *small]
+    command = [
+        "compare",
+        "--masks",
+        "rigl+2it",
+        "--sparsity",
+        "0.9",
+        "--recipes",
+        "default",
+        "tost",
+        "--seeds",
+        "1",
+        "--epochs",
+        "2",
+        "--no-dense",
+        *small,
+    ]
     ours, theirs = tmp_path / "two", tmp_path / "one"
     said = torchrun("-m", "anymask", *command, "--out", ours)
     assert said.returncode == 0, said.stderr

@@ -26,7 +26,7 @@ from anymask.sweep.claims import claimed
 from anymask.train import Protocol, accuracy
 from tests.cli.test_cli_mistakes import check
 
-GRID = ["--masks", "snip", "--sparsity", "0.9", "--seeds", "2", "--epochs", "1"]
+GRID = ["--masks", "snip", "--recipes", "default", "tost", "--sparsity", "0.9", "--seeds", "2", "--epochs", "1"]
 
 
 def rows(folder):

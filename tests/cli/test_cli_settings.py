@@ -28,15 +28,15 @@ def test_a_toml_and_a_yaml_file_of_the_same_settings_are_equal(plan):
     yaml = "# a comment\nmasks: [snip]\nsparsity: [0.9]\nseeds: 1\nepochs: 5\n"
     assert plan("a.toml", GRID) == plan("a.yaml", yaml) == plan("a.yml", yaml)
     assert plan("a.toml", GRID) == (
-        ["dense, default, seed 0", "snip 0.9, default, seed 0", "snip 0.9, tost, seed 0"],
-        "3 of 3 trainings would run, 5 epochs each.",
+        ["dense, default, seed 0", *(f"snip 0.9, {recipe}, seed 0" for recipe in ("default", "tost", "best"))],
+        "4 of 4 trainings would run, 5 epochs each.",
     )
 
 
 def test_options_override_the_file_and_leave_the_rest_of_it(plan):
     lines, last = plan("a.toml", GRID, "--masks", "synflow", "magnitude", "--no-dense", "--epochs", "2")
-    assert [line.split(",")[0] for line in lines] == ["synflow 0.9"] * 2 + ["magnitude 0.9"] * 2
-    assert last == "4 of 4 trainings would run, 2 epochs each."
+    assert [line.split(",")[0] for line in lines] == ["synflow 0.9"] * 3 + ["magnitude 0.9"] * 3
+    assert last == "6 of 6 trainings would run, 2 epochs each."
 
 
 def test_a_file_may_hold_any_option_with_underscores_or_hyphens(plan, tmp_path):
@@ -47,7 +47,7 @@ def test_a_file_may_hold_any_option_with_underscores_or_hyphens(plan, tmp_path):
 
 def test_an_empty_file_leaves_the_defaults(plan):
     assert plan("a.toml", "") == plan("a.yaml", "# nothing yet\n")
-    assert plan("a.toml", "")[1] == "21 of 21 trainings would run, 12 epochs each."
+    assert plan("a.toml", "")[1] == "30 of 30 trainings would run, 12 epochs each."
 
 
 def test_several_values_stand_one_after_the_other_or_between_commas_or_repeat_the_option(plan):
@@ -58,7 +58,7 @@ def test_several_values_stand_one_after_the_other_or_between_commas_or_repeat_th
     ]
     plans = [plan("a.toml", GRID, *more) for more in words]
     assert plans[0] == plans[1] == plans[2]
-    assert len(plans[0][0]) == 1 + 2 * 2 * 2
+    assert len(plans[0][0]) == 1 + 2 * 2 * 3
 
 
 def test_a_comma_in_a_recipe_picks_techniques_of_it(plan):

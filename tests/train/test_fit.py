@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from anymask import Recipe, fit, prunable
+from anymask import Mask, Recipe, fit, prunable
 from anymask.data import Batches, Split
 from anymask.errors import SettingError, TechniqueError
 from anymask.recipe import presets
 from anymask.schedules import Schedule
 from anymask.surgery import fingerprint
+from anymask.sweep import cell_of
 from anymask.techniques import GhostActivation
 from anymask.train import Protocol, accuracy
 from tests.train.trainings import Net, batches, images, mask_of, train_once
@@ -33,6 +34,16 @@ def test_every_preset_leaves_the_untouched_networks_form_the_masks_zeros_and_the
     _, validation, test = batches()
     assert accuracy(fresh, test) == result.test
     assert accuracy(fresh, validation) == result.validation
+
+
+@pytest.mark.parametrize(("mask", "recipe"), [(None, "default"), (mask_of(Net()), "best")])
+def test_without_a_recipe_a_mask_is_trained_with_best_and_a_dense_network_by_the_default_protocol(mask: Mask | None, recipe: str) -> None:
+    train, validation, test = batches()
+    results = [
+        fit(Net(), train, mask=mask, recipe=name, protocol=Protocol(epochs=2), validation=validation, test=test) for name in (None, recipe)
+    ]
+    assert results[0].curves == results[1].curves
+    assert cell_of("snip" if mask else "dense", sparsity=None, recipe=None, seed=0).recipe == recipe  # as anymask train does
 
 
 def test_the_checkpoint_with_the_best_validation_accuracy_is_chosen_the_later_one_of_equals() -> None:

@@ -60,7 +60,7 @@ A plan is a TOML file, the most urgent block first:
   model = ["resnet20", "vgg11-0.25x"]
   masks = ["random-erk", "snip"]
   sparsity = [0.98, 0.95]
-  recipes = ["default", "tost"]
+  recipes = ["default", "best"]
   seeds = 3
 
 Finished trainings are in OUT/ledger.jsonl and never run again; one that was

@@ -13,13 +13,17 @@ from anymask.config import Experiment
 from anymask.sweep import cell_of, train_one
 from anymask.train import Computing, Protocol
 
+RECIPE = (
+    "The recipe: default, best, best-slow, tost, tost:lrsi ..., or a TOML file; best unless told otherwise (default with --mask dense)."
+)
+
 
 def train(
     *,
     mask: Annotated[str, Parameter(group=RUN, help="A mask method, a mask file, or dense.")],
     out: Annotated[Path, Parameter(group=RUN, help="The folder for this training alone.")],
     sparsity: Annotated[float | None, Parameter(group=RUN, help="Share of zeros, in [0, 1); 0.98 unless told otherwise.")] = None,
-    recipe: Annotated[str, Parameter(group=RUN, help="The recipe: default, tost, tost:lrsi, or a TOML file.")] = "tost",
+    recipe: Annotated[str | None, Parameter(group=RUN, help=RECIPE)] = None,
     seed: Annotated[int, Parameter(group=RUN, help="Gives the initialisation, mask, split and data order.")] = 0,
     experiment: Annotated[Experiment | None, Parameter(name="*", group=EXPERIMENT)] = None,
     preset: Preset = None,

@@ -38,7 +38,7 @@ class Grid:
     """Mask methods (also grasp, lottery, rigl ...; snip+erk+2:4 for another scope and pattern), or mask files of your own."""
     sparsity: tuple[float, ...] = (0.98,)
     """Shares of zeros, each in [0, 1)."""
-    recipes: tuple[str, ...] = ("default", "tost")
+    recipes: tuple[str, ...] = ("default", "tost", "best")
     """Recipes; the first is the one that others are compared with. tost:lrsi is that technique alone, tost:-lrsi all but it,
     tost@label_smoothing.eps=0.1,lr=0.05 has other settings and a learning rate of its own."""
     seeds: int = 3

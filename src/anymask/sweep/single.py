@@ -90,12 +90,15 @@ def _keep(done: Trained, runner: Runner) -> None:
     shutil.rmtree(runner.folder / "unfinished")
 
 
-def cell_of(mask: str, *, sparsity: float | None, recipe: str, seed: int) -> Cell:
-    """The training of `mask` (a method, a mask file or "dense"); a file knows its sparsity, a method takes 0.98 for None.
+def cell_of(mask: str, *, sparsity: float | None, recipe: str | None, seed: int) -> Cell:
+    """The training of `mask` (a method, a mask file or "dense"); what is None is as it is where nothing is told.
+
+    A file knows its sparsity, a method takes 0.98; the recipe is "best", or "default" for "dense".
 
     Raises:
         SettingError: when a sparsity is given for a mask file or a dense network.
     """
+    recipe = recipe or ("default" if mask == DENSE else "best")
     fixed = 0.0 if mask == DENSE else file_sparsity(mask) if is_mask_file(mask) else None
     if fixed is None:
         return Cell(mask, 0.98 if sparsity is None else sparsity, recipe, seed)

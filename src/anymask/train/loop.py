@@ -28,7 +28,7 @@ def fit(
     mask: Mask | None = None,
     rewire: Dynamic | str | None = None,
     sparsity: float | None = None,
-    recipe: Recipe | str = "tost",
+    recipe: Recipe | str | None = None,
     teacher: nn.Module | None = None,
     protocol: Protocol | None = None,
     validation: Batches | None = None,
@@ -63,7 +63,7 @@ def fit(
             `Dynamic`. The mask of the chosen checkpoint is `Result.mask`. With gmp only checkpoints that have the final sparsity
             may be chosen: those of epochs that end after the mask has.
         sparsity: for gmp, what it ends at.
-        recipe: a Recipe, the name of a preset, or a TOML file.
+        recipe: a Recipe, the name of a preset, or a TOML file; None is "best", or "default" where there is no mask.
         teacher: a trained network for recipes that learn from one (distillation), as `Recipe.attach` takes it.
         protocol: epochs, optimiser and the rest.
         seed: for what techniques and dropout draw; data order is the business of `train`.
@@ -108,8 +108,9 @@ def fit(
         True
     """
     protocol = protocol or Protocol()
-    recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
     moving = dynamic_of(rewire, {}) if rewire is not None else None
+    recipe = recipe or ("default" if mask is None and moving is None else "best")
+    recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
     mask = _first_mask(model, mask, moving=moving, sparsity=sparsity)
     how: dict[str, Any] = {
         "recipe": recipe,
