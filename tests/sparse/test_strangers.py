@@ -288,3 +288,15 @@ def test_where_no_layer_can_become_sparse_a_warning_names_their_kinds():
         anymask.to_sparse(net, mask, torch.ones(2, 2, 8), measure=False)
     anymask.to_sparse(net, mask, torch.ones(2, 2, 8))  # whether it pays was asked, and the answer is no
     assert not compact(net)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Linear(16, 8), (2, 4, 4, 16)), (nn.Linear(16, 8), (16,)), (nn.Conv2d(4, 8, 3), (4, 6, 6))]
+)
+def test_a_layer_is_measured_with_inputs_of_any_rank_that_it_takes(layer, shape):
+    """As ConvNeXt's linear layers on (N, H, W, C), and an image without a batch."""
+    net, x = nn.Sequential(layer), torch.randn(shape)
+    mask = prune(net, "magnitude", sparsity=0.9)
+    mask.apply(net)
+    right = net(x)
+    torch.testing.assert_close(anymask.to_sparse(net, mask, x)(x), right, atol=1e-5, rtol=1e-4)

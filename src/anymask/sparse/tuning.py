@@ -74,13 +74,14 @@ def _measure(layer: Any, gather: Gather, shape: tuple[int, ...]) -> list[float]:
         x = torch.randn(shape)
     dense = layer.weight.detach().clone()
     values = dense.flatten()[torch.from_numpy(gather.conv.kept)]
-    if x.ndim != 4:
+    if isinstance(layer, nn.Linear):  # whose input may have four dimensions, too
         rows = x.reshape(-1, shape[-1])
         runs = [
             (lambda x, w: nn.functional.linear(x, w, layer.bias), rows, dense),
             (lambda x, w: ops.conv(x[:, :, None, None], w, layer.bias, gather.handle), rows, values),
         ]
     else:
+        x = x if x.ndim == 4 else x[None]
         best = memory_format(layer)
         dense = dense.contiguous(memory_format=best)
         plain, last = x.contiguous(memory_format=best), layout.batch_last(x).permute(3, 0, 1, 2)
