@@ -11,8 +11,9 @@ import anymask
 from anymask import Recipe
 from anymask.errors import AnymaskError, FileFormatError, SettingError, TechniqueError, UnknownName
 from anymask.recipe import presets
+from anymask.runlog import settings_id
 from anymask.schedules import Schedule
-from anymask.techniques import GhostActivation, GhostSkip, LabelSmoothing, RescaleSettings
+from anymask.techniques import HAM, Averaging, GhostActivation, GhostSkip, LabelSmoothing, RescaleSettings
 
 
 def net() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -209,6 +210,17 @@ def test_a_technique_that_cannot_join_leaves_no_other_behind() -> None:
     assert anymask.surgery.fingerprint(model) == before
 
 
+def test_without_an_optimiser_only_what_works_on_its_steps_is_refused() -> None:
+    model, _ = net()
+    running = Recipe((GhostActivation(), LabelSmoothing())).attach(model, None, total_steps=2)
+    for x, y in loader(2):
+        running.loss(model(x), y).backward()
+        running.step()
+    running.finish()
+    with pytest.raises(TechniqueError, match="averaging got no optimiser"):
+        Recipe((Averaging(),)).attach(model, None, total_steps=2)
+
+
 @pytest.mark.parametrize("wrong", [{"total_steps": 0}, {"total_steps": 5, "start": 5}, {"total_steps": 5, "start": -1}])
 def test_steps_out_of_range_are_refused(wrong: dict) -> None:
     model, optimizer = net()
@@ -285,3 +297,12 @@ def test_nested_settings_come_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text('[[technique]]\nname = "lrsi"\nbatches = 2\nsettings = { gamma = 3, iterations = 7 }')
     (lrsi,) = Recipe.load(tmp_path / "r.toml").techniques
     assert lrsi.settings == RescaleSettings(gamma=3, iterations=7)  # type: ignore[attr-defined]
+
+
+def test_equal_recipes_have_equal_ids_however_their_numbers_are_written() -> None:
+    whole, broken = (
+        Recipe.from_settings([{"name": "ham", "alpha": value}, {"name": "lrsi", "settings": {"gamma": value}}]) for value in (200, 200.0)
+    )
+    assert whole == broken
+    assert settings_id({"recipe": whole.settings()}) == settings_id({"recipe": broken.settings()})
+    assert whole.settings()[0]["alpha"] == HAM(alpha=200.0).alpha

@@ -183,9 +183,9 @@ def hold(mask: Mask, model: nn.Module, optimizer: Optimizer) -> Hold:
     return Hold(mask, model, optimizer)
 
 
-def held(optimizer: Optimizer) -> Hold | None:
+def held(optimizer: Optimizer | None) -> Hold | None:
     """The hold that `optimizer` carries, if any."""
-    hooks = optimizer._optimizer_step_post_hooks.values()
+    hooks = () if optimizer is None else optimizer._optimizer_step_post_hooks.values()
     return next((hook for hook in hooks if isinstance(hook, Hold)), None)
 
 

@@ -148,7 +148,7 @@ class Recipe:
     def attach(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | None,
         *,
         total_steps: int,
         example: Any = None,
@@ -166,7 +166,7 @@ class Recipe:
         Args:
             model: changed in place, and plain again after `finish`; may come within torch.compile or DistributedDataParallel,
                 or cut by `fully_shard`.
-            optimizer: learned ghosts join it for as long as they live.
+            optimizer: learned ghosts join it for as long as they live; None where no technique works on its steps.
             total_steps: optimiser steps of the whole training, >= 1.
             example: a batch of inputs, for techniques that look at how data flows: a tensor (N, ...), a tuple of positional
                 inputs or a mapping of keyword inputs.
@@ -255,7 +255,9 @@ def _build(kind: Any, settings: Mapping[str, Any], *, what: str) -> Any:
     nested = {k: _build(hints[k], v, what=f"{what}.{k}") for k, v in settings.items() if is_dataclass(hints[k]) and isinstance(v, Mapping)}
     for key in settings:
         _same_type(f"{what}.{key}", settings[key], getattr(default, key)) if key not in nested else None
-    return replace(default, **{**settings, **nested})
+    # 200 and 200.0 are equal, but not in a ledger's digest of the settings.
+    floats = {key: float(settings[key]) for key in settings if isinstance(getattr(default, key), float)}
+    return replace(default, **{**settings, **floats, **nested})
 
 
 def _same_type(name: str, value: Any, like: Any) -> None:

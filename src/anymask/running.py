@@ -52,7 +52,7 @@ class RunningRecipe:
         self.added = Cost()
         self._given, context = context.model, replace(context, model=bare(context.model))
         self._context, self._before = context, form(context.model, dense=True)
-        self._hold = held(context.optimizer) if context.optimizer is not None else None
+        self._hold = held(context.optimizer)
         self._live: dict[str, tuple[Technique, Attached]] = {}
         self._handles: list[Any] = []  # of the optimiser's hooks
         self._settled = False  # while the model is as `plain` gives it
@@ -343,8 +343,7 @@ class RunningRecipe:
 
     def _mask_now(self) -> Mask | None:
         """The mask that is held, which may have moved since `attach`, and may have been released; else the one that was given."""
-        optimizer = self._context.optimizer
-        carried = (held(optimizer) if optimizer is not None else None) or self._hold
+        carried = held(self._context.optimizer) or self._hold
         return self._context.mask if carried is None else carried.mask
 
     def _ghost_names(self) -> set[str]:
