@@ -1,5 +1,6 @@
 """Weights, channels and dead filters that a mask keeps."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -27,3 +28,15 @@ def test_with_a_model_groups_and_transposed_convolutions_are_counted_as_they_are
     alone, inside = (structure(Mask(kept), given) for given in (None, model))
     assert [(layer.outs_kept, layer.outs, layer.ins_kept, layer.ins) for layer in alone.values()] == [(2, 6, 1, 2), (3, 6, 2, 2)]
     assert [(layer.outs_kept, layer.outs, layer.ins_kept, layer.ins) for layer in inside.values()] == [(2, 6, 2, 4), (2, 4, 3, 6)]
+
+
+def test_the_linear_layers_of_gpt_2_are_counted_as_they_are():
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    kept = Mask({"0.weight": torch.tensor([[0, 1, 1], [0, 1, 1]])})  # (inputs, outputs)
+    layer = structure(kept, nn.Sequential(conv1d(3, 2)))["0.weight"]
+    assert (layer.outs_kept, layer.outs, layer.ins_kept, layer.ins, layer.dead) == (2, 3, 2, 2, 1)
+
+
+def test_a_wrapper_does_not_count():
+    mask, model = Mask({"0.weight": torch.ones(6, 4, 1, 1)}), nn.Sequential(nn.Conv2d(4, 6, 1))
+    assert structure(mask, nn.DataParallel(model)) == structure(mask, model)

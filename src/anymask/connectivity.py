@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from anymask.errors import MaskError, SettingError
 from anymask.interrupts import Mode
 from anymask.mask import Mask
-from anymask.prunables import TRANSPOSED
+from anymask.prunables import bare, transposed_groups
 from anymask.surgery import copied
 
 
@@ -51,8 +51,9 @@ def structure(mask: Mask, model: nn.Module | None = None) -> dict[str, Layer]:
     """Weights, channels and dead filters that `mask` keeps in each parameter.
 
     Dimension 0 holds the output channels and dimension 1 the input channels, as in linear layers and convolutions; a vector
-    has one input. A mask does not say more, so a grouped convolution shows the inputs of one group and a transposed one (whose
-    dimensions lie the other way round) its inputs as outputs. With the `model` both are counted as they are.
+    has one input. A mask does not say more, so a grouped convolution shows the inputs of one group, and a transposed one or the
+    `Conv1D` of transformers, whose dimensions lie the other way round, its inputs as outputs. With the `model` all are counted as
+    they are.
 
     Raises:
         MaskError: when the mask does not fit the model.
@@ -63,22 +64,20 @@ def structure(mask: Mask, model: nn.Module | None = None) -> dict[str, Layer]:
         >>> layer.outs_kept, layer.outs, layer.ins_kept, layer.ins, layer.dead
         (1, 2, 2, 3, 1)
     """
-    owners = _owners(mask, model) if model is not None else {}
-    return {name: _layer(kept, owners.get(name)) for name, kept in mask.items()}
+    if model is None:
+        return {name: _layer(kept) for name, kept in mask.items()}
+    weights, inside = mask.check(model), bare(model)
+    turned = {id(inside.get_parameter(name)) for name in transposed_groups(inside)}  # by id: a tied one has several names
+    owners = {name: inside.get_submodule(name.rpartition(".")[0]) for name in weights}
+    return {name: _layer(mask[name], owners[name], turned=id(weight) in turned) for name, weight in weights.items()}
 
 
-def _owners(mask: Mask, model: nn.Module) -> dict[str, nn.Module]:
-    """The module of each weight of the mask."""
-    mask.check(model)
-    return {name: model.get_submodule(name.rpartition(".")[0]) for name in mask}
-
-
-def _layer(kept: Tensor, owner: nn.Module | None) -> Layer:
+def _layer(kept: Tensor, owner: nn.Module | None = None, *, turned: bool = False) -> Layer:
     """`links` is (groups, outputs, inputs) of one group: True where a kept weight joins the two."""
     groups = getattr(owner, "groups", 1) if kept.ndim > 2 else 1
     rows = kept.reshape(kept.shape[0] if kept.ndim else 1, kept.shape[1] if kept.ndim > 1 else 1, -1).any(2)
     links = rows.reshape(groups, -1, rows.shape[1])
-    if isinstance(owner, TRANSPOSED) and kept.ndim > 2:
+    if turned:
         links = links.transpose(1, 2)
     outs, ins = links.any(2), links.any(1)
     return Layer(tuple(kept.shape), int(kept.sum()), kept.numel(), int(outs.sum()), outs.numel(), int(ins.sum()), ins.numel())
