@@ -179,7 +179,8 @@ class Recipe:
             seed: for what techniques draw at random.
             start: the step that the training is at, in [0, total_steps).
             state: `state_dict()` of an earlier RunningRecipe, to go on from there. Then load the model's and the
-                optimiser's state dicts, which may hold the weights of ghosts, after this call.
+                optimiser's state dicts, which may hold the weights of ghosts, after this call. Save all three outside of
+                `RunningRecipe.plain`: the plain weights from within would take the place of perturbed ones (SAM).
 
         Raises:
             TechniqueError: when techniques find nothing to apply to (naming them all, and the recipe without them; the model is
