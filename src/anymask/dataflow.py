@@ -180,6 +180,18 @@ def before_norms(model: nn.Module, example: Any) -> list[tuple[nn.Module, nn.Mod
 
 
 @torch.no_grad()
+def shapes(model: nn.Module, example: Any) -> dict[int, tuple[int, ...]]:
+    """The shape of the input of each layer, by the id of its module, in its last call; of norms and activations, too.
+
+    Example:
+        >>> net = nn.Linear(2, 3)
+        >>> shapes(net, torch.ones(5, 2))[id(net)]
+        (5, 2)
+    """
+    return {id(call.module): tuple(call.given.shape) for call in _watch(model, example).calls if call.given is not None}
+
+
+@torch.no_grad()
 def norms_with_relu(model: nn.Module, example: Any) -> list[tuple[nn.Module, nn.Module, tuple[nn.Module, ...]]]:
     """(norm, `nn.ReLU`, what follows) for each norm whose output goes through that ReLU and nowhere else, all called once.
 

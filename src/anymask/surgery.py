@@ -1,4 +1,4 @@
-"""Looking into models: what they are made of, how data flows through them, what they cost."""
+"""Looking into models: what they are made of, what they take and give."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -6,14 +6,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anymask.errors import TechniqueError
 from anymask.interrupts import Mode
-from anymask.prunables import TRANSPOSED, bare, compact, transposed_groups
+from anymask.prunables import bare, compact
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -125,6 +124,7 @@ def twice_differentiable(model: nn.Module, *, fix: str) -> Iterator[None]:
         TechniqueError: for a forward pass in the block that cannot be differentiated twice all the same; `fix` says what to do.
 
     Example:
+        >>> import torch
         >>> x = torch.ones(1, requires_grad=True)
         >>> with twice_differentiable(nn.Hardsigmoid(), fix="take another network"):
         ...     (slope,) = torch.autograd.grad(nn.Hardsigmoid()(x).square().sum(), x, create_graph=True)
@@ -212,52 +212,6 @@ def logits_of(output: Any) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call of a module while an example went through the model."""
-
-    name: str
-    module: nn.Module
-    input: Tensor  # (N, ...)
-    output: Tensor  # (N, ...)
-
-
-@torch.no_grad()
-def trace(model: nn.Module, example: Any) -> list[Call]:
-    """Every call of a leaf module, in order, while `example` passes through `model` in eval mode.
-
-    The tensors are kept, so that a consumer can be found by the identity of what it consumes; state is left alone.
-
-    Args:
-        model: any module.
-        example: a batch for it, as `run` takes it; two samples are enough.
-
-    Example:
-        >>> import torch
-        >>> [call.name for call in trace(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU()), torch.ones(1, 2))]
-        ['0', '1']
-    """
-    calls: list[Call] = []
-    handles = []
-    for name, module in model.named_modules():
-        if any(True for _ in module.children()):
-            continue
-
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, name: str = name) -> None:
-            given = next(iter((*args, *kwargs.values())), None)
-            if isinstance(given, Tensor) and isinstance(output, Tensor):
-                calls.append(Call(name, module, given, output))
-
-        handles.append(module.register_forward_hook(note, with_kwargs=True))
-    try:
-        with evaluating(model):
-            run(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-@dataclass(frozen=True)
 class Cost:
     """Parameters, and floating-point operations of one sample's forward pass (a multiply-add counts 2)."""
 
@@ -266,29 +220,3 @@ class Cost:
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.parameters + other.parameters, self.flops + other.flops)
-
-
-def cost(model: nn.Module, example: Any) -> Cost:
-    """What `model` costs dense: its parameters, and the FLOPs of its convolutions and linear layers per sample.
-
-    Transposed convolutions and the `Conv1D` of transformers are among them. Padding counts as if it were pixels; biases,
-    norms, activations and the products inside attention do not count.
-
-    Example:
-        >>> import torch
-        >>> cost(torch.nn.Linear(10, 5), torch.ones(1, 10))
-        Cost(parameters=55, flops=100)
-    """
-    flops = sum(_flops(call) for call in trace(model, example))
-    return Cost(sum(p.numel() for p in model.parameters()), flops // samples(example))
-
-
-def _flops(call: Call) -> int:
-    weight = getattr(call.module, "weight", None)
-    if not isinstance(weight, Tensor):
-        return 0
-    if isinstance(call.module, (*CONVS, nn.Linear)):
-        return 2 * call.output.numel() * weight[0].numel()  # (out, in / groups, *kernel): what each output takes
-    if isinstance(call.module, TRANSPOSED) or transposed_groups(call.module):
-        return 2 * call.input.numel() * weight[0].numel()  # (in, out / groups, *kernel): what each input gives to
-    return 0

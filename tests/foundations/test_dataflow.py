@@ -1,12 +1,15 @@
 """Units are found by how data flows: whatever the layers are called, in either order and in every layout."""
 
+import copy
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 
 from anymask.dataflow import units
 from anymask.surgery import fingerprint
-from tests.foundations.test_surgery import IMAGES, Flow, conv
+from tests.foundations.test_surgery import IMAGES, Flow, conv, net
 
 
 def found(forward, **modules):
@@ -96,10 +99,18 @@ def test_inputs_may_be_keywords_or_several_and_are_the_stem():
         assert unit.stem
 
 
-def test_looking_changes_nothing():
-    model = Flow("b(a(x))", a=conv(), b=nn.BatchNorm2d(3))
-    before, state = fingerprint(model), {key: value.clone() for key, value in model.state_dict().items()}
-    units(model, IMAGES)
-    assert fingerprint(model) == before
-    assert model.training
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+def state(model):
+    modes = [module.training for module in model.modules()]
+    return modes, fingerprint(model), copy.deepcopy(model.state_dict()), torch.get_rng_state()
+
+
+@pytest.mark.parametrize("example", [IMAGES, torch.ones(2, 3, 5, 5)], ids=["whole", "failing"])
+def test_looking_changes_nothing(example):
+    model = net()
+    before = state(model)
+    with pytest.raises(RuntimeError) if example is not IMAGES else nullcontext():
+        units(model, example)
+    after = state(model)
+    assert after[:2] == before[:2]
+    assert all(torch.equal(after[2][name], value) for name, value in before[2].items())
+    assert torch.equal(after[3], before[3])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from anymask.dataflow import norms_with_relu
+from anymask.dataflow import norms_with_relu, shapes
 from anymask.errors import SettingError
 from anymask.interrupts import uninterrupted
 from anymask.kernels import Gather, available, why_not
@@ -18,7 +18,7 @@ from anymask.mask import Mask
 from anymask.prunables import bare, compact
 from anymask.sparse import layers, memory, semi_structured
 from anymask.sparse.tuning import times, worth_it
-from anymask.surgery import evaluating, run, trace
+from anymask.surgery import evaluating, run
 
 DENSE: dict[type, type] = {  # sparse class -> the class it was made of
     layers.SparseConv2d: nn.Conv2d,
@@ -136,10 +136,9 @@ def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimize
     memory.prepare()
     mask.apply(model)
     owners = {f"{name}.weight" if name else "weight": module for name, module in model.named_modules()}
-    shapes = {id(call.module): tuple(call.input.shape) for call in trace(model, example)}
-    found = norms_with_relu(model, example)
+    inputs, found = shapes(model, example), norms_with_relu(model, example)
     tables: dict[str, tuple[Any, Gather]] = {}
-    able = shapes.keys() - semi_structured.in_fused_layers(model)
+    able = inputs.keys() - semi_structured.in_fused_layers(model)
     for name, parameter in parameters.items():
         layer: Any = owners.get(name)
         gather = gather_for(layer, mask[name]) if id(layer) in able and not _tied(model, parameter) else None
@@ -151,7 +150,7 @@ def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimize
         which = "nn.Conv2d and nn.Linear that the example reaches (no subclasses, no tied weights, no wrapped model) become sparse"
         warnings.warn(f"to_sparse leaves all layers dense: {', '.join(kinds)}. Only {which}", stacklevel=2)
     if measure:
-        chosen = worth_it({name: times(layer, gather, shapes[id(layer)]) for name, (layer, gather) in tables.items()})
+        chosen = worth_it({name: times(layer, gather, inputs[id(layer)]) for name, (layer, gather) in tables.items()})
     with uninterrupted():
         for name in chosen:
             sparsify(*tables[name], optimizer)
