@@ -100,6 +100,7 @@ class Attached:
 
     found: str = ""  # what it applies to, for people
     added: Cost = Cost()  # what it adds while it is there
+    strength: float = 1.0
 
     @property
     def looks(self) -> bool:
@@ -119,6 +120,7 @@ class Attached:
 
     def set_strength(self, strength: float) -> None:
         """Set the strength, in [0, 1]; at 0 the network computes what the plain one does, bit for bit."""
+        self.strength = strength
 
     def loss(self, value: Tensor, output: Tensor, target: Tensor) -> Tensor:
         """The loss to train with, given the loss `value` so far."""

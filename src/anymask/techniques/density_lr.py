@@ -122,7 +122,6 @@ class _Scaling(Attached):
         self._settings, self._parameters, self._mask, self._optimizer = settings, parameters, mask, optimizer
         self._replaced = replaced
         self._before: dict[str, Tensor] = {}
-        self._strength = 1.0
         self._take_factors()
 
     def _take_factors(self) -> None:
@@ -134,15 +133,12 @@ class _Scaling(Attached):
 
     @property
     def recording(self) -> Hashable:
-        return self._strength
-
-    def set_strength(self, strength: float) -> None:
-        self._strength = strength
+        return self.strength
 
     @torch.no_grad()
     def before_update(self) -> None:
         self._follow()
-        scaled = self._parameters.items() if self._strength > 0 else ()
+        scaled = self._parameters.items() if self.strength > 0 else ()
         self._before = {n: local(p).clone() for n, p in scaled if p.grad is not None and self._factors[n] > 1}
 
     @torch.no_grad()
@@ -152,7 +148,7 @@ class _Scaling(Attached):
             here = local(self._parameters[name])
             # Sparse layers have other places for the step in which their mask moves; it is made as it is.
             if here.shape == old.shape and not (self._moved and old.shape != self._mask[name].shape):
-                here.add_(torch.sub(here, old, out=old), alpha=self._strength * (self._factors[name] - 1))
+                here.add_(torch.sub(here, old, out=old), alpha=self.strength * (self._factors[name] - 1))
         hold = held(self._optimizer)
         if self._moved and hold is not None:  # before this hook: what went was 0, and has been brought back
             hold(self._optimizer)

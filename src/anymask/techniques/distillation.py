@@ -127,15 +127,12 @@ class Remembered(nn.Module):
 
 class _Taught(Attached):
     def __init__(self, settings: Distillation, model: nn.Module, teacher: nn.Module) -> None:
-        self.settings, self.teacher, self.strength = settings, teacher, 1.0
+        self.settings, self.teacher = settings, teacher
         self.seen: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.handle = model.register_forward_pre_hook(self._look, with_kwargs=True)
         once = isinstance(teacher, Remembered)
         kind, size = type(teacher.teacher if once else teacher).__name__, sum(p.numel() for p in teacher.parameters())
         self.found = f"a {kind} of {size:,} parameters, asked {'once' if once else 'at each step'}"
-
-    def set_strength(self, strength: float) -> None:
-        self.strength = strength
 
     def loss(self, value: Tensor, output: Tensor, target: Tensor) -> Tensor:
         if not self.strength:

@@ -81,15 +81,12 @@ class GradientCorrection(Technique):
 
 class _Correction(Attached):
     def __init__(self, context: Context, weights: dict[str, nn.Parameter], *, total: int) -> None:
-        self.context, self.weights, self.strength = context, weights, 1.0
+        self.context, self.weights = context, weights
         self._of: Mask | None = None  # the mask that the factors are made of
         self._made: dict[str, tuple[Any, Tensor]] = {}
         factors = [self._factor(name, parameter) for name, parameter in weights.items()]
         least, most = min(float(f.min()) for f in factors), max(float(f.max()) for f in factors)
         self.found = f"{len(weights)} of {total} masked weights, gradients times {least:.3g} to {most:.3g}"
-
-    def set_strength(self, strength: float) -> None:
-        self.strength = strength
 
     @torch.no_grad()
     def before_update(self) -> None:

@@ -77,12 +77,9 @@ class HAM(Technique):
 
 class _Ham(Attached):
     def __init__(self, settings: HAM, optimizer: Optimizer, weights: dict[str, nn.Parameter]) -> None:
-        self.settings, self.optimizer, self.strength = settings, optimizer, 1.0
+        self.settings, self.optimizer = settings, optimizer
         self._weights = {id(parameter) for parameter in weights.values()}
         self.found = f"{len(weights)} masked weights, alpha {settings.alpha:g}, beta {settings.beta:g}"
-
-    def set_strength(self, strength: float) -> None:
-        self.strength = strength
 
     @torch.no_grad()
     def after_update(self) -> None:

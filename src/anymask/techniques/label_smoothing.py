@@ -66,8 +66,8 @@ class LabelSmoothing(Technique):
 
 
 class _Smoothing(Attached):
-    def __init__(self, eps: float, strength: Tensor) -> None:
-        self.eps, self.strength = eps, strength
+    def __init__(self, eps: float, level: Tensor) -> None:
+        self.eps, self._level = eps, level
         self.found = f"eps {eps:g}"
 
     @property
@@ -75,11 +75,11 @@ class _Smoothing(Attached):
         return ()  # its strength is a tensor
 
     def set_strength(self, strength: float) -> None:
-        self.strength.fill_(strength)
+        self._level.fill_(strength)
 
     def loss(self, value: Tensor, output: Tensor, target: Tensor) -> Tensor:
-        self.strength = self.strength.to(output.device)
-        return value + self.strength * self.eps * (_others(output, target) - value)
+        self._level = self._level.to(output.device)
+        return value + self._level * self.eps * (_others(output, target) - value)
 
 
 def _others(output: Tensor, target: Tensor) -> Tensor:

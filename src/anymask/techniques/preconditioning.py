@@ -114,7 +114,7 @@ class Preconditioning(Technique):
 class _Preconditioning(Attached):
     def __init__(self, settings: Preconditioning, context: Context, layers: dict[str, Any], *, total: int) -> None:
         self._settings, self._context, self._layers = settings, context, layers
-        self._strength, self._step, self._mask = 1.0, context.start, context.needs_mask(settings.name)
+        self._step, self._mask = context.start, context.needs_mask(settings.name)
         self._places = {name: self._place(name, self._mask) for name in layers}
         self._seen: dict[str, Tensor] = {}  # covariances of this step's look
         self._covariances: dict[str, Tensor] = {}  # on the CPU, unless they stay on a GPU
@@ -130,13 +130,10 @@ class _Preconditioning(Attached):
 
     @property
     def recording(self) -> Hashable:
-        return self._strength, self._placed
+        return self.strength, self._placed
 
     def replayed(self) -> None:
         self._step += 1
-
-    def set_strength(self, strength: float) -> None:
-        self._strength = strength
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -160,7 +157,7 @@ class _Preconditioning(Attached):
     # -- the look
     @property
     def looks(self) -> bool:
-        if self._strength == 0 or self._silent == self._step:
+        if self.strength == 0 or self._silent == self._step:
             return False
         if self._loaded or self._now() is not self._mask:
             self._follow()
@@ -189,10 +186,10 @@ class _Preconditioning(Attached):
         if self.looks:
             self._learn(moved=moved)
         self._step += 1
-        for name, matrix in self._matrices.items() if self._strength > 0 else ():
+        for name, matrix in self._matrices.items() if self.strength > 0 else ():
             gradient = self._layers[name].weight.grad
             if gradient is not None:
-                self._places[name].multiply(gradient, matrix, strength=self._strength)
+                self._places[name].multiply(gradient, matrix, strength=self.strength)
 
     def _learn(self, *, moved: bool) -> None:
         if not from_rank(bool(self._seen)):

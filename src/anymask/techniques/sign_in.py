@@ -83,7 +83,7 @@ class SignIn(Technique):
 class _SignIn(Attached):
     def __init__(self, model: nn.Module, optimizer: Optimizer, weights: dict[str, nn.Parameter], *, beta: float, every: int) -> None:
         self.model, self.optimizer, self.beta, self.every = model, optimizer, beta, every
-        self.weights, self.strength, self.steps = weights, 1.0, 0
+        self.weights, self.steps = weights, 0
         self.factors: dict[str, nn.Parameter] = {}  # m, by the name of the weight
         self.slots: dict[str, dict[str, Any]] = {}  # what the optimiser stores for m, between its steps
         self._guests: list[tuple[dict[str, Any], str]] = []  # during a step: group and name of those that are in the optimiser
@@ -91,9 +91,6 @@ class _SignIn(Attached):
         # Before all others: a mask that moves, and averages of weights, must find m * w again.
         optimizer._optimizer_step_post_hooks.move_to_end(self._handle.id, last=False)  # type: ignore[attr-defined]
         self.found = f"{len(weights)} masked weights, shared out every {every} steps"
-
-    def set_strength(self, strength: float) -> None:
-        self.strength = strength
 
     @torch.no_grad()
     def before_update(self) -> None:
