@@ -211,16 +211,8 @@ class Recipe:
         carried = held(optimizer)
         mask = mask if mask is not None else (carried.mask if carried is not None else None)
         steps: dict[str, Any] = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch, "start": start}
-        return RunningRecipe(
-            self.techniques,
-            Context(model, optimizer, loss, mask=mask, example=example, data=data, seed=seed, teacher=teacher, **steps),
-            name=self.name,
-            remedy=self._remedy,
-            total_steps=total_steps,
-            per_epoch=steps_per_epoch,
-            start=start,
-            state=state,
-        )
+        context = Context(model, optimizer, loss, mask=mask, example=example, data=data, seed=seed, teacher=teacher, **steps)
+        return RunningRecipe(self.techniques, context, name=self.name, remedy=self._remedy, state=state)
 
     def _remedy(self, refused: Iterable[str]) -> str:
         """What to write instead of this recipe, so that the refused techniques are not in it."""

@@ -41,16 +41,14 @@ class RunningRecipe:
         *,
         name: str,
         remedy: Callable[[Iterable[str]], str],
-        total_steps: int,
-        per_epoch: int | None,
-        start: int,
         state: Mapping[str, Any] | None,
     ) -> None:
-        self.techniques, self.total_steps, self.per_epoch = techniques, total_steps, per_epoch
-        self.position = start if state is None else self._resumed(state)
+        self.techniques, self.total_steps, self.per_epoch = techniques, context.total_steps, context.steps_per_epoch
+        self.position = context.start if state is None else self._resumed(state)
         self.found: dict[str, str] = dict(state["found"]) if state else {}  # those that are gone already are not found again
         self.added = Cost()
-        self._given, context = context.model, replace(context, model=bare(context.model))
+        self.model = context.model  # as it was given (within torch.compile or DistributedDataParallel), with its ghosts while they live
+        context = replace(context, model=bare(context.model))
         self._context, self._before = context, form(context.model, dense=True)
         self._hold = held(context.optimizer)
         self._live: dict[str, tuple[Technique, Attached]] = {}
@@ -61,7 +59,7 @@ class RunningRecipe:
         try:
             vars(context.model)[MARK] = _Name(name)
             if state is None and any(t.seam == "init" for t in techniques):
-                weights = self._weights()
+                weights = [(parameter, parameter.detach().clone()) for parameter in context.model.parameters()]
             self._join_all(remedy, fresh=state is None)
             self._live = dict(sorted(self._live.items(), key=lambda item: item[1][0].depth))
             self._listen()
@@ -77,11 +75,6 @@ class RunningRecipe:
             for parameter, value in weights:
                 parameter.detach().copy_(value)
             raise
-
-    @property
-    def model(self) -> nn.Module:
-        """The model as it was given (within torch.compile or DistributedDataParallel), with its ghosts while they live."""
-        return self._given
 
     @property
     def strengths(self) -> dict[str, float]:
@@ -241,9 +234,6 @@ class RunningRecipe:
             )
         return int(state["position"])
 
-    def _weights(self) -> list[tuple[nn.Parameter, Tensor]]:
-        return [(parameter, parameter.detach().clone()) for parameter in self._context.model.parameters()]
-
     def _join_all(self, remedy: Callable[[Iterable[str]], str], *, fresh: bool) -> None:
         """Attach each technique in order; what they refuse is said at once, of all of them."""
         refused: dict[str, TechniqueError] = {}
@@ -269,7 +259,7 @@ class RunningRecipe:
             if strength is not None:
                 self._live[technique.name] = (technique, attached)
                 attached.set_strength(strength)
-        if attached.added.parameters and (how := how_spread(self._given)):
+        if attached.added.parameters and (how := how_spread(self.model)):
             raise TechniqueError(
                 f"{technique.name} adds parameters to a model {how}, which does not know of them",
                 allowed="techniques without parameters of their own on a model that is spread already",
@@ -293,18 +283,16 @@ class RunningRecipe:
     def _stepping(self, _optimizer: Any, args: Any, kwargs: Any) -> Any:
         """Tell techniques of the step to come; its closure (Lightning gives one) is run first, for they work on the gradients."""
         given = _evaluated(args, kwargs)
-        self._tell("before_update")
+        for technique, attached in list(self._live.values()):
+            if technique.seam == "step":
+                attached.before_update()
         return given
 
     def _stepped(self, *_: Any) -> None:
-        self._tell("after_update")
-
-    def _tell(self, what: str) -> None:
-        """Tell the techniques of a step, before it in their order and after it in the reverse, as brackets close."""
-        live = list(self._live.values())
-        for technique, attached in live if what == "before_update" else reversed(live):
+        """After a step in the reverse order, as brackets close."""
+        for technique, attached in reversed(list(self._live.values())):
             if technique.seam == "step":
-                getattr(attached, what)()
+                attached.after_update()
 
     def _move(self, technique: Technique) -> None:
         strength = self.strength(technique, self.position)
@@ -323,7 +311,7 @@ class RunningRecipe:
 
     def _check_plain(self) -> None:
         before, after = self._before, form(self._context.model, dense=True)
-        if how_spread(self._given).startswith("cut"):  # fully_shard adds its hooks to state dicts in the first forward pass
+        if how_spread(self.model).startswith("cut"):  # fully_shard adds its hooks to state dicts in the first forward pass
             before, after = ({key: _STATE_HOOKS.sub("", line) for key, line in found.items()} for found in (before, after))
         if changed := changes(before, after):
             raise TechniqueError(
