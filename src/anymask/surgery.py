@@ -1,7 +1,7 @@
 """Looking into models: what they are made of, what they take and give."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -209,6 +209,17 @@ def logits_of(output: Any) -> Tensor:
             fix="give the tensor that the loss is of; for anymask.prune, wrap the model in one that returns it",
         )
     return first
+
+
+def needs_whole(parameters: Iterable[Tensor], what: str, *, fix: str) -> None:
+    """Raises TechniqueError where `fully_shard` has cut one of `parameters`, which `what` has to see whole.
+
+    Example:
+        >>> needs_whole(nn.Linear(2, 2).parameters(), "rescale on Linear", fix="call it before fully_shard")
+    """
+    if any(hasattr(parameter, "to_local") for parameter in parameters):
+        came = f"{what}, whose parameters are cut by fully_shard"
+        raise TechniqueError(came, allowed="a model that is whole on each rank", fix=fix)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from anymask.errors import MaskError, TechniqueError
+from anymask.errors import MaskError
 from anymask.mask import Mask
 from anymask.prunables import TRANSPOSED, bare, prunable, rows_of, transposed_groups
 from anymask.ranks import from_rank
 from anymask.sparse import as_dense
-from anymask.surgery import CONVS
+from anymask.surgery import CONVS, needs_whole
 from anymask.techniques.base import Context, Technique
 
 
@@ -53,12 +53,8 @@ def reinitialise(context: Context, technique: Technique, change: Callable[[Neuro
         MaskError: when the mask does not fit.
     """
     mask, model = context.needs_mask(technique.name), bare(context.model)
-    if any(hasattr(parameter, "to_local") for parameter in model.parameters()):
-        raise TechniqueError(
-            f"{technique.name} on {type(model).__name__}, whose parameters are cut by fully_shard",
-            allowed="a model that is whole on each rank: a neuron needs all of its weights",
-            fix=f"attach it to the model before fully_shard, in a recipe of its own, and leave {technique.name} out of this one",
-        )
+    fix = f"attach it to the model before fully_shard, in a recipe of its own, and leave {technique.name} out of this one"
+    needs_whole(model.parameters(), f"{technique.name} on {type(model).__name__}", fix=fix)
     with as_dense(model):
         layers = _masked(model, mask)
         if not layers:

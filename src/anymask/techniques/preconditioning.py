@@ -17,7 +17,7 @@ from anymask.prunables import bare, compact
 from anymask.ranks import from_rank, leads, ranks
 from anymask.schedules import Schedule
 from anymask.sparse.layers import Glances
-from anymask.surgery import CONVS
+from anymask.surgery import CONVS, needs_whole
 from anymask.techniques.base import Attached, Context, Technique
 from anymask.techniques.neuron_blocks import Blocks, Each, inputs_of, threads_of_one
 
@@ -97,12 +97,7 @@ class Preconditioning(Technique):
     def attach(self, context: Context) -> "_Preconditioning":
         model, mask = bare(context.model), context.needs_mask(self.name)
         weights = context.masked_weights(self.name)
-        if any(hasattr(p, "to_local") for p in weights.values()):
-            raise TechniqueError(
-                f"{self.name} on {type(model).__name__}, whose parameters are cut by fully_shard",
-                allowed="a model that is whole on each rank: a neuron needs all of its weights",
-                fix=f"leave {self.name} out of the recipe",
-            )
+        needs_whole(weights.values(), f"{self.name} on {type(model).__name__}", fix=f"leave {self.name} out of the recipe")
         modules = dict(model.named_modules())
         layers = {name: modules[name.rpartition(".")[0]] for name in weights if name.rpartition(".")[2] == "weight"}
         layers = {name: m for name, m in layers.items() if isinstance(m, (*CONVS, nn.Linear)) and mask[name].any()}

@@ -20,7 +20,7 @@ from anymask.mask import Mask
 from anymask.prunables import bare
 from anymask.ranks import by_rank_0
 from anymask.sparse import as_dense
-from anymask.surgery import CONVS, copied, evaluating, run
+from anymask.surgery import CONVS, copied, evaluating, needs_whole, run
 from anymask.techniques.batches import plain
 from anymask.techniques.neuron_blocks import inputs_of
 
@@ -113,12 +113,7 @@ def reconstruct(
     if isinstance(data, (Tensor, Mapping)):
         raise TechniqueError(f"data came as {type(data).__name__}", allowed="batches, in a list or a loader", fix="give [batch]")
     model, settings = bare(model), settings or Refit()
-    if any(hasattr(p, "to_local") for p in model.parameters()):
-        raise TechniqueError(
-            f"the parameters of {type(model).__name__} are cut by fully_shard",
-            allowed="a model that is whole on each rank",
-            fix="reconstruct it before fully_shard",
-        )
+    needs_whole(model.parameters(), f"anymask.reconstruct on {type(model).__name__}", fix="reconstruct it before fully_shard")
     with as_dense(model):
         names = _refittable(model, mask)
         biases = [model.get_submodule(name).bias for name in names]

@@ -28,7 +28,7 @@ from anymask.pauses import pause
 from anymask.prunables import bare
 from anymask.ranks import from_rank
 from anymask.sparse import as_dense
-from anymask.surgery import logits_of, twice_differentiable
+from anymask.surgery import logits_of, needs_whole, twice_differentiable
 from anymask.techniques.batches import Batch, pairs
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -157,12 +157,8 @@ def rescale(
     are half as large. Its code never moves a bias again that has reached 0.
     """
     model = bare(model)
-    if any(hasattr(p, "to_local") for p in model.parameters()):
-        raise TechniqueError(
-            f"the parameters of {type(model).__name__} are cut by fully_shard",
-            allowed="a model that is whole on each rank",
-            fix="call anymask.techniques.rescale.rescale(model, batches, mask=mask) before fully_shard, and leave lrsi out of the recipe",
-        )
+    fix = "call anymask.techniques.rescale.rescale(model, batches, mask=mask) before fully_shard, and leave lrsi out of the recipe"
+    needs_whole(model.parameters(), f"rescale on {type(model).__name__}", fix=fix)
     with as_dense(model):  # sparse layers have no second derivatives
         done = from_rank(_learn(_Network(model, loss, mask), batches, settings))  # each rank has other batches; all need the same scales
     with torch.no_grad():
