@@ -43,8 +43,6 @@ class Unit:
     """
 
     kind: str  # "conv + norm", "linear + norm", "norm + conv" or "norm + linear"
-    layer_name: str
-    norm_name: str
     layer: nn.Module
     entry: nn.Module  # what enters here ...
     exit: nn.Module  # ... is added to what leaves here
@@ -64,7 +62,6 @@ class Unit:
 @dataclass
 class _Call:
     module: nn.Module
-    name: str
     given: Tensor | None
     kind: str = ""
     output: Tensor | None = None
@@ -146,8 +143,8 @@ def units(model: nn.Module, example: Any) -> list[Unit]:
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
-        >>> [(unit.kind, unit.layer_name, unit.norm_name) for unit in units(net, torch.ones(1, 1, 8, 8))]
-        [('conv + norm', '1', '2')]
+        >>> [(unit.kind, unit.layer is net[1]) for unit in units(net, torch.ones(1, 1, 8, 8))]
+        [('conv + norm', True)]
     """
     flow = _watch(model, example)
     inputs = {id(t) for t in _tensors(example)}
@@ -257,12 +254,12 @@ def _layers(flow: _Flow) -> tuple[list[_Call], list[_Call]]:
 def _watch(model: nn.Module, example: Any) -> _Flow:
     flow, handles = _Flow(), []
 
-    def enter(module: nn.Module, args: Any, kwargs: Any, name: str) -> None:
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         given = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
         flow.entered[id(module)] += 1
         inside = {id(call) for call in flow.stack}
         others = any(id(call) not in inside and type(call.module) is not nn.Identity for call in flow.handed[id(given)])
-        flow.stack.append(_Call(module, name, given, used=flow.uses[flow.root(given)], handed=others))
+        flow.stack.append(_Call(module, given, used=flow.uses[flow.root(given)], handed=others))
         flow.handed[id(given)].append(flow.stack[-1])
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -272,10 +269,8 @@ def _watch(model: nn.Module, example: Any) -> _Flow:
             flow.calls.append(call)
 
     try:
-        for name, module in model.named_modules():
-            handles.append(
-                module.register_forward_pre_hook(lambda m, a, k, name=name: enter(m, a, k, name), with_kwargs=True, prepend=True)
-            )
+        for module in model.modules():
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(leave))
         with evaluating(model), _Watching(flow):
             flow.touched.update(id(t) for t in tree_leaves(run(model, example)) if isinstance(t, Tensor))
@@ -331,7 +326,7 @@ def _unit(first: _Call, last: _Call, *, flow: _Flow, inputs: set[int]) -> Unit |
         return None
     kind = f"norm + {layer.kind}" if first is norm else f"{layer.kind} + norm"
     return Unit(
-        kind, layer.name, norm.name, layer.module, first.module, last.module, entry_dim, exit_dim, tuple(given.shape), tuple(gives.shape),
+        kind, layer.module, first.module, last.module, entry_dim, exit_dim, tuple(given.shape), tuple(gives.shape),
         stem=flow.root(first.given) in inputs,
     )  # fmt: skip
 

@@ -13,7 +13,9 @@ from tests.foundations.test_surgery import IMAGES, Flow, conv, net
 
 
 def found(forward, **modules):
-    return [(unit.layer_name, unit.norm_name, unit.stem) for unit in units(Flow(forward, **modules), IMAGES)]
+    names = {module: name for name, module in modules.items()}
+    every = [(unit, unit.exit if unit.entry is unit.layer else unit.entry) for unit in units(Flow(forward, **modules), IMAGES)]
+    return [(names[unit.layer], names[norm], unit.stem) for unit, norm in every]
 
 
 def test_a_unit_is_a_convolution_and_its_norm_whatever_they_are_called():

@@ -250,7 +250,7 @@ class Attention(nn.Module):
 def test_attention_has_the_second_derivative_of_the_norm():
     torch.manual_seed(0)
     batches = [(torch.randn(6, 3, 8), torch.randint(3, (6,))) for _ in range(2)]
-    assert rescale(Attention(), batches, settings=replace(SHORT, gamma=1e-3)).iterations == 4
+    assert len(rescale(Attention(), batches, settings=replace(SHORT, gamma=1e-3)).norms) == 4
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------

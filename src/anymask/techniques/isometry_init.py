@@ -95,14 +95,12 @@ class Isometry:
         rows: the new weights, 0 where pruned.
         before, after: ||G - I||_F^2 of the weights that were given, and of `rows`.
         size: the number n of rows of G, which is ||I||^2.
-        iterations: steps that were made.
     """
 
     rows: Tensor
     before: float
     after: float
     size: int
-    iterations: int
 
 
 @torch.no_grad()
@@ -130,16 +128,16 @@ def towards_isometry(rows: Tensor, kept: Tensor, *, iterations: int, tolerance: 
     flip = w.shape[0] > w.shape[1]
     w, mask = (w.T, mask.T) if flip else (w, mask)
     if not w.numel():
-        return Isometry(whole, 0.0, 0.0, 0, 0)
+        return Isometry(whole, 0.0, 0.0, 0)
     before = _square(_error(w))
     w = w / w.norm(dim=1, keepdim=True)
-    w, after, steps = _descend(w, mask, iterations=iterations, tolerance=tolerance)
+    w, after = _descend(w, mask, iterations=iterations, tolerance=tolerance)
     whole[lives] = w.T if flip else w
-    return Isometry(whole, before, after, len(w), steps)
+    return Isometry(whole, before, after, len(w))
 
 
-def _descend(w: Tensor, kept: Tensor, *, iterations: int, tolerance: float) -> tuple[Tensor, float, int]:
-    """`w` after the steps, the squared error there, and how many there were."""
+def _descend(w: Tensor, kept: Tensor, *, iterations: int, tolerance: float) -> tuple[Tensor, float]:
+    """`w` after the steps, and the squared error there."""
     error, slope, direction = _error(w), torch.zeros_like(w), torch.zeros_like(w)
     value, noise = _square(error), (len(w) * torch.finfo(w.dtype).eps) ** 2
     for step in range(iterations):
@@ -152,9 +150,9 @@ def _descend(w: Tensor, kept: Tensor, *, iterations: int, tolerance: float) -> t
         error += t * linear + t * t * square
         there = _square(error)
         if value <= noise or not there < value * (1 - tolerance):
-            return w, _square(_error(w)), step
+            break
         w, value = w + t * direction, there
-    return w, _square(_error(w)), iterations
+    return w, _square(_error(w))
 
 
 def _least(a: Tensor, b: Tensor, c: Tensor) -> float:

@@ -86,18 +86,11 @@ class Rescaled:
 
     Args:
         scales: the factor of each parameter tensor, by parameter name.
-        losses: loss of the gradient's batch at each iteration, before its step.
         norms: norm of the masked gradient at each iteration, before its step.
     """
 
     scales: dict[str, float]
-    losses: tuple[float, ...]
     norms: tuple[float, ...]
-
-    @property
-    def iterations(self) -> int:
-        """Steps taken."""
-        return len(self.norms)
 
 
 _DEFAULTS = RescaleSettings()
@@ -147,7 +140,7 @@ def rescale(
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> batches = [(torch.randn(16, 4), torch.randint(3, (16,))) for _ in range(4)]
         >>> done = rescale(net, batches, settings=RescaleSettings(iterations=5))
-        >>> done.iterations, list(done.scales)
+        >>> len(done.norms), list(done.scales)
         (5, ['0.weight', '0.bias', '2.weight', '2.bias'])
 
     Paper: Training Your Sparse Neural Network Better with Any Mask (arXiv 2206.12755); GradInit (arXiv 2102.08098).
@@ -225,24 +218,23 @@ def _learn(network: _Network, batches: Iterable[Batch], settings: RescaleSetting
     scales = network.first_scales()
     lower = network.lower(scales, settings)
     adam = {over: torch.optim.Adam([scales], lr=settings.lr) for over in (False, True)}  # as in GradInit, apart
-    history = []
+    norms = []
     with _measuring(network.model, network.device):
         for now, ahead in islice(pairs(batches, settings.overlap), settings.iterations):
             # Not around `pause`: it switches fused attention off for the whole process.
             with twice_differentiable(network.model, fix="leave lrsi out of the recipe"):
-                loss, norm, scales.grad = _direction(network, scales, now, ahead, settings)
-            history.append((loss, norm))
+                norm, scales.grad = _direction(network, scales, now, ahead, settings)
+            norms.append(norm)
             adam[norm > settings.gamma].step()
             with torch.no_grad():
                 scales.clamp_(min=lower)
             pause()  # an iteration costs as much as 2 to 7 steps that are not recorded
     _check(scales)
-    losses, norms = zip(*history, strict=True)
-    return Rescaled(dict(zip(network.start, scales.tolist(), strict=True)), losses, norms)
+    return Rescaled(dict(zip(network.start, scales.tolist(), strict=True)), tuple(norms))
 
 
-def _direction(network: _Network, scales: Tensor, now: Batch, ahead: Batch, settings: RescaleSettings) -> tuple[float, float, Tensor]:
-    """Loss and gradient norm on `now`, and the clipped gradient of what to step: the norm if over gamma, else the objective."""
+def _direction(network: _Network, scales: Tensor, now: Batch, ahead: Batch, settings: RescaleSettings) -> tuple[float, Tensor]:
+    """The gradient norm on `now`, and the clipped gradient of what to step: the norm if over gamma, else the objective."""
     weights = network.at(scales)
     loss, gradient, norm = network.gradient(weights, now)
     seen, size = torch.stack([loss, norm]).tolist()  # one wait for the device
@@ -253,7 +245,7 @@ def _direction(network: _Network, scales: Tensor, now: Batch, ahead: Batch, sett
         unit = norm.detach().clamp_min(torch.finfo(norm.dtype).tiny)
         goal = network.loss_at({n: w - settings.eta * (gradient[n].detach() / unit) for n, w in weights.items()}, ahead) / settings.eta
     (slope,) = torch.autograd.grad(goal, scales)
-    return seen, size, slope.clamp(-settings.clip, settings.clip)
+    return size, slope.clamp(-settings.clip, settings.clip)
 
 
 def _pruned(model: nn.Module, mask: Mask | None) -> dict[int, Tensor]:
