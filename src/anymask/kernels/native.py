@@ -4,7 +4,7 @@ from collections.abc import Callable
 from ctypes import byref
 from functools import cached_property, partial
 from itertools import count
-from typing import Any, TypedDict
+from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -146,12 +146,6 @@ class Gather:
         return output
 
 
-class _How(TypedDict):
-    images: int
-    width: int
-    threads: int
-
-
 class Sized:
     """A `Gather` for inputs of one size. It takes the addresses of contiguous float32 arrays, and checks nothing.
 
@@ -162,7 +156,8 @@ class Sized:
     """
 
     def __init__(self, conv: Conv, rows: int, cols: int, images: int, threads: int, width: int) -> None:  # noqa: PLR0917
-        self._size, self._how = (conv, rows, cols), _How(images=images, width=width, threads=threads)
+        self._size = (conv, rows, cols)
+        self._how: dict[str, Any] = {"images": images, "width": width, "threads": threads}
         self.input = (conv.channels, rows, cols, images)
         self.output = (conv.weight_shape[0], *conv.output_size(rows, cols), images)
         self.kept = len(conv.kept)

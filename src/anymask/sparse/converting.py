@@ -186,7 +186,7 @@ def to_dense(model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Modu
             if isinstance(layer, layers.SparseWeight):
                 densify(layer, optimizer)
             elif kind := dense_class(layer):
-                if isinstance(layer, layers.BatchLast | layers.FusedReLU):
+                if not isinstance(layer, layers.FusedSum):
                     layers.unlink(layer)
                 layer.__class__ = kind
     return model
@@ -299,7 +299,7 @@ def _follow(model: nn.Module, found: list[tuple[nn.Module, nn.Module, tuple[nn.M
         elif type(layer) in _PLAIN:
             layer.__class__ = _SPARSE[type(layer)]
         elif getattr(layer, "anymask_sum", False):
-            layer.__class__ = layers.fused_sum(type(layer))
+            layer.__class__ = layers.fused_sum(type(layer))  # type: ignore[arg-type]  # mypy takes no class for hashable
     for norm, relu, more in found:
         if isinstance(norm, layers.BatchLastNorm2d):
             relu.__class__ = layers.FusedReLU

@@ -1,6 +1,7 @@
 """Layers that store and compute kept weights alone. A layer becomes one by a change of its class: names, hooks and identity stay."""
 
 import math
+from functools import cache
 from threading import get_ident
 from typing import Any
 
@@ -21,10 +22,6 @@ class SparseWeight:
     gather: Gather  # the tables
     dense_shape: tuple[int, ...]  # of the dense weight; so is the next
     dense_stride: tuple[int, ...]
-
-    def dense_weight(self) -> Tensor:
-        """The dense weight with its zeros, of shape `dense_shape`; differentiable."""
-        return self.scatter(self.weight)
 
     def scatter(self, values: Tensor) -> Tensor:
         """`values` (K,) at the kept places of a dense tensor of zeros."""
@@ -74,11 +71,8 @@ class SparseLinear(SparseWeight, nn.Linear):
         return out[:, :, 0, 0].reshape(*input.shape[:-1], self.out_features)
 
 
-class BatchLast:
-    """Layers without sparse weights that read and write batch-last tensors where they are given one; else they are what they were."""
-
-
-class BatchLastNorm2d(BatchLast, nn.BatchNorm2d):
+# Those called BatchLast, without sparse weights, are what they were unless they are given batch-last tensors.
+class BatchLastNorm2d(nn.BatchNorm2d):
     """A BatchNorm2d, which takes the ReLU after it along (`relu`) while nobody hooks into either, and the max pool after that (`pool`)."""
 
     relu: "tuple[FusedReLU, ...]" = ()  # in a tuple, so that it is no child
@@ -220,12 +214,10 @@ def _stages(body: nn.Sequential, x: Tensor, *, last: float | None) -> list[rows.
     return found
 
 
-SUMS: dict[type, type] = {}  # the class of a sum -> its fused one, made when it is first met
-
-
+@cache
 def fused_sum(kind: type) -> type:
     """The class that `FusedSum` makes of `kind`."""
-    return SUMS.setdefault(kind, type(f"Fused{kind.__name__}", (FusedSum, kind), {"__module__": __name__}))
+    return type(f"Fused{kind.__name__}", (FusedSum, kind), {"__module__": __name__})
 
 
 def _new_sum(kind: type) -> Any:
@@ -242,7 +234,7 @@ class FusedReLU(nn.ReLU):
         return input if self.norm and self.norm[0].has_done(input, pool=False) else super().forward(input)
 
 
-class BatchLastMaxPool2d(BatchLast, nn.MaxPool2d):
+class BatchLastMaxPool2d(nn.MaxPool2d):
     """A MaxPool2d, which a norm may have done already."""
 
     norm: tuple[BatchLastNorm2d, ...] = ()
@@ -270,7 +262,7 @@ class BatchLastMaxPool2d(BatchLast, nn.MaxPool2d):
         return _pooled(self, input, mean=False)
 
 
-class BatchLastAvgPool2d(BatchLast, nn.AvgPool2d):
+class BatchLastAvgPool2d(nn.AvgPool2d):
     """An AvgPool2d; with padding or another divisor it is PyTorch's own."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -280,7 +272,7 @@ class BatchLastAvgPool2d(BatchLast, nn.AvgPool2d):
         return _pooled(self, input, mean=True)
 
 
-class BatchLastZeroPad3d(BatchLast, nn.ZeroPad3d):
+class BatchLastZeroPad3d(nn.ZeroPad3d):
     """A ZeroPad3d, which pads rows, columns and channels of a map."""
 
     def forward(self, input: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ It acts on glibc's malloc, so the dense layers of this process gain, too. ANYMAS
 import ctypes
 import os
 import sys
+from functools import cache
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
@@ -60,13 +61,9 @@ def _heap() -> tuple[int, int] | None:
     return (int(start, 16), int(end, 16)) if end else None
 
 
+@cache
 def _libc() -> ctypes.CDLL:
-    if not _LIBC:
-        libc = ctypes.CDLL(None)
-        libc.sbrk.restype = ctypes.c_size_t
-        libc.sbrk.argtypes = [ctypes.c_ssize_t]
-        _LIBC.append(libc)
-    return _LIBC[0]
-
-
-_LIBC: list[ctypes.CDLL] = []
+    libc = ctypes.CDLL(None)
+    libc.sbrk.restype = ctypes.c_size_t
+    libc.sbrk.argtypes = [ctypes.c_ssize_t]
+    return libc
