@@ -275,28 +275,20 @@ class _Preconditioning(Attached):
 
 
 class _Look(Glances):
-    """What hears a layer's inputs; nothing in a copy of the model, or in one that was pickled."""
+    """What hears a layer's inputs; in a copy of the model, or in one that was pickled, nothing is `attached`."""
 
-    def __init__(self, attached: _Preconditioning, name: str) -> None:
+    def __init__(self, attached: _Preconditioning | None, name: str) -> None:
         self.attached, self.name = attached, name
 
     def __call__(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if not torch.compiler.is_compiling() and (args or "input" in kwargs):
+        if self.attached is not None and not torch.compiler.is_compiling() and (args or "input" in kwargs):
             self.attached.look(self.name, args[0] if args else kwargs["input"])
 
     def glances(self) -> bool:
-        return self.attached.looks
+        return self.attached is not None and self.attached.looks
 
     def __reduce__(self) -> Any:
-        return _Deaf, ()
-
-
-class _Deaf(Glances):
-    def __call__(self, *_: Any) -> None:
-        """Nothing."""
-
-    def glances(self) -> bool:
-        return False
+        return _Look, (None, self.name)
 
 
 _LEAST_DAMPING = 1e-3  # for products: at 1e-5 they are off by 8% for covariances of float32, which are not quite positive
