@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from anymask.surgery import Cost
 
 LATER = {"later": True}  # of a field that is younger than the first ledgers: at its default it is no part of what names a training
 Loss = Callable[[Tensor, Tensor], Tensor]  # (output, target) -> 0-D loss
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,23 +37,13 @@ class Context:
 
     def needs_optimizer(self, technique: str) -> Optimizer:
         """The optimiser; raises TechniqueError when there is none."""
-        if self.optimizer is None:
-            raise TechniqueError(
-                f"{technique} got no optimiser",
-                allowed="the optimiser that trains the model, whose steps it works on",
-                fix="pass it to Recipe.attach",
-            )
-        return self.optimizer
+        allowed = "the optimiser that trains the model, whose steps it works on"
+        return _given(self.optimizer, f"{technique} got no optimiser", allowed=allowed, fix="pass it to Recipe.attach")
 
     def needs_mask(self, technique: str) -> Mask:
         """The mask; raises TechniqueError when there is none."""
-        if self.mask is None:
-            raise TechniqueError(
-                f"{technique} got no mask",
-                allowed="a mask that is held, whose weights it works on",
-                fix=f"call anymask.hold(mask, model, optimizer) before Recipe.attach, or leave {technique} out of the recipe",
-            )
-        return self.mask
+        fix = f"call anymask.hold(mask, model, optimizer) before Recipe.attach, or leave {technique} out of the recipe"
+        return _given(self.mask, f"{technique} got no mask", allowed="a mask that is held, whose weights it works on", fix=fix)
 
     def masked_weights(self, technique: str) -> dict[str, nn.Parameter]:
         """The weights of the mask that the optimiser trains, by name, tied ones once; raises TechniqueError when there are none."""
@@ -86,13 +77,14 @@ class Context:
 
     def needs_example(self, technique: str) -> Any:
         """The example; raises TechniqueError when there is none."""
-        if self.example is None:
-            raise TechniqueError(
-                f"{technique} got no example of an input",
-                allowed="a batch of inputs, to see how data flows through the model",
-                fix="pass example=x to Recipe.attach",
-            )
-        return self.example
+        allowed = "a batch of inputs, to see how data flows through the model"
+        return _given(self.example, f"{technique} got no example of an input", allowed=allowed, fix="pass example=x to Recipe.attach")
+
+
+def _given(value: T | None, came: str, *, allowed: str, fix: str) -> T:
+    if value is None:
+        raise TechniqueError(came, allowed=allowed, fix=fix)
+    return value
 
 
 class Attached:
