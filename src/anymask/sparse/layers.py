@@ -32,6 +32,14 @@ class SparseWeight:
         """The values of a dense tensor at the kept places, (K,)."""
         return dense.reshape(-1)[self.places()]
 
+    def dense(self, value: Any) -> Any:
+        """`value` as of the dense layer, where it is a tensor of the stored shape (a slot, an average); else as it is."""
+        return self.scatter(value) if isinstance(value, Tensor) and value.shape == self.weight.shape else value
+
+    def stored(self, value: Any) -> Any:
+        """The reverse of `dense`, which takes what is stored already as it is."""
+        return self.collect(value) if isinstance(value, Tensor) and tuple(value.shape) == self.dense_shape else value
+
     def places(self) -> Tensor:
         """Flat places of the kept weights, (K,)."""
         return torch.from_numpy(self.gather.conv.kept)
@@ -42,8 +50,8 @@ class SparseWeight:
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         given = state_dict.get(prefix + "weight")
-        if given is not None and tuple(given.shape) == self.dense_shape:
-            state_dict = {**state_dict, prefix + "weight": self.collect(given)}
+        if given is not None:
+            state_dict = {**state_dict, prefix + "weight": self.stored(given)}
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
     def extra_repr(self) -> str:

@@ -135,15 +135,14 @@ class _Average(Attached):
 
     def state_dict(self) -> dict[str, Any]:
         layers = compact(self.model)  # dense, as in the checkpoints of `fit`: any machine can go on, sparse or not
-        dense = {name: layers[name].scatter(value) if name in layers else value for name, value in self.averages.items()}
+        dense = {name: layers[name].dense(value) if name in layers else value for name, value in self.averages.items()}
         return {"steps": self.steps, "averages": dense}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         layers = compact(self.model)
         self.steps = int(state["steps"])
         for name, value in state["averages"].items():
-            fits = name in layers and tuple(value.shape) == layers[name].dense_shape
-            self.averages[name].copy_(layers[name].collect(value) if fits else value)
+            self.averages[name].copy_(layers[name].stored(value) if name in layers else value)
 
     def _leave(self, strength: float) -> None:
         """Put the average into the model, and keep aside what was there."""

@@ -153,8 +153,7 @@ class _SignIn(Attached):
         layers = compact(self.model)
 
         def dense(name: str, value: Any) -> Any:  # as in the checkpoints of `fit`: any machine can go on, sparse or not
-            fits = name in layers and isinstance(value, Tensor) and value.shape == self.weights[name].shape
-            return layers[name].scatter(value) if fits else value
+            return layers[name].dense(value) if name in layers else value
 
         factors = {name: dense(name, factor.detach()) for name, factor in self.factors.items()}
         slots = {name: {key: dense(name, slot) for key, slot in kept.items()} for name, kept in self.slots.items()}
@@ -164,8 +163,7 @@ class _SignIn(Attached):
         layers = compact(self.model)
 
         def stored(name: str, value: Any) -> Any:
-            fits = name in layers and isinstance(value, Tensor) and tuple(value.shape) == layers[name].dense_shape
-            return layers[name].collect(value) if fits else value
+            return layers[name].stored(value) if name in layers else value
 
         self.steps = int(state["steps"])
         for name, value in state["factors"].items():

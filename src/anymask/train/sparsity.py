@@ -101,11 +101,7 @@ def slots_stored(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         >>> slots_stored(net, torch.optim.SGD(net.parameters(), lr=0.1))["state"]
         {}
     """
-
-    def scatter(layer: Any, slot: Tensor) -> Tensor:
-        return layer.scatter(slot) if slot.shape == layer.weight.shape else slot
-
-    stored = _converted(model, optimizer, optimizer.state_dict(), scatter)
+    stored = _converted(model, optimizer, optimizer.state_dict(), lambda layer, slot: layer.dense(slot))
     for group in stored["param_groups"]:  # as `rates_on_device` found them: the next part of a training may be on a CPU
         group |= {"lr": float(group["lr"])} | ({"capturable": False} if "capturable" in group else {})
     return stored
@@ -113,23 +109,19 @@ def slots_stored(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 def slots_loaded(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load into `optimizer` what `slots_stored` gave, whichever layers of `model` were sparse then, and are now, and wherever it was."""
-
-    def collect(layer: Any, slot: Tensor) -> Tensor:
-        return layer.collect(slot) if tuple(slot.shape) == layer.dense_shape else slot
-
-    loaded = _converted(model, optimizer, state, collect)
+    loaded = _converted(model, optimizer, state, lambda layer, slot: layer.stored(slot))
     here = [{name: group[name] for name in ("fused", "foreach", "capturable") if name in group} for group in optimizer.param_groups]
     loaded["param_groups"] = [saved | now for saved, now in zip(loaded["param_groups"], here, strict=True)]  # steps made as this device can
     optimizer.load_state_dict(loaded)
 
 
 @torch.no_grad()
-def _converted(model: nn.Module, optimizer: Optimizer, state: dict[str, Any], change: Callable[[Any, Tensor], Tensor]) -> dict[str, Any]:
+def _converted(model: nn.Module, optimizer: Optimizer, state: dict[str, Any], change: Callable[[Any, Any], Any]) -> dict[str, Any]:
     layers = {id(layer.weight): layer for layer in compact(model).values()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]  # in the order of their numbers in a state dict
     slots = dict(state["state"])
     for number, parameter in enumerate(parameters):
         layer = layers.get(id(parameter))
         if layer is not None and number in slots:
-            slots[number] = {name: change(layer, slot) if isinstance(slot, Tensor) else slot for name, slot in slots[number].items()}
+            slots[number] = {name: change(layer, slot) for name, slot in slots[number].items()}
     return {**state, "state": slots}
