@@ -110,6 +110,13 @@ class Mask(Mapping[str, Tensor]):
             self._check_stored(name, layers[name])
         return {name: parameters[name] for name in self._kept}
 
+    def by_parameter(self, model: nn.Module) -> dict[int, Tensor]:
+        """What is kept of each parameter that this mask covers, by its id: of a tied one what the mask keeps under all its names."""
+        found: dict[int, Tensor] = {}
+        for name, parameter in self.check(model).items():
+            found[id(parameter)] = self[name] & found[id(parameter)] if id(parameter) in found else self[name]
+        return found
+
     def _check_stored(self, name: str, layer: Any) -> None:
         lost = int(self._kept[name].sum()) - int(layer.collect(self._kept[name]).sum())
         if lost:

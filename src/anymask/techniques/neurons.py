@@ -79,9 +79,7 @@ def _masked(model: nn.Module, mask: Mask) -> dict[str, tuple[nn.Parameter, Tenso
         known = prunable(model, kinds=("conv", "linear", "recurrent"))
     except MaskError:  # it has none
         return {}
-    kept: dict[int, Tensor] = {}
-    for name, parameter in mask.check(model).items():
-        kept[id(parameter)] = mask[name] & kept[id(parameter)] if id(parameter) in kept else mask[name]
+    kept = mask.by_parameter(model)
     return {name: (parameter, kept[id(parameter)]) for name, parameter in known.items() if id(parameter) in kept}
 
 

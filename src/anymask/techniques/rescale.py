@@ -168,7 +168,8 @@ class _Network:
 
     def __init__(self, model: nn.Module, loss: Loss, mask: Mask | None) -> None:
         self.model, self.loss = model, loss
-        pruned = _pruned(model, mask)
+        kept = {} if mask is None else mask.by_parameter(model)
+        pruned = {id(p): ~kept[id(p)].to(p.device) for p in model.parameters() if id(p) in kept}
         start = {n: p.detach().masked_fill(pruned[id(p)], 0) if id(p) in pruned else p.detach() for n, p in model.named_parameters()}
         free = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not free:
@@ -246,17 +247,6 @@ def _direction(network: _Network, scales: Tensor, now: Batch, ahead: Batch, sett
         goal = network.loss_at({n: w - settings.eta * (gradient[n].detach() / unit) for n, w in weights.items()}, ahead) / settings.eta
     (slope,) = torch.autograd.grad(goal, scales)
     return size, slope.clamp(-settings.clip, settings.clip)
-
-
-def _pruned(model: nn.Module, mask: Mask | None) -> dict[int, Tensor]:
-    """Where each masked parameter is pruned, by its id; the mask may call a tied weight by any of its names."""
-    found: dict[int, Tensor] = {}
-    if mask is None:
-        return found
-    for name, p in mask.check(model).items():
-        out = ~mask[name].to(p.device)
-        found[id(p)] = out | found[id(p)] if id(p) in found else out
-    return found
 
 
 @contextmanager
