@@ -14,7 +14,7 @@ from anymask.errors import MaskError, SettingError
 from anymask.interrupts import Mode
 from anymask.mask import Mask
 from anymask.prunables import bare, transposed_groups
-from anymask.surgery import copied
+from anymask.surgery import copied, tensors
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _gradients(twin: nn.Module, x: Tensor, wanted: list[nn.Parameter]) -> tuple[
             allowed="an input that the model takes",
             fix="give an example of the shape and dtype of its data",
         ) from error
-    ends = [end for end in _tensors(given) if end.requires_grad]
+    ends = [end for end in tensors(given) if end.requires_grad]
     if not ends:
         raise MaskError(
             f"{type(twin).__name__} gives {type(given).__name__}, in which nothing has a gradient",
@@ -167,13 +167,6 @@ def _gradients(twin: nn.Module, x: Tensor, wanted: list[nn.Parameter]) -> tuple[
             fix="give the part of the model that holds the mask, without what comes after it",
         )
     return torch.autograd.grad(ends, wanted, [torch.ones_like(end) for end in ends], allow_unused=True, materialize_grads=True)
-
-
-def _tensors(given: Any) -> list[Tensor]:
-    if isinstance(given, Tensor):
-        return [given]
-    parts = given.values() if isinstance(given, Mapping) else given if isinstance(given, (tuple, list)) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
 
 
 # -- arithmetic of paths -------------------------------------------------------------------------------------------

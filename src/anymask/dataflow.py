@@ -1,7 +1,7 @@
 """How data flows through a model: which layers meet which norms, whatever they are called and in whatever order they stand."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from anymask.interrupts import Mode
-from anymask.surgery import evaluating, run
+from anymask.surgery import evaluating, run, tensors
 
 _CONVS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 _LINEAR = {F.linear, torch.addmm}  # addmm: transformers' Conv1D
@@ -147,7 +147,7 @@ def units(model: nn.Module, example: Any) -> list[Unit]:
         [('conv + norm', True)]
     """
     flow = _watch(model, example)
-    inputs = {id(t) for t in _tensors(example)}
+    inputs = {id(t) for t in tensors(example)}
     layers, norms = _layers(flow)
     pairs = _after(layers, norms, flow)
     taken = {id(c.module) for pair in pairs for c in pair}
@@ -337,8 +337,3 @@ def _where(near: Any, far: Any, dim: int) -> int | None:
         return dim
     other = -1 if dim == 1 else 1
     return other if far.ndim == near.ndim and near.movedim(dim, other).shape == far.shape else None
-
-
-def _tensors(example: Any) -> list[Tensor]:
-    parts = example.values() if isinstance(example, Mapping) else example if isinstance(example, (tuple, list)) else [example]
-    return [part for part in parts if isinstance(part, Tensor)]

@@ -163,6 +163,20 @@ def run(model: nn.Module, example: Any) -> Any:
     return model(*example) if isinstance(example, (tuple, list)) else model(example)
 
 
+def tensors(given: Any) -> list[Tensor]:
+    """The tensors in a tensor, tuple, list or mapping, or in such within one another, in their order.
+
+    Example:
+        >>> import torch
+        >>> tensors({"loss": None, "logits": torch.ones(1), "states": (torch.zeros(1),)})
+        [tensor([1.]), tensor([0.])]
+    """
+    if isinstance(given, Tensor):
+        return [given]
+    parts = given.values() if isinstance(given, Mapping) else given if isinstance(given, (tuple, list)) else ()
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
 def samples(inputs: Any) -> int:
     """How many samples `inputs` (as `run` takes them) hold: the length of their first tensor.
 
@@ -174,8 +188,7 @@ def samples(inputs: Any) -> int:
         >>> samples({"input_ids": torch.ones(4, 7)})
         4
     """
-    parts = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-    found = next((len(part) for part in parts if isinstance(part, Tensor) and part.ndim), None)
+    found = next((len(tensor) for tensor in tensors(inputs) if tensor.ndim), None)
     if found is None:
         raise TechniqueError(
             f"inputs came as {type(inputs).__name__} without a tensor of samples",
