@@ -29,7 +29,7 @@ def gather_of(handle: int) -> "Gather":
 
 
 class Gather:
-    """A convolution over kept weights: forward, gradient of the input, gradient of the kept weights.
+    """A convolution over kept weights: forward here, the gradients of its input and kept weights in what `at` gives.
 
     Tensors are batch-last: (C, H, W, N), float32, C-contiguous. A linear layer is a 1x1 convolution of (C, 1, 1, N).
 
@@ -111,29 +111,6 @@ class Gather:
         x_at, values_at, bias_at, add_at, out_at = (address(array) for array in (x, values, bias, add, out))
         return partial(held_call, (sized, x, values, bias, add, out), *sized.call(x_at, values_at, bias_at, add_at, relu, out_at))
 
-    def input_gradient(self, g: Floats, values: Floats, out: Floats, *, add: Floats | None = None, threads: int = 1) -> Floats:
-        """Plus `add`, into `out`, both (C, H, W, N), for the gradient g (O, OH, OW, N) of the output."""
-        self._checked(out, g, values)
-        check("add", add, out.shape)
-        self._at(out, threads).input_gradient(*map(address, (g, values, add, out)))
-        return out
-
-    def weight_gradient(self, x: Floats, g: Floats, *, threads: int = 1) -> Floats:
-        """Of the kept weights alone. Shape (K,)."""
-        self._checked(x, g, None)
-        out = np.zeros(len(self.conv.kept), np.float32)
-        self._at(x, threads).weight_gradient(*map(address, (x, g, out)))
-        return out
-
-    def gradients(self, x: Floats, g: Floats, values: Floats, out: Floats, *, add: Floats | None = None, threads: int = 1) -> Floats:
-        """Both: that of the input, plus `add`, into `out`, that of the kept weights (K,) returned."""
-        self._checked(x, g, values)
-        check("the gradient of the input", out, x.shape)
-        check("add", add, x.shape)
-        of_values = np.zeros_like(values)
-        self._at(x, threads).gradients(*map(address, (x, g, values, add, out, of_values)))
-        return of_values
-
     def _at(self, x: Floats, threads: int) -> "Sized":
         return self.at(*x.shape[1:3], images=x.shape[3], threads=threads)
 
@@ -177,17 +154,17 @@ class Sized:
         return library().am_gather, self._ahead[2], x, values, bias, add, relu, out, self._threads_forward
 
     def input_gradient(self, g: Address, values: Address, add: Address, out: Address) -> None:
-        """As `Gather.input_gradient`."""
+        """Plus `add`, into `out` (which may be `add`), both (C, H, W, N), for the gradient g (O, OH, OW, N) of the output."""
         for _, _, job in self._back:
             call(library().am_gather, job, g, values, None, add, 0, out, self._threads)
 
     def weight_gradient(self, x: Address, g: Address, out: Address) -> None:
-        """As `Gather.weight_gradient`, into `out`."""
+        """Of the kept weights alone, into `out` (K,), which must be 0."""
         if not self._empty:
             call(library().am_dot, self._ahead[2], x, g, out, self._threads)
 
     def gradients(self, x: Address, g: Address, values: Address, add: Address, out: Address, of_values: Address) -> None:  # noqa: PLR0917
-        """As `Gather.gradients`; `of_values` must be 0."""
+        """Both at once, as these two give them; `of_values` must be 0."""
         if self._apart:
             self.input_gradient(g, values, add, out)
             self.weight_gradient(x, g, of_values)
