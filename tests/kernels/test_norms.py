@@ -1,5 +1,9 @@
 """Native batch norms, with what follows them, against PyTorch's."""
 
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +13,57 @@ from hypothesis import strategies as st
 
 from anymask.errors import SettingError
 from anymask.kernels import Gather, available, library, native, norms
+from anymask.sparse import calls, ops
 from tests.kernels.isas import CASES, ISAS
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native kernels were not built here (no C compiler)")
+
+
+@dataclass
+class Norm:
+    """`calls.norm` and its gradient, with a pool where there is one, for arrays (C, S) or (C, H, W, N)."""
+
+    weight: Any
+    bias: Any
+    mean: Any
+    var: Any
+    eps: float
+    relu: bool
+    given: bool
+    threads: int
+    soft: float = 0.0
+    pool: norms.Pool | None = None
+
+    def forward(self, x, out, *, add=None, place=None, signs=None):
+        with self.called() as how:
+            if self.pool is not None:
+                calls.pooled_norm(how, self.pool, tensor(x), tensor(out), tensor(place))
+            else:
+                calls.norm(how, tensor(x), tensor(add), tensor(out), signs=None if signs is None else torch.from_numpy(signs))
+
+    def gradient(self, x, g, out, *, add=None, place=None, signs=None):
+        into = [tensor(out[0]), tensor(out[1]), *map(torch.from_numpy, out[2:])]
+        with self.called() as how:
+            if self.pool is not None:
+                calls.pooled_norm_gradient(how, self.pool, tensor(x), tensor(g), place=tensor(place), out=(into[0], *into[2:]))
+            else:
+                signs = None if signs is None else torch.from_numpy(signs)
+                calls.norm_gradient(how, tensor(x), tensor(add), tensor(g), tuple(into), signs=signs)
+
+    @contextmanager
+    def called(self):
+        vectors = [None if v is None else torch.from_numpy(v) for v in (self.weight, self.bias, self.mean, self.var)]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            yield calls.Norm(*vectors, self.eps, self.relu, self.soft, self.given)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def tensor(x):
+    """The memory of an array as a tensor (N, C, H, W)."""
+    return None if x is None else torch.from_numpy(x.reshape(len(x), 1, 1, -1) if x.ndim == 2 else x).permute(3, 0, 1, 2)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -31,7 +83,7 @@ def test_batch_norm_and_its_gradient(isa, size, offset, how, seed):
     weight, bias, mean, var = (rng.random(3).astype(np.float32) + 0.5 for _ in range(4))
     mean += np.float32(offset)
     y, g = np.empty_like(x), rng.standard_normal(x.shape).astype(np.float32)
-    ours = norms.Norm(weight, bias, mean.copy(), var.copy(), eps=1e-5, relu=relu, soft=soft if relu else 0.0, given=given_stats, threads=2)
+    ours = Norm(weight, bias, mean.copy(), var.copy(), eps=1e-5, relu=relu, soft=soft if relu else 0.0, given=given_stats, threads=2)
     add = rng.standard_normal(x.shape).astype(np.float32) if adds else None
     ours.forward(x, y, add=add)
     out = np.empty_like(x), np.empty_like(x) if adds else None, np.empty(3, np.float32), np.empty(3, np.float32)
@@ -98,7 +150,7 @@ def test_the_ghost_after_a_norm_of_a_map_that_is_stored_past_the_cache():
     y, gx, apart, gapart = (np.empty_like(x) for _ in range(4))
     of = [(np.empty(2, np.float32), np.empty(2, np.float32)) for _ in range(2)]
     soft, plain = (
-        norms.Norm(None, None, mean, var, eps=1e-5, relu=bool(s), soft=s, given=False, threads=2)
+        Norm(None, None, mean, var, eps=1e-5, relu=bool(s), soft=s, given=False, threads=2)
         for (mean, var), s in zip(of, (0.4, 0.0), strict=True)
     )
     soft.forward(x, y)
@@ -133,7 +185,7 @@ def test_a_norm_with_its_max_pool_is_the_two_apart(isa, size, kernel, how, seed)
     for together in (True, False):
         mean, var = np.full(3, 0.2, np.float32), np.full(3, 1.5, np.float32)
         more = {"soft": soft, "given": given_stats, "pool": pool if together else None}
-        norm = norms.Norm(weight, bias, mean, var, eps=1e-5, relu=True, threads=2, **more)
+        norm = Norm(weight, bias, mean, var, eps=1e-5, relu=True, threads=2, **more)
         y, gx, gw, gb = np.empty_like(g), np.empty_like(x), np.empty(3, np.float32), np.empty(3, np.float32)
         if together:
             place = np.empty(y.shape, np.uint8)
@@ -159,9 +211,8 @@ def test_places_of_a_window_are_counted_to_255(isa):
     library.library().am_use(isa.encode())
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 16, 16, 17)).astype(np.float32)
-    pools = [norms.Pool(17, 2, *size, 1, 1, *size, *size, 0, 0, 0) for size in ((16, 16), (16, 17))]
-    how = {"eps": 0.0, "relu": True, "given": True, "threads": 1}
-    together, larger = (norms.Norm(None, None, np.zeros(2, np.float32), np.ones(2, np.float32), **how, pool=pool) for pool in pools)
+    how = {"eps": 0.0, "relu": True, "given": True, "threads": 1, "pool": norms.Pool(17, 2, 16, 16, 1, 1, 16, 16, 16, 16, 0, 0, 0)}
+    together = Norm(None, None, np.zeros(2, np.float32), np.ones(2, np.float32), **how)
     y, place, gx = np.empty((2, 1, 1, 17), np.float32), np.empty((2, 1, 1, 17), np.uint8), np.empty_like(x)
     together.forward(x, y, place=place)
     flat = x.reshape(2, 256, 17)
@@ -170,14 +221,14 @@ def test_places_of_a_window_are_counted_to_255(isa):
     together.gradient(x, np.ones_like(y), (gx, None, np.empty(2, np.float32), np.empty(2, np.float32)), place=place)
     assert np.array_equal(gx.reshape(2, 256, 17).argmax(1), flat.argmax(1))
     with pytest.raises(SettingError, match="at most 256 places"):
-        larger.forward(np.zeros((2, 16, 17, 17), np.float32), y, place=place)
+        ops.norm(torch.zeros(17, 2, 16, 17), *[None] * 5, 0.0, True, 0.0, 1, 1, 16, 17)
 
 
 def test_a_constant_channel_is_0_after_the_norm_bit_for_bit():
     for constant in (0.1, -3.7, 1e5):
         x = np.full((1, 5000), constant, np.float32)
         y = np.empty_like(x)
-        norms.Norm(None, None, np.empty(1, np.float32), np.empty(1, np.float32), eps=1e-5, relu=True, given=False, threads=1).forward(x, y)
+        Norm(None, None, np.empty(1, np.float32), np.empty(1, np.float32), eps=1e-5, relu=True, given=False, threads=1).forward(x, y)
         assert not y.any()
 
 

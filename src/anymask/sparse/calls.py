@@ -87,6 +87,27 @@ def norm_gradient(how: Norm, x: Tensor, add: Tensor | None, g: Tensor, out: Grad
     norms.norm_gradient(c, h * w * n, *(at for _, at in held), *last)
 
 
+def pooled_norm(how: Norm, pool: norms.Pool, x: Tensor, out: Tensor, place: Tensor) -> None:
+    """`norm` with its ReLU and then the max pool, into `out` and `place` (uint8) that `layout.empty` gave."""
+    n, c, h, w = x.shape
+    held = [_map("a map", x, (c, h, w, n)), *_vectors(how, c)]
+    (_, x_at), (_, weight_at), (_, bias_at), *stats = held
+    last = (*(at for _, at in stats), out.data_ptr(), place.data_ptr(), torch.get_num_threads())
+    norms.pooled_norm(pool, x_at, weight_at, bias_at, how.eps, how.soft, how.given, *last)
+
+
+def pooled_norm_gradient(how: Norm, pool: norms.Pool, x: Tensor, g: Tensor, *, place: Tensor, out: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Into `out`: of x, of weight and of bias; `place` is what `pooled_norm` wrote."""
+    n, c, h, w = x.shape
+    held = [_map("a map", x, (c, h, w, n)), _map("a map", g, (c, pool.out_rows, pool.out_cols, n)), *_vectors(how, c)]
+    if place.dtype is not torch.uint8 or place.shape != g.shape:
+        raise _other("the places of a pool", place, f"uint8 {tuple(g.shape)}")
+    place = batch_last(place)
+    (_, x_at), (_, g_at), *vectors = held
+    last = (how.eps, how.soft, how.given, *(t.data_ptr() for t in out), torch.get_num_threads())
+    norms.pooled_norm_gradient(pool, x_at, g_at, place.data_ptr(), *(at for _, at in vectors), *last)
+
+
 class Running(NamedTuple):
     """What a BatchNorm2d remembers, which `track` moves."""
 
@@ -120,12 +141,16 @@ def _of_signs(signs: Tensor | None, x: Tensor) -> Address:
         return None
     shape = norms.signs_shape(x.shape[1], x.numel() // x.shape[1])
     if signs.dtype is not torch.uint16 or signs.shape != shape:
-        raise SettingError(
-            f"what a ReLU let through came back as {signs.dtype} {tuple(signs.shape)}",
-            allowed=f"the uint16 {shape} that were saved",
-            fix="see that the hooks on saved tensors give back what they got",
-        )
+        raise _other("what a ReLU let through", signs, f"uint16 {shape}")
     return signs.data_ptr()
+
+
+def _other(what: str, saved: Tensor, shape: str) -> SettingError:
+    return SettingError(
+        f"{what} came back as {saved.dtype} {tuple(saved.shape)}",
+        allowed=f"the {shape} that were saved",
+        fix="see that the hooks on saved tensors give back what they got",
+    )
 
 
 def _vectors(how: Norm, c: int) -> list[tuple[Any, Address]]:

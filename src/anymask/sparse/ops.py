@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 
-from anymask.errors import TechniqueError
+from anymask.errors import SettingError, TechniqueError
 from anymask.kernels import library, native, norms
 from anymask.sparse import calls, memory
 from anymask.sparse.layout import array, batch_last, empty, into, is_batch_last
@@ -195,13 +195,14 @@ def _norm(  # noqa: PLR0917  an operator's arguments are a list
     given = mean is not None
     y, _, _, place = _fake_norm(x, add, weight, bias, mean, var, eps, relu, soft, rows, cols, high, wide)
     mean, var = (t.clone() if t is not None else x.new_empty(x.shape[1]) for t in (mean, var))
-    if high:
-        pool = _windows(x.shape, [rows, cols], [high, wide, high, wide, 0, 0], mean=False)
-        kind: dict[str, Any] = {"eps": eps, "relu": relu, "soft": soft, "given": given, "pool": pool, "threads": torch.get_num_threads()}
-        how = norms.Norm(array(weight), array(bias), array(mean), array(var), **kind)
-        how.forward(array(batch_last(x)), into(y), add=None if add is None else array(batch_last(add)), place=into(place))
+    how = calls.Norm(weight, bias, mean, var, eps, relu, soft, given)
+    if not high:
+        calls.norm(how, x, add, y)
         return y, mean, var, place
-    calls.norm(calls.Norm(weight, bias, mean, var, eps, relu, soft, given), x, add, y)
+    if add is not None or not relu or high * wide > 256:  # places are bytes
+        allowed = "norm, ReLU and a pool of at most 256 places"
+        raise SettingError("a norm with a pool too large, no ReLU, or a sum", allowed=allowed, fix="leave the pool out")
+    calls.pooled_norm(how, _windows(x.shape, [rows, cols], [high, wide, high, wide, 0, 0], mean=False), x, y, place)
     return y, mean, var, place
 
 
@@ -226,15 +227,12 @@ def _norm_gradient(  # noqa: PLR0917
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, add, weight and bias; g is that of what `norm` gave. That of add is empty where it is none, or g itself."""
     gx, gadd, gweight, gbias = _gradients_of_norm(x, add, relu=relu)
+    how = calls.Norm(weight, bias, mean, var, eps, relu, soft, given)
     if high:
         pool = _windows(x.shape, [rows, cols], [high, wide, high, wide, 0, 0], mean=False)
-        kind: dict[str, Any] = {"eps": eps, "relu": relu, "soft": soft, "given": given, "pool": pool, "threads": torch.get_num_threads()}
-        how = norms.Norm(array(weight), array(bias), array(mean), array(var), **kind)
-        out = (into(gx), None, array(gweight), array(gbias))
-        how.gradient(array(batch_last(x)), array(batch_last(g)), out, place=array(batch_last(place)))
-        return gx, gadd, gweight, gbias
-    how_plain = calls.Norm(weight, bias, mean, var, eps, relu, soft, given)
-    calls.norm_gradient(how_plain, x, add, g, (gx, gadd if gadd.numel() else None, gweight, gbias))
+        calls.pooled_norm_gradient(how, pool, x, g, place=place, out=(gx, gweight, gbias))
+    else:
+        calls.norm_gradient(how, x, add, g, (gx, gadd if gadd.numel() else None, gweight, gbias))
     return gx, gadd, gweight, gbias
 
 
