@@ -18,7 +18,7 @@ from anymask.config import Bench, Experiment
 from anymask.errors import FileFormatError, MaskError, SettingError, UnknownName
 from anymask.recipe import Recipe
 from anymask.runlog import Ledger
-from anymask.sweep import Cell, Grid, Runner, Watcher, cells, compare
+from anymask.sweep import Cell, Grid, Runner, Watcher, cells, compare, train_one
 from anymask.sweep.claims import claimed
 from anymask.sweep.compare import versions
 from anymask.sweep.masks import Masks, digests, dynamic_named
@@ -303,6 +303,18 @@ def test_a_file_called_like_a_method_does_not_hide_it(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "snip").write_text("not a mask")
     assert next(cells(Grid(masks=("snip",), dense=False))).sparsity == 0.98
+
+
+def test_a_file_called_dense_does_not_hide_the_dense_network(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cell, bench = Cell("dense", 0.0, "default", 0), Bench(experiment, PROTOCOL)
+    name = Runner(bench, tmp_path).name(cell)
+    (tmp_path / "dense").write_text("not a mask")
+    assert Runner(bench, tmp_path).name(cell) == name
+    assert Runner(bench, tmp_path).start(cell, bench.model(0)).mask is None
+    assert train_one(cell, tmp_path / "run", experiment=experiment, protocol=PROTOCOL)["id"] == name
 
 
 def test_a_rewound_ticket_is_trained_from_its_weights_and_step_with_every_recipe(experiment: Experiment, tmp_path: Path) -> None:

@@ -306,8 +306,6 @@ class Runner:
 
     def start(self, cell: Cell, model: nn.Module) -> Start:
         """Where the training of `cell` begins, whatever its recipe; weights that it begins with are put into `model`."""
-        if cell.mask == DENSE:
-            return Start(None)
         start = self.masks.start(cell.mask, sparsity=cell.sparsity, seed=cell.seed, model=model)
         if start.weights is not None:
             model.load_state_dict(start.weights)

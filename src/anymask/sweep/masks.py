@@ -70,8 +70,8 @@ def check_mask(mask: str, *, sparsity: float | None = None) -> None:
 
 
 def is_mask_file(mask: str) -> bool:
-    """Whether `mask` is a file of the user's; a file that happens to be called "snip" does not hide the method."""
-    return not is_method(mask) and mask.partition("+")[0] not in DYNAMIC and Path(mask).is_file()
+    """Whether `mask` is a file of the user's; a file that happens to be called "snip" or "dense" hides nothing."""
+    return mask != DENSE and not is_method(mask) and mask.partition("+")[0] not in DYNAMIC and Path(mask).is_file()
 
 
 def is_dynamic(mask: str) -> bool:
