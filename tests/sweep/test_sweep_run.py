@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ class Log(Watcher):
 
 
 class Told(Watcher):
-    """Tells the test by a pipe when the sweep begins, and in a file what it has done."""
+    """Tells the test by a pipe when the sweep begins, and in a file of each epoch that it has trained."""
 
     def __init__(self, pipe: Any, file: Path) -> None:
         self.pipe, self.file = pipe, file
@@ -95,9 +95,9 @@ class Told(Watcher):
     def begin(self, *, total: int, done: int) -> None:
         self.pipe.send(total)
 
-    def finished(self, cell: Cell, row: dict[str, Any]) -> None:
+    def epoch(self, cell: Cell, epoch: int, figures: dict[str, Any]) -> None:
         with self.file.open("a") as file:
-            file.write(row["id"] + "\n")
+            file.write(cell.task + "\n")  # type: ignore[attr-defined]
 
 
 def _sweep(plan: Path, folder: Path, pipe: Any, file: Path) -> None:
@@ -171,7 +171,8 @@ def test_two_processes_on_one_folder_never_do_a_training_twice(plan: Path, whole
     done = [path.read_text().split() for path in tmp_path.glob("run-*.log")]
     assert len(done) == 2
     assert all(done)
-    assert sorted(done[0] + done[1]) == sorted(row["id"] for row in rows(folder)) == sorted(row["id"] for row in whole[0])
+    assert sorted(row["id"] for row in rows(folder)) == sorted(row["id"] for row in whole[0])
+    assert sorted(done[0] + done[1]) == sorted(2 * [row["id"] for row in whole[0]])  # both epochs of each, once
     by_name = {row["id"]: row["accuracy"] for row in whole[0]}
     assert {row["id"]: row["accuracy"] for row in rows(folder)} == by_name
 
@@ -318,6 +319,23 @@ def test_what_another_process_failed_at_just_now_counts_among_the_tries(
     worker.work(Watcher())
     assert worker.failed() == {task.name: ["ValueError: theirs", "ValueError: ours"]}
     assert len(tried) == 1
+
+
+def test_what_another_process_finishes_meanwhile_is_told_of(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first is another's when this one comes to it, and is finished, as is the third, while this one trains the second."""
+    first, second, third, *_ = tasks(read_plan(plan), tmp_path)
+    worker, log, other = Worker([first, second, third], tmp_path, retries=1, computing=DENSELY, clock=Clock()), Log(), ExitStack()
+    other.enter_context(claimed(tmp_path / "claims" / f"{first.name}.lock"))
+
+    def run(self: Runner, cell: Cell, name: str, watcher: Watcher) -> dict[str, Any]:
+        other.close()
+        for task in (first, second, third):
+            worker.ledger.append({"id": task.name})
+        return {"id": name}
+
+    monkeypatch.setattr(Runner, "run", run)
+    worker.work(log)
+    assert log.names == [second.name, third.name, first.name]
 
 
 def test_masks_that_were_made_elsewhere_are_trained_with(plan: Path, whole: Any, tmp_path: Path) -> None:

@@ -309,12 +309,13 @@ class Worker:
         Raises:
             Stopped: when the time is up.
         """
-        waiting, again = list(self.planned), False
+        done, again = self.ledger.ids(), False
+        waiting = [task for task in self.planned if task.name not in done]
         while waiting:
-            done, failed, left, trained = self.ledger.ids(), self.failed(), [], False
+            failed, left, trained = self.failed(), [], False
             for task in waiting:
                 tries = len(failed.get(task.name, ()))
-                if task.name in done or tries > self.retries:
+                if tries > self.retries:
                     continue
                 if tries and not again:
                     left.append(task)
@@ -337,12 +338,11 @@ class Worker:
         with claimed(self.folder / "claims" / f"{task.name}.lock") as mine:
             if not mine:
                 return None
-            if task.name in self.ledger.ids():
-                return True
-            if len(self.failed().get(task.name, ())) > tries:
+            row = next((row for row in self.ledger.rows() if row["id"] == task.name), None)  # another process's, which is told of, too
+            if row is None and len(self.failed().get(task.name, ())) > tries:
                 return None
             try:
-                row = self._train(task, watcher)
+                row = row or self._train(task, watcher)
             except Busy:
                 watcher.left(task.cell, None)
                 return None
