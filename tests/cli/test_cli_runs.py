@@ -289,6 +289,17 @@ def test_a_ticket_that_starts_from_other_weights_leaves_them_beside_its_mask(any
     assert load_file(tmp_path / "l.safetensors").keys() >= set(load_mask(tmp_path / "l.mask"))
 
 
+@pytest.mark.parametrize("words", [("lottery-rewind", "l.safetensors", "the weights of its ticket"), ("lottery", "l.rounds", "its rounds")])
+def test_a_ticket_does_not_write_over_what_lies_beside_it(anymask, small, tmp_path, words):
+    method, out, what = words
+    check(anymask("prune", method, "--sparsity", "0.3", "--epochs", "12", "--out", tmp_path / out, *small), f"{method} keeps {what}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_number_of_rounds_that_there_cannot_be_is_not_taken_for_none(anymask, small, tmp_path):
+    check(anymask("prune", "random", "--sparsity", "0.9", "--rounds", "0", "--out", tmp_path / "m.mask", *small), "rounds came as 0")
+
+
 def test_a_mask_that_moves_is_trained_and_its_last_one_kept_but_not_pruned_to(anymask, small, tmp_path):
     said = anymask("prune", "rigl", "--sparsity", "0.9", "--out", tmp_path / "r.mask", *small)
     assert said.code == 2

@@ -48,7 +48,7 @@ def prune(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CollapseWarning)  # shown below
         how = {"scope": scope, "pattern": pattern, "rounds": rounds, "floor": floor, "exclude": exclude}
-        given: dict[str, Any] = {name: value for name, value in how.items() if value}
+        given: dict[str, Any] = {name: value for name, value in how.items() if value is not None}
         given |= {"experiment": experiment, "protocol": protocol, "refit": refit}
         mask, accuracies = prune_to(out, method, sparsity=sparsity, seed=seed, **given)
     show_mask(mask, title=str(out))

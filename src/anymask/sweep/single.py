@@ -168,7 +168,8 @@ def prune_to(
 
     Raises:
         UnknownName: for a method that is not in `METHODS`.
-        SettingError: for a sparsity out of range, a method whose mask is made by training, or `refit` without weights.
+        SettingError: for a sparsity out of range, a method whose mask moves, an `out` that is the place of what lies beside a ticket, or
+            `refit` without weights.
     """
     if is_dynamic(method):
         raise SettingError(
@@ -178,6 +179,7 @@ def prune_to(
         )
     check_mask(method, sparsity=sparsity)
     out = Path(out)
+    _check_out(out, method)
     out.parent.mkdir(parents=True, exist_ok=True)  # fails now, not after the work
     bench = Bench(experiment or Experiment(), protocol or Protocol())
     if refit is not None:
@@ -189,6 +191,20 @@ def prune_to(
     mask.save(out)
     shutil.rmtree(out.with_suffix(".rounds"), ignore_errors=True)
     return mask, accuracies
+
+
+def _check_out(out: Path, method: str) -> None:
+    """Refuse the place of what lies beside a ticket: one of the two would be written over, after all the training."""
+    row = method_of(method)
+    beside = {out.with_suffix(".rounds")} if "train" in row.needs else set()
+    if "rewind_step" in row.needs or not row.rewinds:
+        beside.add(weights_file(out))
+    if out in beside:
+        raise SettingError(
+            f"out came as {out}, where {method} keeps " + ("the weights of its ticket" if out == weights_file(out) else "its rounds"),
+            allowed="a file that ends otherwise",
+            fix=f"choose another --out, {out.with_suffix('.mask')} say",
+        )
 
 
 def _check_refit(path: Path, others: list[Path], checkpoint: Path | None) -> None:
