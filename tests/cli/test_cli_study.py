@@ -57,6 +57,13 @@ def test_a_dry_run_says_how_many_trainings_there_would_be(anymask, file, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_counts_a_mask_file_once_and_what_is_named_twice_once(anymask, file, small, tmp_path):
+    assert anymask("prune", "random", "--sparsity", "0.9", "--out", tmp_path / "m.mask", *small).code == 0
+    file.write_text(file.read_text().replace('"magnitude"]\nsparsity = 0.8', f'"{tmp_path}/m.mask"]\nsparsity = [0.8, 0.9, 0.90]'))
+    said = anymask("study", file, "--out", tmp_path / "run", "--dry-run")
+    assert "default with 2 learning rates, 6 trainings each" in said.out, said.err
+
+
 @pytest.mark.parametrize(
     ("change", "words", "says"),
     [

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,7 @@ from anymask.cli.outcome import writable
 from anymask.cli.progress import watching
 from anymask.cli.settings import RUN, Budget, Device, Sparse
 from anymask.cli.sweep import FAILED, say
-from anymask.sweep import Studied, Study, budget_seconds, read_study
+from anymask.sweep import Studied, Study, budget_seconds, cells, read_study
 from anymask.sweep.study import REPORT, WINNER
 from anymask.train import Computing
 
@@ -58,8 +59,8 @@ def _show(wanted: Study) -> int:
 
 def _trainings(wanted: Study, half: str) -> int:
     """How many trainings a recipe has in a half, without the dense network."""
-    parts = getattr(wanted, half)
-    return sum(len(part.seeds) * len(part.grid.masks) * len(part.grid.sparsity) for part in parts)
+    grids = [(len(part.seeds), replace(part.grid, recipes=("default",), dense=False)) for part in getattr(wanted, half)]
+    return sum(seeds * len(list(cells(grid))) for seeds, grid in grids)
 
 
 def _summary(done: Studied, wanted: Study, out: Path) -> Iterable[str]:
