@@ -155,7 +155,7 @@ def test_all_that_a_recorded_step_reads_and_writes_stays_where_it_is() -> None:
     class Noted(Recorder):
         def make(self, x: Tensor, y: Tensor, *, phase: object) -> bool:
             made = super().make(x, y, phase=phase)
-            if phase is not None and self._made[x.shape] > WARM:
+            if phase is not None and self._kinds[x.shape].made > WARM:
                 places.setdefault((phase, len(x)), []).append(_places(begun[0], self._kinds[x.shape]))
             return made
 

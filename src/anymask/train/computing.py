@@ -42,25 +42,14 @@ class Computing:
             UnknownName: for a value that there is not.
             SettingError: for sparse="on", or a `compile` other than "off", where it cannot be.
         """
-        check_diagnose(self.diagnose)
-        check_compile(self.compile)
+        for name, known in {"diagnose": DIAGNOSE, "compile": COMPILE}.items():
+            if getattr(self, name) not in known:
+                raise unknown(getattr(self, name), known, what=f"value of {name}:")
+        if self.compile != "off" and ranks() > 1:
+            raise SettingError(f"compile={self.compile!r} came on {ranks()} ranks", allowed="one process", fix="leave compile at 'off'")
         if self.records:
             _check_graph(self.compile, precision=precision, accumulate=accumulate, moves=moves)
         sparse_possible(self.sparse, device=device, precision=precision, masked=masked, moves=moves)
-
-
-def check_diagnose(mode: str) -> None:
-    """Raise UnknownName for a `diagnose` that there is not."""
-    if mode not in DIAGNOSE:
-        raise unknown(mode, DIAGNOSE, what="value of diagnose:")
-
-
-def check_compile(mode: str) -> None:
-    """Raise for a `compile` that there is not, and for others than "off" on several ranks."""
-    if mode not in COMPILE:
-        raise unknown(mode, COMPILE, what="value of compile:")
-    if mode != "off" and ranks() > 1:
-        raise SettingError(f"compile={mode!r} came on {ranks()} ranks", allowed="one process", fix="leave compile at 'off'")
 
 
 def _check_graph(mode: str, *, precision: str, accumulate: int, moves: bool) -> None:

@@ -2,7 +2,6 @@
 
 import gc
 import threading
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ class _Kind:
     y: Tensor
     compiled: Hashable = None
     replay: Callable[[], None] | None = None
+    made: int = 0  # so far
 
 
 class Recorder:
@@ -46,7 +46,6 @@ class Recorder:
     def __init__(self, step: Callable[[Tensor, Tensor], None], *, device: str, compiled: Callable[[], Hashable] = lambda: None) -> None:
         self._step, self._cuda, self._compiled = step, device.startswith("cuda"), compiled
         self._kinds: dict[Hashable, _Kind] = {}
-        self._made: Counter[Hashable] = Counter()
         self._phase: Hashable = None
         self._pool: Any = None  # of memory, for all recordings of a phase: one of them runs at a time
 
@@ -71,9 +70,9 @@ class Recorder:
             kind = self._kinds[x.shape] = _Kind(torch.empty_like(x), torch.empty_like(y))
         kind.x.copy_(x)
         kind.y.copy_(y)
-        self._made[x.shape] += 1
+        kind.made += 1
         before, kind.compiled = kind.compiled, self._compiled()
-        if self._made[x.shape] <= WARM or (kind.replay is None and kind.compiled != before):
+        if kind.made <= WARM or (kind.replay is None and kind.compiled != before):
             self._by_itself(kind.x, kind.y)
             return False
         if kind.replay is not None:
@@ -87,7 +86,7 @@ class Recorder:
         """Let go of what was recorded, and of its memory."""
         if self._cuda and any(kind.replay is not None for kind in self._kinds.values()):
             torch.cuda.current_stream().synchronize()
-        self._kinds, self._made, self._pool = {}, Counter(), None
+        self._kinds, self._pool = {}, None
 
     def _by_itself(self, x: Tensor, y: Tensor) -> None:
         with timing_algorithms():

@@ -130,7 +130,7 @@ def fit(
             stop = run.total if last_step is None else min(last_step, run.total)
             told: dict[str, Any] = {"writer": _writer(log_dir), "on_epoch": on_epoch, "on_step": on_step}
             _train(run, train, stop=stop, validation=validation, every=checkpoint_every, **told)
-            return run.finish(stop=stop, validation=validation, test=test)
+            return run.finish(stop=stop, test=test)
 
 
 def _train(

@@ -252,7 +252,7 @@ class Run:
             mask = None if self.rewiring is None else rewiring.packed(self.rewiring.mask)
             self.progress["best"] = {"validation": score, "epoch": epoch, "model": state, "mask": mask}
 
-    def finish(self, *, stop: int, validation: Batches | None, test: Batches | None) -> Result:
+    def finish(self, *, stop: int, test: Batches | None) -> Result:
         """The plain model with the chosen checkpoint's weights, and what it is worth."""
         self.spread.end()
         self._forget()
