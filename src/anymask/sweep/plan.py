@@ -33,6 +33,10 @@ class Part:
     grid: Grid  # of one seed
     seeds: tuple[int, ...]
 
+    def on(self, device: str) -> "Part":
+        """The same trainings on another device; their ids do not depend on it."""
+        return replace(self, experiment=replace(self.experiment, device=device))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -51,16 +55,16 @@ class Plan:
             raise SettingError(f"retries came as {self.retries}", allowed="a number >= 0", fix="1 tries a failed training once more")
 
     def on(self, device: str) -> "Plan":
-        """The same trainings on another device; their ids do not depend on it."""
-        blocks = [tuple(replace(p, experiment=replace(p.experiment, device=device)) for p in parts) for parts in self.blocks]
-        return replace(self, blocks=tuple(blocks))
+        """The same trainings on another device."""
+        return replace(self, blocks=tuple(tuple(part.on(device) for part in parts) for parts in self.blocks))
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a setting of a plan may be: `words` for people, whether a value `fits`, and what it is made."""
+    """What a setting of a plan may be: `words` and an `example` for people, whether a value `fits`, and what it is made."""
 
     words: str
+    example: str
     fits: Callable[[Any], bool]
     make: Callable[[Any], Any] = lambda value: value
 
@@ -73,20 +77,24 @@ def _differ(values: list[Any]) -> bool:
     return 0 < len(values) == len(set(values))
 
 
-TEXT = Kind("a text in quotes", lambda value: isinstance(value, str))
-NUMBER = Kind("a number", _is_number, float)  # as the command line has it: 1 and 1.0 are one training
-WHOLE = Kind("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool))
+TEXT = Kind("a text in quotes", '"..."', lambda value: isinstance(value, str))
+NUMBER = Kind("a number", "0.5", _is_number, float)  # as the command line has it: 1 and 1.0 are one training
+WHOLE = Kind("a whole number", "3", lambda value: isinstance(value, int) and not isinstance(value, bool))
 _SEEDS = Kind(
     "how many, or a list of different whole numbers >= 0",
+    "3",
     lambda value: WHOLE.fits(value) or (isinstance(value, list) and all(WHOLE.fits(v) and v >= 0 for v in value) and _differ(value)),
     lambda value: tuple(value) if isinstance(value, list) else value,
 )
-_SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
-TABLE = Kind("a table of settings", lambda value: isinstance(value, dict))
-_FOLDER = Kind("a path in quotes", TEXT.fits, lambda value: Path(value).expanduser())
-_BLOCKS = Kind("[[block]] tables", lambda value: isinstance(value, list) and all(isinstance(block, dict) for block in value))
+_SWITCH = Kind("true or false", "true", lambda value: isinstance(value, bool))
+TABLE = Kind("a table of settings", "{...}", lambda value: isinstance(value, dict))
+_FOLDER = Kind("a path in quotes", '"..."', TEXT.fits, lambda value: Path(value).expanduser())
+_BLOCKS = Kind(
+    "[[block]] tables", "as [[block]]", lambda value: isinstance(value, list) and all(isinstance(block, dict) for block in value)
+)
 
-PLUGIN = Kind("the name of a module in quotes", TEXT.fits, lambda value: imported(value).__name__)  # now: blocks may name what it adds
+# Imported now: blocks may name what it adds.
+PLUGIN = Kind("the name of a module in quotes", '"..."', TEXT.fits, lambda value: imported(value).__name__)
 
 _TOP = {"plugins": PLUGIN, "about": TEXT, "retries": WHOLE, "protocol": TABLE, "block": _BLOCKS}
 _LISTS = {"data": TEXT, "model": TEXT, "masks": TEXT, "sparsity": NUMBER, "recipes": TEXT}
@@ -177,19 +185,6 @@ def checked(table: Mapping[str, Any], kinds: Mapping[str, Kind], *, where: str) 
         values = value if many and isinstance(value, list) else [value]
         if not all(map(kind.fits, values)) or (not values and name != "masks"):
             allowed = kind.words + (", or a list of at least one of these" if many else "")
-            raise SettingError(f"{where}: {name} came as {value!r}", allowed=allowed, fix=f"write {name} = {_EXAMPLES.get(kind, '...')}")
+            raise SettingError(f"{where}: {name} came as {value!r}", allowed=allowed, fix=f"write {name} = {kind.example}")
         made[name] = tuple(map(kind.make, values)) if many else kind.make(value)
     return made
-
-
-_EXAMPLES = {
-    TEXT: '"..."',
-    PLUGIN: '"..."',
-    _FOLDER: '"..."',
-    NUMBER: "0.5",
-    WHOLE: "3",
-    _SEEDS: "3",
-    _SWITCH: "true",
-    TABLE: "{...}",
-    _BLOCKS: "as [[block]]",
-}

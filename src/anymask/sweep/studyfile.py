@@ -67,11 +67,8 @@ class Study:
 
     def on(self, device: str) -> "Study":
         """The same study on another device."""
-        return replace(self, tune=_moved(self.tune, device), confirm=_moved(self.confirm, device))
-
-
-def _moved(parts: tuple[Part, ...], device: str) -> tuple[Part, ...]:
-    return tuple(replace(part, experiment=replace(part.experiment, device=device)) for part in parts)
+        tune, confirm = (tuple(part.on(device) for part in parts) for parts in (self.tune, self.confirm))
+        return replace(self, tune=tune, confirm=confirm)
 
 
 def read_study(path: str | os.PathLike[str]) -> Study:
