@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from scipy.stats import ttest_rel
 
 from anymask.errors import FileFormatError
-from anymask.report import missing, overall, paired
-from anymask.report.cells import newest
+from anymask.report import overall, paired
+from anymask.report.cells import cells, newest
+from anymask.report.stats import missing
 from tests.report.made_rows import made_row, made_rows
 
 SHARES = st.floats(0, 1, allow_nan=False)
@@ -79,7 +80,7 @@ def test_order_of_rows_does_not_matter(rng: random.Random):
 def test_runs_that_differ_in_another_setting_are_never_paired():
     rows = [made_row("snip", "default", 0, 0.8, lr=0.1), made_row("snip", "tost", 0, 0.9, lr=0.2)]
     assert paired(rows) == []
-    assert [(gap["recipe"], gap["lr"]) for gap in missing(rows)] == [("default", 0.2)]
+    assert [(gap["recipe"], gap["lr"]) for gap in missing(cells(rows))] == [("default", 0.2)]
 
 
 @pytest.mark.parametrize("part", ["digest", "weights"])
@@ -89,7 +90,7 @@ def test_runs_that_began_with_other_masks_or_weights_are_no_pair_and_those_that_
     rows = [row if said is None else {**row, "mask": {part: said}} for row, said in zip(rows, begun.values(), strict=True)]
     [found] = paired(rows)
     assert (list(found.pairs), found.unlike) == ([0, 2], (1,))
-    assert missing(rows) == []
+    assert missing(cells(rows)) == []
 
 
 def test_a_run_from_a_tickets_weights_and_one_from_the_initialisation_are_no_pair():
@@ -141,12 +142,12 @@ def test_runs_without_partner_are_counted_and_their_partners_named():
     rows = [*pair_rows([(0.8, 0.9), (0.8, 0.9)]), made_row("snip", "default", 7, 0.8), made_row("snip", "tost", 8, 0.9)]
     [found] = paired(rows)
     assert found.n == 2
-    assert [(gap["recipe"], gap["seed"]) for gap in missing(rows)] == [("default", 8), ("tost", 7)]
+    assert [(gap["recipe"], gap["seed"]) for gap in missing(cells(rows))] == [("default", 8), ("tost", 7)]
 
 
 def test_a_baseline_alone_lacks_nothing_and_a_recipe_alone_lacks_its_baseline():
-    assert missing([made_row("dense", "default", 0, 0.9)]) == []
-    assert [gap["recipe"] for gap in missing([made_row("snip", "tost", 0, 0.9)])] == ["default"]
+    assert missing(cells([made_row("dense", "default", 0, 0.9)])) == []
+    assert [gap["recipe"] for gap in missing(cells([made_row("snip", "tost", 0, 0.9)]))] == ["default"]
 
 
 def test_overall_averages_masks_within_a_seed_before_the_interval():

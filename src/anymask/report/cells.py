@@ -26,11 +26,6 @@ class Cell:
     runs: Mapping[tuple[str, Any], Row]
 
     @property
-    def key(self) -> str:
-        """A short name, the same for equal settings."""
-        return settings_id(self.settings)
-
-    @property
     def recipes(self) -> list[str]:
         """The recipes that were run here, by name."""
         return sorted({recipe for recipe, _ in self.runs})
@@ -56,11 +51,6 @@ class Group:
     def recipes(self) -> list[str]:
         """The recipes of all cells, by name."""
         return sorted({recipe for cell in self.cells for recipe in cell.recipes})
-
-    @property
-    def rows(self) -> list[Row]:
-        """The rows of all cells."""
-        return [row for cell in self.cells for row in cell.runs.values()]
 
     def at(self, sparsity: float) -> list[Cell]:
         """The cells of one sparsity."""

@@ -13,7 +13,7 @@ from typing import Any
 from anymask.errors import AnymaskError
 from anymask.report.cells import Group, Row, groups, latest
 from anymask.report.figures import Figure, figures
-from anymask.report.stats import overall, paired
+from anymask.report.stats import compared, overall
 from anymask.report.table import NOTHING, Table, grids, tables, verdicts
 from anymask.runlog import atomic
 
@@ -90,7 +90,7 @@ def save(path: str | os.PathLike[str], page: Page) -> None:
 
 
 def _summary(members: Sequence[Group], baseline: str) -> str:
-    found = [(group.title, overall(paired(group.rows, baseline=baseline))) for group in members]
+    found = [(group.title, overall(compared(group.cells, baseline=baseline))) for group in members]
     lists = [f"<h3>{escape(title)}</h3>{listed(verdicts(across) or [UNCOMPARED])}" for title, across in found]
     return f"<p>{LEAD if lists else NOTHING}</p>{''.join(lists)}"
 

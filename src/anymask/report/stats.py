@@ -69,18 +69,18 @@ class Pairs:
     @property
     def half_width(self) -> float | None:
         """Half the width of `interval`: `t(0.975, n - 1) * std / sqrt(n)`; None with fewer than two pairs."""
-        if self.std is None:
+        std = self.std
+        if std is None:
             return None
-        from scipy.stats import t
+        from scipy.special import stdtrit  # the quantile of scipy.stats.t, without the second that scipy.stats takes to import
 
-        return float(t.ppf(0.975, self.n - 1)) * self.std / math.sqrt(self.n)
+        return float(stdtrit(self.n - 1, 0.975)) * std / math.sqrt(self.n)
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """95% confidence interval of the mean difference by Student's t; None with fewer than two pairs."""
-        if self.mean is None or self.half_width is None:
-            return None
-        return self.mean - self.half_width, self.mean + self.half_width
+        mean, half = self.mean, self.half_width
+        return None if mean is None or half is None else (mean - half, mean + half)
 
     @property
     def verdict(self) -> str:
@@ -135,7 +135,12 @@ def paired(rows: Iterable[Row], *, baseline: str = "default") -> list[Comparison
         >>> round(comparison.mean, 6), comparison.n, comparison.verdict
         (3.5, 2, 'tied')
     """
-    return [comparison for cell in cells(rows) for comparison in compare(cell, baseline=baseline)]
+    return compared(cells(rows), baseline=baseline)
+
+
+def compared(members: Iterable[Cell], *, baseline: str) -> list[Comparison]:
+    """Each recipe of each cell against `baseline`."""
+    return [comparison for cell in members for comparison in compare(cell, baseline=baseline)]
 
 
 def compare(cell: Cell, *, baseline: str) -> list[Comparison]:
@@ -160,14 +165,14 @@ def _begin_alike(one: Row, other: Row) -> bool:
     return same and all(None in pair or pair[0] == pair[1] for pair in pairs)
 
 
-def missing(rows: Iterable[Row], *, baseline: str = "default") -> list[dict[str, Any]]:
+def missing(members: Iterable[Cell], *, baseline: str = "default") -> list[dict[str, Any]]:
     """The settings of each run that would complete a pair whose other half is there.
 
     A cell where only the baseline was run, such as a dense reference, lacks nothing.
     """
     return [
         {**cell.settings, "recipe": name, "seed": seed}
-        for cell in cells(rows)
+        for cell in members
         for name, seeds in _lacking(cell, baseline).items()
         for seed in sorted(seeds)
     ]

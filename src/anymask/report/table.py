@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from anymask.report.cells import Cell, Group, Row, all_masks, count, differing, groups, names, percent
-from anymask.report.stats import Overall, Pairs, compare, missing, overall, paired
+from anymask.report.stats import Overall, Pairs, compare, compared, missing, overall
 from anymask.runlog import CODE_OF
 
 NOTHING = "No finished runs."
@@ -125,7 +125,7 @@ def _cell_line(cell: Cell, name: str, baseline: str, others: Sequence[str]) -> l
 
 def _all_line(members: Sequence[Cell], name: str, baseline: str, others: Sequence[str]) -> list[str]:
     """The baseline is shown where all recipes are judged against the same of its runs; a recipe, where it was trained on all members."""
-    found = overall(c for cell in members for c in compare(cell, baseline=baseline))
+    found = overall(compared(members, baseline=baseline))
     here = {member.recipe: member for member in found if member.cells == len(members)}
     befores = {spread(member.baseline_accuracies) for member in here.values()}
     line = [percent(members[0].settings["sparsity"]), name, befores.pop() if len(befores) == 1 else NONE]
@@ -161,16 +161,16 @@ def _half_width(pairs: Pairs | None) -> str:
 
 
 def _grid(group: Group, baseline: str) -> Table:
-    here = {cell.key: {c.recipe: c for c in compare(cell, baseline=baseline)} for cell in group.cells}
-    columns = [cell for cell in group.cells if here[cell.key]]
+    here = [(cell, {c.recipe: c for c in compare(cell, baseline=baseline)}) for cell in group.cells]
+    columns, found = [cell for cell, by in here if by], [by for _, by in here if by]
     places = [f"{name}, {percent(cell.settings['sparsity'])}" for cell, name in zip(columns, names(columns), strict=True)]
     others = [recipe for recipe in group.recipes if recipe != baseline]
-    lines = [[recipe, *(_half_width(here[cell.key].get(recipe)) for cell in columns)] for recipe in others]
+    lines = [[recipe, *(_half_width(by.get(recipe)) for by in found)] for recipe in others]
     return Table(group.title, [f"recipe - {baseline}, points", *places], lines, [GRID_NOTE, *_left_out(group, baseline)])
 
 
 def _notes(group: Group, baseline: str) -> list[str]:
-    across = overall(paired(group.rows, baseline=baseline))
+    across = overall(compared(group.cells, baseline=baseline))
     if not across:
         return [
             f"No differences: no mask has runs of both the baseline {baseline!r} and another of these recipes: {', '.join(group.recipes)}."
@@ -196,8 +196,8 @@ def _verdict(member: Overall, apart: str) -> str:
 
 def _left_out(group: Group, baseline: str) -> list[str]:
     """What is in no difference, and why."""
-    gaps = missing(group.rows, baseline=baseline)
-    unlike = [{**c.settings, "recipe": c.recipe, "seed": seed} for c in paired(group.rows, baseline=baseline) for seed in c.unlike]
+    gaps = missing(group.cells, baseline=baseline)
+    unlike = [{**c.settings, "recipe": c.recipe, "seed": seed} for c in compared(group.cells, baseline=baseline) for seed in c.unlike]
     return [
         f"Runs that are missing beside a finished partner, which is in no difference: {_counted(gaps)}."
         if gaps
