@@ -126,7 +126,7 @@ def test_a_name_that_is_no_text_is_refused() -> None:
     [
         ('[[technique]]\nname = "ghost_skp"', "ghost_skip"),
         ('[[technique]]\nname = "ghost_skip"\nscal = 1.0', "scale"),
-        ('[[technique]]\nname = "ghost_skip"\nscale = "big"', "float"),
+        ('[[technique]]\nname = "ghost_skip"\nscale = "big"', r"a number such as 1\.0"),
         ('[[technique]]\nname = "lrsi"\nsettings = { etta = 0.1 }', "eta"),
         ('[[technique]]\nname = "label_smoothing"\nschedule = { shape = "cosin" }', "cosine"),
         ('[[technique]]\nname = "label_smoothing"\n[[technique]]\nname = "label_smoothing"', "once"),

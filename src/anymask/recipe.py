@@ -15,7 +15,7 @@ from anymask.errors import FileFormatError, SettingError, TechniqueError
 from anymask.holding import held
 from anymask.mask import Mask
 from anymask.prunables import bare
-from anymask.registry import lookup, unknown
+from anymask.registry import lookup, same_type, unknown
 from anymask.running import MARK, RunningRecipe
 from anymask.techniques import TECHNIQUES, Context, Loss, Technique
 from anymask.techniques.base import settings_of, shed
@@ -247,13 +247,7 @@ def _build(kind: Any, settings: Mapping[str, Any], *, what: str) -> Any:
     hints, default = get_type_hints(kind), kind()
     nested = {k: _build(hints[k], v, what=f"{what}.{k}") for k, v in settings.items() if is_dataclass(hints[k]) and isinstance(v, Mapping)}
     for key in settings:
-        _same_type(f"{what}.{key}", settings[key], getattr(default, key)) if key not in nested else None
+        same_type(f"{what}.{key}", settings[key], getattr(default, key)) if key not in nested else None
     # 200 and 200.0 are equal, but not in a ledger's digest of the settings.
     floats = {key: float(settings[key]) for key in settings if isinstance(getattr(default, key), float)}
     return replace(default, **{**settings, **floats, **nested})
-
-
-def _same_type(name: str, value: Any, like: Any) -> None:
-    wanted = (int, float) if isinstance(like, float) else type(like)
-    if not isinstance(value, wanted) or (isinstance(value, bool) and not isinstance(like, bool)):
-        raise SettingError(f"{name} came as {value!r}", allowed=f"a {type(like).__name__} such as {like!r}", fix="mend the recipe")

@@ -1,4 +1,4 @@
-"""Looking up names in literal tables, with the nearest names suggested, and modules of the user's by name."""
+"""Looking up names in literal tables, with the nearest names suggested, and modules of the user's by name; types of values."""
 
 import hashlib
 import os
@@ -9,9 +9,9 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from anymask.errors import UnknownName
+from anymask.errors import SettingError, UnknownName
 
 T = TypeVar("T")
 
@@ -52,6 +52,19 @@ def lookup(table: Mapping[str, T], name: str, *, what: str) -> T:
     if name not in table:
         raise unknown(name, table, what=what, listing="`anymask list`")
     return table[name]
+
+
+def same_type(name: str, value: Any, like: Any) -> None:
+    """Refuse a `value` that is not of the type of the default `like`; a whole number is a number, too.
+
+    Raises:
+        SettingError: naming what is allowed.
+    """
+    wanted = (int, float) if isinstance(like, float) else type(like)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and not isinstance(like, bool)):
+        words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+        allowed = words.get(type(like), f"a {type(like).__name__}")
+        raise SettingError(f"{name} came as {value!r}", allowed=f"{allowed} such as {like!r}", fix="write one of these")
 
 
 def imported(name: str) -> ModuleType:

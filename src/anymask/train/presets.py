@@ -7,7 +7,7 @@ from importlib import resources
 from typing import Any
 
 from anymask.errors import SettingError
-from anymask.registry import lookup, unknown
+from anymask.registry import lookup, same_type, unknown
 from anymask.train.settings import Protocol
 
 if sys.version_info >= (3, 11):
@@ -93,8 +93,5 @@ def _typed(name: str, value: Any, *, like: Any) -> Any:
         if isinstance(many, (list, tuple)) and all(isinstance(entry, str) for entry in many):
             return tuple(many)
         raise SettingError(f"{name} came as {value!r}", allowed=f"a list such as {list(like)}", fix="write each as a text")
-    wanted = (int, float) if isinstance(like, float) else type(like)
-    if not isinstance(value, wanted) or (isinstance(value, bool) and not isinstance(like, bool)):
-        allowed = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[type(like)]
-        raise SettingError(f"{name} came as {value!r}", allowed=f"{allowed} such as {like!r}", fix="write one of these")
+    same_type(name, value, like)
     return float(value) if isinstance(like, float) else value
