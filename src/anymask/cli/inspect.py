@@ -50,7 +50,7 @@ def inspect(
         raise SettingError("inspect came without a file", allowed="mask files or run folders", fix="name one: anymask inspect my.mask")
     ledgers = {path: ledger for path in files if (ledger := _ledger(path)) is not None}
     paths = [path for path in files if path not in ledgers]
-    _check_options(paths, page=page, out=out, model=model, shape=shape)
+    _check_options(paths, out=out, model=model, shape=shape)
     seen = [look_at(path, name=name, model=model, shape=shape) for path, name in zip(paths, names_of(paths), strict=True)]
     shared = {(a.name, b.name): overlap(a.mask, b.mask) for a, b in combinations(seen, 2)}  # refuses before anything is shown
     for ledger in ledgers.values():
@@ -81,7 +81,7 @@ def show_mask(mask: Mask, *, title: str) -> None:
     _show(look(mask, name=title, trusted=True))
 
 
-def _check_options(masks: Sequence[Path], *, page: bool, out: Path | None, model: str | None, shape: tuple[int, int, int] | None) -> None:
+def _check_options(masks: Sequence[Path], *, out: Path | None, model: str | None, shape: tuple[int, int, int] | None) -> None:
     given = {"--out": out, "--model": model, "--input": shape}
     useless = [name for name, value in given.items() if value is not None]
     if useless and not masks:

@@ -1,8 +1,7 @@
 """Many trainings, one ledger."""
 
 from anymask.sweep.compare import Cell, Grid, Runner, Watcher, cells, compare
-from anymask.sweep.inspect import Network, look, look_at
-from anymask.sweep.masks import DENSE
+from anymask.sweep.inspect import look, look_at
 from anymask.sweep.plan import Plan, read_plan
 from anymask.sweep.run import Outcome, Task, budget_seconds, make_masks, sweep, tasks
 from anymask.sweep.single import cell_of, prune_to, train_one
@@ -10,10 +9,8 @@ from anymask.sweep.study import Studied, study
 from anymask.sweep.studyfile import Study, read_study
 
 __all__ = [
-    "DENSE",
     "Cell",
     "Grid",
-    "Network",
     "Outcome",
     "Plan",
     "Runner",
