@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -31,9 +32,9 @@ def bench(
 ) -> int:
     """Time a shipped network here, beside PyTorch and ONNX Runtime."""
     program = load(file, threads=threads)
-    note = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
-    note.print(f"{file}: {program}, {program.threads} threads")
-    result = measured(program, batch, threads=program.threads, against=against, seconds=seconds, tell=note.print)
+    note = partial(print, file=sys.stderr)
+    note(f"{file}: {program}, {program.threads} threads")
+    result = measured(program, batch, threads=program.threads, against=against, seconds=seconds, tell=note)
     _show(result, batch)
     if json_file is not None:
         machine = {"machine": platform.machine(), "processor": _processor(), "processors": os.cpu_count(), "threads": program.threads}

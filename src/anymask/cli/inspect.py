@@ -1,5 +1,6 @@
 """`anymask inspect`."""
 
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -173,7 +174,7 @@ def _show_pairs(names: Sequence[str], totals: Mapping[tuple[str, str], float]) -
 def _write_page(seen: Sequence[Seen], path: Path) -> None:
     names = " and ".join(member.name for member in seen) if len(seen) < 3 else f"{len(seen)} masks"
     write_mask_page(seen, path, title=f"anymask: {names}")
-    Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(f"Page: {path}")
+    print(f"Page: {path}", file=sys.stderr)
 
 
 def _table(title: str, *columns: str, first: str = "parameter") -> Table:

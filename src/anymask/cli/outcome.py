@@ -1,5 +1,7 @@
 """What a run folder says, as files and on the screen; and whether it can be written."""
 
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -10,16 +12,22 @@ from anymask.cli.errors import explain
 from anymask.errors import AnymaskError, SettingError
 from anymask.ranks import by_rank_0
 from anymask.report import table, write_page
-from anymask.report.cells import newest
+from anymask.report.cells import Row, newest
+from anymask.report.table import Table
 from anymask.runlog import Ledger, atomic
 
 LEDGER, FAILURES = "ledger.jsonl", "failures.jsonl"
 
 
 def show_table(ledger: Ledger, *, baseline: str) -> None:
-    """Print the table of the finished trainings: laid out on a terminal, as Markdown elsewhere."""
+    """Print the table of the finished trainings."""
     rows = ledger.rows()
-    text, console = table(rows, baseline=newest(rows, baseline)), Console()
+    show(table(rows, baseline=newest(rows, baseline)))
+
+
+def show(text: str) -> None:
+    """Print Markdown: laid out on a terminal, as it is elsewhere."""
+    console = Console()
     if console.is_terminal:
         console.print(Markdown(text))
     else:
@@ -27,19 +35,23 @@ def show_table(ledger: Ledger, *, baseline: str) -> None:
 
 
 def write_outcome(ledger: Ledger, *, baseline: str) -> None:
-    """Write table.md and report.html beside the ledger, and say where; without plotly, what to install."""
-    folder, note = ledger.path.parent, Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    """Write table.md and report.html beside the ledger."""
     rows = ledger.rows()
     baseline = newest(rows, baseline)
+    write_files(rows, table(rows, baseline=baseline), ledger.path.parent, baseline=baseline)
+
+
+def write_files(rows: Sequence[Row], text: str, folder: Path, *, baseline: str, first: Mapping[str, Sequence[Table]] | None = None) -> None:
+    """Write `text` to table.md and the page to report.html in `folder`, and say where; without plotly, what to install."""
     with atomic(folder / "table.md", "w") as file:
-        file.write(table(rows, baseline=baseline))
-    note.print(f"Table: {folder / 'table.md'}")
+        file.write(text)
+    print(f"Table: {folder / 'table.md'}", file=sys.stderr)
     try:
-        write_page(rows, folder / "report.html", title=f"anymask: {folder.resolve().name}", baseline=baseline)
+        write_page(rows, folder / "report.html", title=f"anymask: {folder.resolve().name}", baseline=baseline, first=first)
     except AnymaskError as error:
-        note.print(explain(error))
+        print(explain(error), file=sys.stderr)
     else:
-        note.print(f"Page:  {folder / 'report.html'}")
+        print(f"Page:  {folder / 'report.html'}", file=sys.stderr)
 
 
 def ledger_of(path: Path) -> Ledger | None:

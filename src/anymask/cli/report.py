@@ -1,22 +1,18 @@
 """`anymask report`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
-from rich.markdown import Markdown
 
-from anymask.cli.errors import explain
-from anymask.cli.outcome import FAILURES, LEDGER, ledger_of
+from anymask.cli.outcome import FAILURES, LEDGER, ledger_of, show, write_files
 from anymask.cli.settings import RUN
-from anymask.errors import AnymaskError, MissingFile, SettingError, naming
+from anymask.errors import MissingFile, SettingError, naming
 from anymask.registry import unknown
-from anymask.report import failed_table, markdown, overviews, table, write_page
+from anymask.report import failed_table, markdown, overviews, table
 from anymask.report.cells import Row, latest
-from anymask.report.table import Table
-from anymask.runlog import Ledger, atomic
+from anymask.runlog import Ledger
 
 
 def report(
@@ -35,13 +31,9 @@ def report(
         raise unknown(baseline, recipes, what="recipe in these ledgers:")
     first = {"Failed": failed, "Over all cells": overviews(rows, baseline=baseline)}
     text = "\n".join([*(markdown(tables) for tables in first.values() if tables), table(rows, baseline=baseline)])
-    console = Console()
-    if console.is_terminal:
-        console.print(Markdown(text))
-    else:
-        console.out(text, end="", highlight=False)
+    show(text)
     if out is not None:
-        _write(rows, text, out, baseline=baseline, first=first)
+        write_files(rows, text, out, baseline=baseline, first=first)
     return 0
 
 
@@ -67,16 +59,3 @@ def _rows(ledger: Ledger) -> Sequence[Row]:
     with naming(str(ledger.path)):
         latest(rows)  # checks them
     return rows
-
-
-def _write(rows: Sequence[Any], text: str, out: Path, *, baseline: str, first: Mapping[str, Sequence[Table]]) -> None:
-    note = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
-    with atomic(out / "table.md", "w") as file:
-        file.write(text)
-    note.print(f"Table: {out / 'table.md'}")
-    try:
-        write_page(rows, out / "report.html", title=f"anymask: {out.resolve().name}", baseline=baseline, first=first)
-    except AnymaskError as error:
-        note.print(explain(error))
-    else:
-        note.print(f"Page:  {out / 'report.html'}")

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
-from rich.markdown import Markdown
 
 from anymask import sweep
-from anymask.cli.outcome import writable
+from anymask.cli.outcome import show, writable
 from anymask.cli.progress import watching
 from anymask.cli.settings import RUN, Budget, Device, Sparse
 from anymask.cli.sweep import FAILED, say
@@ -44,7 +42,7 @@ def study(
         print(f"\nStopped. What is finished is kept in {out}; the same command goes on from there.", file=sys.stderr)
         return 130
     if done.winner is not None:
-        _print((out / REPORT).read_text(encoding="utf-8"))
+        show((out / REPORT).read_text(encoding="utf-8"))
     say(_summary(done, wanted, out))
     return FAILED if done.confirmed is not None and done.confirmed.failed else 0
 
@@ -77,11 +75,3 @@ def _summary(done: Studied, wanted: Study, out: Path) -> Iterable[str]:
         yield "The same command goes on from there."
     yield f"Winner: {out / WINNER}, {done.winner.recipe}"
     yield f"Report: {out / REPORT}"
-
-
-def _print(text: str) -> None:
-    console = Console()
-    if console.is_terminal:
-        console.print(Markdown(text))
-    else:
-        console.out(text, end="", highlight=False)
