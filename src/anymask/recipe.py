@@ -1,6 +1,5 @@
 """Recipes: techniques composed, attached to anybody's training, and gone at its end."""
 
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib import resources
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import Optimizer
 
+from anymask import toml
 from anymask.errors import FileFormatError, SettingError, TechniqueError
 from anymask.holding import held
 from anymask.mask import Mask
@@ -19,11 +19,6 @@ from anymask.registry import lookup, same_type, unknown
 from anymask.running import MARK, RunningRecipe
 from anymask.techniques import TECHNIQUES, Context, Loss, Technique
 from anymask.techniques.base import settings_of, shed
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _KEYS = ("technique", "about", "study")  # of a recipe file; `study` says how `anymask study` chose it
 
@@ -105,10 +100,7 @@ class Recipe:
             raise SettingError(
                 f"no recipe file at {path}", allowed="a TOML file, or the name of a preset", fix="`anymask list` shows the presets"
             )
-        try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise FileFormatError(f"{path} is not TOML ({error})", allowed="a recipe in TOML", fix="mend the file") from error
+        table = toml.read(path)
         for key in table:
             if key not in _KEYS:
                 raise unknown(key, _KEYS, what=f"key in {path}")

@@ -1,8 +1,7 @@
 """Where settings come from: options, and a TOML or YAML file under them."""
 
 import re
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -10,13 +9,9 @@ from cyclopts import App, Group, Parameter
 from cyclopts.argument import Argument, ArgumentCollection
 from cyclopts.config import Dict
 
+from anymask import toml
 from anymask.errors import FileFormatError, SettingError
 from anymask.registry import imported, unknown
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 RUN = Group("Run", sort_key=0)
 GRID = Group("Grid", sort_key=1)
@@ -146,10 +141,6 @@ def load_table(path: Path) -> dict[str, Any]:
     return table
 
 
-def _toml(text: str) -> Any:
-    return tomllib.loads(text)
-
-
 def _yaml(text: str) -> Any:
     import yaml
 
@@ -161,7 +152,7 @@ def _yaml(text: str) -> Any:
         raise ValueError(f"{getattr(error, 'problem', None) or 'no YAML'}{line}") from error
 
 
-_PARSERS = {".toml": _toml, ".yaml": _yaml, ".yml": _yaml}
+_PARSERS: dict[str, Callable[[str], Any]] = {".toml": toml.loads, ".yaml": _yaml, ".yml": _yaml}
 
 
 def _check_value(path: Path, key: str, value: Any, *, many: bool) -> None:

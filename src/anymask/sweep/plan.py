@@ -2,25 +2,19 @@
 
 import math
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from anymask import models
+from anymask import models, toml
 from anymask.config import Experiment
 from anymask.data import DATASETS
-from anymask.errors import FileFormatError, SettingError, naming
+from anymask.errors import SettingError, naming
 from anymask.registry import imported, lookup, unknown
 from anymask.sweep.compare import Grid
 from anymask.train import Protocol
 from anymask.train.presets import protocol_of
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 @dataclass(frozen=True)
@@ -124,22 +118,13 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
         [('resnet20', ('snip',), 3), ('vgg16', ('snip',), 3)]
     """
     path = Path(path)
-    top = checked(read_toml(path), _TOP, where=str(path))
+    top = checked(toml.read(path), _TOP, where=str(path))
     if not top.get("block"):
         raise SettingError(f"{path} has no block", allowed="at least one [[block]]", fix='write [[block]] and, under it, masks = ["snip"]')
     shared, plugins = top.get("protocol", {}), top.get("plugins", ())
     blocks = [parts_of(block, shared, plugins=plugins, where=f"block {number} of {path}") for number, block in enumerate(top["block"], 1)]
     with naming(str(path)):
         return Plan(tuple(blocks), retries=top.get("retries", 1), about=top.get("about", ""))
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    text = path.read_bytes()
-    try:
-        return tomllib.loads(text.decode("utf-8"))
-    except ValueError as error:  # damaged TOML and text that is not UTF-8
-        why = str(error).splitlines()[0]
-        raise FileFormatError(f"{path} cannot be read ({why})", allowed="whole TOML, in UTF-8", fix="mend that line") from error
 
 
 def parts_of(table: Mapping[str, Any], shared: Mapping[str, Any], *, plugins: tuple[str, ...], where: str) -> tuple[Part, ...]:

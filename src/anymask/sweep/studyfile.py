@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from anymask import toml
 from anymask.errors import SettingError, naming
-from anymask.sweep.plan import BLOCK, NUMBER, PLUGIN, TABLE, TEXT, WHOLE, Part, checked, parts_of, read_toml
+from anymask.sweep.plan import BLOCK, NUMBER, PLUGIN, TABLE, TEXT, WHOLE, Part, checked, parts_of
 from anymask.sweep.space import Choice, read_space
 from anymask.sweep.variants import variant
 
@@ -91,7 +92,7 @@ def read_study(path: str | os.PathLike[str]) -> Study:
         ([100, 101, 102], (0.1, 0.2))
     """
     path = Path(path)
-    raw = read_toml(path)
+    raw = toml.read(path)
     top = checked(raw, _TOP, where=str(path))
     for name in ("tune", "confirm", "space"):
         if name not in top:

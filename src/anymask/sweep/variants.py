@@ -1,20 +1,15 @@
 """Recipes with settings of their own, as one name: `tost@label_smoothing.eps=0.1,lr=0.05`."""
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from anymask import toml
 from anymask.errors import SettingError
 from anymask.recipe import Recipe
 from anymask.registry import lookup
 from anymask.techniques import TECHNIQUES
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 LR = "lr"
 
@@ -80,8 +75,8 @@ def _change(part: str, name: str) -> tuple[str, Any]:
     if not key or not equals:
         raise SettingError(f"{part!r} came as a change in {name}", allowed="technique.setting=value", fix="write label_smoothing.eps=0.1")
     try:
-        return key, tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return key, toml.loads(f"value = {text}")["value"]
+    except toml.TOMLDecodeError:
         return key, text  # a text, such as mish or 30%
 
 

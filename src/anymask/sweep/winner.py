@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anymask import toml
 from anymask.errors import FileFormatError, SettingError
 from anymask.recipe import Recipe
 from anymask.runlog import atomic
-from anymask.sweep.plan import NUMBER, TEXT, WHOLE, checked, read_toml
+from anymask.sweep.plan import NUMBER, TEXT, WHOLE, checked
 from anymask.sweep.variants import variant
 
 _TABLE = {"recipe": TEXT, "baseline": TEXT, "points": NUMBER, "trainings": WHOLE}
@@ -58,7 +59,7 @@ def read_winner(path: str | os.PathLike[str]) -> Winner:
         SettingError: when its techniques are not those that were chosen.
     """
     path = Path(path)
-    table = checked(read_toml(path).get("study", {}), _TABLE, where=f"[study] of {path}")
+    table = checked(toml.read(path).get("study", {}), _TABLE, where=f"[study] of {path}")
     if set(table) != set(_TABLE):
         raise FileFormatError(f"{path} lacks parts of [study]", allowed="a winner.toml of `anymask study`", fix="choose another --out")
     winner = Winner(**table)

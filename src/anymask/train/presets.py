@@ -1,19 +1,14 @@
 """Protocols by name: TOML files that come with the package, under what is said besides."""
 
-import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from importlib import resources
 from typing import Any
 
+from anymask import toml
 from anymask.errors import SettingError
 from anymask.registry import lookup, same_type, unknown
 from anymask.train.settings import Protocol
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 PROTOCOLS: dict[str, str] = {  # name -> file in anymask/protocols
     "short-15": "short-15.toml",
@@ -83,7 +78,7 @@ def preset_about(name: str) -> tuple[str, str]:
 
 def _read(name: str) -> dict[str, Any]:
     file = lookup(PROTOCOLS, name, what="protocol")
-    return tomllib.loads((resources.files("anymask") / "protocols" / file).read_text(encoding="utf-8"))
+    return toml.loads((resources.files("anymask") / "protocols" / file).read_text(encoding="utf-8"))
 
 
 def _typed(name: str, value: Any, *, like: Any) -> Any:
