@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -251,14 +252,14 @@ def test_a_budget_stops_the_search_for_a_lottery_ticket_anywhere(stop: int, plan
         if len(rounds) == stop:
             Clock(time.monotonic()).check()
 
-    runner.masks.between = between
+    runner.masks.pace.between = between
     cell = Cell("lottery", 0.3, "default", 0)
     with pytest.raises(Stopped):
         runner.start(cell, runner.bench.model(0))
     assert len(list((tmp_path / "masks").rglob("round-*.mask"))) == rounds.count("round") - 1
     assert bool(list((tmp_path / "masks").rglob("unfinished-*.pt"))) == (rounds[-1] == "epoch")
     assert not list((tmp_path / "masks").glob("*.lock"))
-    runner.masks.between = lambda **_: None
+    runner.masks.pace.between = lambda **_: None
     ours = runner.start(cell, runner.bench.model(0)).mask
     theirs = Runner(runner.bench, tmp_path / "whole", computing=DENSELY).start(cell, runner.bench.model(0)).mask
     assert ours == theirs
@@ -309,13 +310,13 @@ def test_what_another_process_failed_at_just_now_counts_among_the_tries(
     worker, theirs = (Worker([task], tmp_path, retries=1, computing=DENSELY, clock=Clock()) for _ in range(2))
 
     @contextmanager
-    def late(path: Path) -> Iterator[bool]:
+    def late(path: Path, *, wait: bool) -> Iterator[bool]:
         if not theirs.failed():
             theirs.note(task, ValueError("theirs"))
-        with claimed(path) as mine:
+        with claimed(path, wait=wait) as mine:
             yield mine
 
-    monkeypatch.setattr("anymask.sweep.run.claimed", late)
+    monkeypatch.setattr(sys.modules[Runner.__module__], "claimed", late)
     worker.work(Watcher())
     assert worker.failed() == {task.name: ["ValueError: theirs", "ValueError: ours"]}
     assert len(tried) == 1

@@ -48,13 +48,13 @@ def test_a_teacher_that_was_stopped_goes_on_and_of_another_process_is_waited_for
         calls.append(1)
         raise KeyboardInterrupt
 
-    runner.take_turns(stop)
+    runner.pace.wait, runner.pace.between = False, stop
     with pytest.raises(KeyboardInterrupt):
         runner.teachers.of(0)
     assert [file.suffix for file in (tmp_path / "teachers").iterdir()] == [".pt"]
     with claimed(runner.teachers.file(0).with_suffix(".lock")), pytest.raises(Busy):
         runner.teachers.of(0)
-    runner.take_turns(lambda **_: calls.append(1))
+    runner.pace.between = lambda **_: calls.append(1)
     model = runner.teachers.of(0)
     assert len(calls) == 1  # after the first epoch, which was before; after the last one there is nothing to stop
     whole = Runner(bench, tmp_path / "whole", DENSELY).teachers.of(0)
@@ -72,7 +72,7 @@ def test_a_single_training_that_is_stopped_in_its_teacher_goes_on(bench: Bench, 
         def between(**_: float) -> None:
             raise KeyboardInterrupt
 
-        self.between = between
+        self.pace.between = between
 
     with monkeypatch.context() as patch:
         patch.setattr(Teachers, "__init__", stopping)

@@ -25,6 +25,7 @@ from anymask.ranks import by_rank_0, leads, ranks
 from anymask.runlog import Ledger, file_hash, settings_id
 from anymask.sweep.claims import claimed
 from anymask.sweep.masks import DENSE, Masks, Start, check_mask, digest, digests, file_name, file_sparsity, is_dynamic, is_mask_file
+from anymask.sweep.pace import Pace
 from anymask.sweep.teachers import Teachers
 from anymask.sweep.variants import variant
 from anymask.train import Computing, Protocol, fit
@@ -134,7 +135,8 @@ def compare(
     watcher.begin(total=len(planned), done=sum(name in done for _, name in planned))
     for wait in (False, True):  # what another process is at comes last
         for cell, name in planned:
-            if name not in done and runner.once(cell, name, watcher, wait=wait):
+            train = partial(runner.run, cell, name, watcher)
+            if name not in done and once(runner.ledger, cell, name, train, watcher, wait=wait):
                 done.add(name)
     return runner.ledger
 
@@ -168,6 +170,22 @@ def _targets(grid: Grid, model: nn.Module | None) -> Iterator[tuple[str, float]]
     yield from ((file, file_sparsity(file, model)) for file in files)
 
 
+def once(
+    ledger: Ledger, cell: Cell, name: str, train: Callable[[], dict[str, Any] | None], watcher: Watcher, *, wait: bool = False
+) -> bool:
+    """Call `train` for the row of `cell`, unless another process has put it into `ledger`; whether it is there now.
+
+    It is not where `train` gives None, or where another process is at it, unless to `wait` for that one.
+    """
+    with claimed(ledger.path.with_name("claims") / f"{name}.lock", wait=wait) if ranks() == 1 else nullcontext(True) as mine:
+        if not mine:
+            return False
+        row = by_rank_0(lambda: next((row for row in ledger.rows() if row["id"] == name), None)) or train()
+    if row is not None:
+        watcher.finished(cell, row)
+    return row is not None
+
+
 @dataclass(frozen=True)
 class Trained:
     """A finished training that is not in the ledger yet."""
@@ -184,24 +202,23 @@ class Runner:
         UnknownName, SettingError: for a `computing` that there is not, or not here, as sparse layers where a mask `moves`.
     """
 
-    def __init__(self, bench: Bench, folder: str | Path, computing: Computing | None = None, *, moves: bool = False) -> None:
+    def __init__(
+        self,
+        bench: Bench,
+        folder: str | Path,
+        computing: Computing | None = None,
+        *,
+        masked: bool = True,
+        moves: bool = False,
+        pace: Pace | None = None,
+    ) -> None:
         self.bench, self.folder, self.computing = bench, Path(folder), computing or Computing()
-        p = bench.protocol
-        self.computing.check(device=bench.device, precision=p.precision, accumulate=p.accumulate, moves=moves)  # fails now, not after work
+        how: dict[str, Any] = {"precision": bench.protocol.precision, "accumulate": bench.protocol.accumulate}
+        self.computing.check(device=bench.device, **how, masked=masked, moves=moves)  # fails now, not after work
         self.ledger = Ledger(self.folder / "ledger.jsonl")
-        self.masks = Masks(bench, self.mask_file, self.computing)
-        self.teachers = Teachers(bench, self.folder / "teachers", self.computing)
-        self.on_step: Callable[[], None] | None = None
-        self.streams = 1
-
-    def take_turns(self, between: Callable[..., None], *, on_step: Callable[[], None] | None = None, streams: int = 1) -> None:
-        """Wait for no other process that makes what this one needs (Busy), and call `between`, which may raise, within long makings.
-
-        `on_step` is called after each step of any training; `streams` are beside each other in this process.
-        """
-        self.on_step, self.streams = on_step, streams
-        for maker in (self.masks, self.teachers):
-            maker.wait, maker.between, maker.on_step = False, between, on_step
+        self.pace = pace or Pace()
+        self.masks = Masks(bench, self.mask_file, self.computing, self.pace)
+        self.teachers = Teachers(bench, self.folder / "teachers", self.computing, self.pace)
 
     def name(self, cell: Cell) -> str:
         """The id of the row of `cell`; equal for equal settings."""
@@ -212,18 +229,6 @@ class Runner:
         file = {"mask_hash": file_hash(cell.mask)} if is_mask_file(cell.mask) else {}
         here = {"mask": cell.mask, "sparsity": cell.sparsity, "recipe": cell.recipe, "seed": cell.seed}
         return {**self.bench.settings(cell.seed), **here, **file}
-
-    def once(self, cell: Cell, name: str, watcher: Watcher, *, wait: bool) -> bool:
-        """Train `cell`, if nobody else has; False where another process is at it, unless to `wait` for that one."""
-        with claimed(self.folder / "claims" / f"{name}.lock", wait=wait) if ranks() == 1 else nullcontext(True) as mine:
-            if not mine:
-                return False
-            row = next((row for row in by_rank_0(self.ledger.rows) if row["id"] == name), None)
-            if row is None:
-                watcher.cell(cell, epochs=self.bench.protocol.epochs)
-                row = self.run(cell, name, watcher)
-        watcher.finished(cell, row)
-        return True
 
     def run(self, cell: Cell, name: str, watcher: Watcher) -> dict[str, Any]:
         """Train `cell`, or go on with it, and put it into the ledger."""
@@ -245,6 +250,7 @@ class Runner:
 
     def train(self, cell: Cell, name: str, watcher: Watcher, *, log_dir: Path | None = None) -> Trained:
         """Train `cell`, or go on with it; its checkpoint file stays."""
+        watcher.cell(cell, epochs=self.bench.protocol.epochs)
         model, wanted = self.bench.model(cell.seed), variant(cell.recipe)
         begins = [technique.name for technique in wanted.recipe.techniques if technique.seam == "init"]
         if begins and self.bench.checkpoint(cell.seed) is not None:
@@ -257,6 +263,12 @@ class Runner:
         teacher = self.teachers.of(cell.seed) if any(t.taught for t in wanted.recipe.techniques) else None
         teacher_seconds = {} if teacher is None else {"teacher_seconds": time.monotonic() - began - mask_seconds}
         train, validation, test = self.bench.batches(cell.seed)
+        after = self.pace.after(epochs=self.bench.protocol.epochs)
+
+        def on_epoch(epoch: int, figures: dict[str, float]) -> None:
+            watcher.epoch(cell, epoch, figures)
+            after(epoch, figures)
+
         result = fit(
             model,
             train,
@@ -273,8 +285,8 @@ class Runner:
             **asdict(replace(self.computing, sparse="auto") if cell.mask == DENSE else self.computing),
             checkpoint_file=self.checkpoint_file(name),
             log_dir=log_dir,
-            on_epoch=partial(watcher.epoch, cell),
-            on_step=self.on_step,
+            on_epoch=on_epoch,
+            on_step=self.pace.on_step,
         )
         row = {
             "id": name,
@@ -287,7 +299,7 @@ class Runner:
             "density": self.density(result.mask, model),
             "mask": digests(start),
             "curves": result.curves,
-            "time": {"seconds": result.seconds, "mask_seconds": mask_seconds, **teacher_seconds, "finished": _now()},
+            "time": {"seconds": result.seconds, "mask_seconds": mask_seconds, **teacher_seconds, "finished": now()},
             "ghosts": result.added,
             "found": result.found,
             "sparse_layers": result.sparse_layers,
@@ -298,7 +310,7 @@ class Runner:
     def _computed(self) -> dict[str, Any]:
         """What else makes times and roundings differ, where it is not as usual."""
         compiled = {"compile": self.computing.compile} if self.computing.compile != "off" else {}
-        return compiled | ({"streams": self.streams} if self.streams > 1 else {})
+        return compiled | ({"streams": self.pace.streams} if self.pace.streams > 1 else {})
 
     def checkpoint_file(self, name: str) -> Path:
         """Where the training of the row `name` is kept until it is finished."""
@@ -349,5 +361,6 @@ def machine(device: str) -> dict[str, Any]:
     return {"device": device, "processor": name, "threads": torch.get_num_threads(), **({"ranks": ranks()} if ranks() > 1 else {})}
 
 
-def _now() -> str:
+def now() -> str:
+    """The time, as rows have it."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")

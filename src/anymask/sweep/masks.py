@@ -2,9 +2,8 @@
 
 import hashlib
 import re
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ from anymask.ranks import by_rank_0, leads
 from anymask.registry import lookup
 from anymask.runlog import atomic, settings_id
 from anymask.sweep.claims import clear_halves, make_once
-from anymask.sweep.pace import paced
-from anymask.train import Computing, fit
+from anymask.sweep.pace import Pace
+from anymask.train import Computing
 
 DENSE = "dense"
 REWIND = "5%"  # of the training: where lottery-rewind returns to
@@ -111,12 +110,11 @@ class Masks:
         computing: how the rounds of a lottery ticket are trained; sparse="on" means all but the first, which has no mask.
     """
 
-    def __init__(self, bench: Bench, file_of: Callable[[str, float, int], Path], computing: Computing | None = None) -> None:
+    def __init__(
+        self, bench: Bench, file_of: Callable[[str, float, int], Path], computing: Computing | None = None, pace: Pace | None = None
+    ) -> None:
         self.bench, self.file_of, self.computing = bench, file_of, replace(computing or Computing(), diagnose="off")
-        self.wait = True  # for another process that makes the same mask; else Busy is raised
-        # Called before each round of a lottery ticket, and after its epochs with needs=, the seconds of one; it may raise to stop there.
-        self.between: Callable[..., None] = lambda **_: None
-        self.on_step: Callable[[], None] | None = None  # called after each step of the trainings in it
+        self.pace = pace or Pace()
 
     def start(self, mask: str, *, sparsity: float, seed: int, model: nn.Module) -> Start:
         """Where the trainings of this mask, sparsity and seed begin, with any recipe: made once on the initialisation, then read.
@@ -131,7 +129,7 @@ class Masks:
             return Start(None, dynamic=moving)
         if not by_rank_0(file.exists):
             how: dict[str, Any] = {"sparsity": sparsity, "seed": seed, "model": model}
-            make_once(file, lambda: self.make_file(file, mask, **how), wait=self.wait)  # the rounds of a ticket share a folder
+            make_once(file, lambda: self.make_file(file, mask, **how), wait=self.pace.wait)  # the rounds of a ticket share a folder
         found = by_rank_0(lambda: _read(file, moving.start if moving else mask, sparsity=sparsity, seed=seed))
         return found if moving is None else Start(found.mask, dynamic=moving)
 
@@ -185,14 +183,9 @@ class Masks:
 
         def trainer(model: nn.Module, mask: Mask | None, first: int, last: int | None) -> None:
             computing = self.computing if mask is not None else replace(self.computing, sparse="auto")
-            how: dict[str, Any] = {"recipe": "default", "protocol": self.bench.protocol, "seed": seed, **asdict(computing)}
-            self.between()
-            by_rank_0(lambda: clear_halves(unfinished))
-            how |= {
-                "checkpoint_file": unfinished,
-                "on_epoch": paced(self.between, epochs=self.bench.protocol.epochs, since=time.monotonic()),
-            }
-            fit(model, train, mask=mask, first_step=first, last_step=last, on_step=self.on_step, **how)
+            self.pace.between()
+            how: dict[str, Any] = {"mask": mask, "first_step": first, "last_step": last, "seed": seed}
+            self.pace.fit(model, train, protocol=self.bench.protocol, computing=computing, file=unfinished, **how)
             if leads():
                 unfinished.unlink(missing_ok=True)
 

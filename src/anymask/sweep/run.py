@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,11 @@ from anymask.data import Dataset
 from anymask.errors import SettingError, naming
 from anymask.ranks import ranks
 from anymask.runlog import Ledger
-from anymask.sweep.claims import Busy, claimed, clear_halves
-from anymask.sweep.compare import Cell, Runner, Watcher, cells
+from anymask.sweep.claims import Busy, clear_halves
+from anymask.sweep.compare import Cell, Runner, Watcher, cells, now, once
 from anymask.sweep.hopeless import check_disk, check_gpu
 from anymask.sweep.masks import is_dynamic, is_mask_file
-from anymask.sweep.pace import paced
+from anymask.sweep.pace import Pace
 from anymask.sweep.plan import Part, Plan
 from anymask.train import Computing
 
@@ -263,9 +263,9 @@ class Benches:
         self.bench = bench
         return bench
 
-    def runner(self, part: Part, folder: str | Path, computing: Computing | None) -> Runner:
+    def runner(self, part: Part, folder: str | Path, computing: Computing | None, pace: Pace | None = None) -> Runner:
         """The runner of `part`."""
-        return Runner(self.of(part), folder, computing, moves=any(map(is_dynamic, part.grid.masks)))
+        return Runner(self.of(part), folder, computing, moves=any(map(is_dynamic, part.grid.masks)), pace=pace)
 
 
 def _data(experiment: Experiment) -> tuple[Any, ...]:
@@ -312,7 +312,7 @@ class Worker:
         done, again = self.ledger.ids(), False
         waiting = [task for task in self.planned if task.name not in done]
         while waiting:
-            failed, left, trained = self.failed(), [], False
+            failed, left = self.failed(), list[Task]()
             for task in waiting:
                 tries = len(failed.get(task.name, ()))
                 if tries > self.retries:
@@ -321,55 +321,40 @@ class Worker:
                     left.append(task)
                     continue
                 self.clock.check()
-                ended = self._try(task, watcher, tries=tries)
-                trained = trained or ended is not None
-                if not ended:
+                if not once(self.ledger, task.cell, task.name, partial(self._try, task, watcher, tries=tries), watcher):
                     left.append(task)
-            waiting, again = left, True
-            if waiting and not trained:
+            idle, waiting, again = again and len(left) == len(waiting), left, True
+            if idle:
                 self.clock.check()
                 (time.sleep if self.turns is None else self.turns.rest)(LOOK_AGAIN)
 
-    def _try(self, task: Task, watcher: Watcher, *, tries: int) -> bool | None:
-        """Train `task`, which failed so often: True when it is in the ledger, False when it failed once more.
-
-        None when another process is at it, or at its mask, or has failed at it since `tries` were counted.
-        """
-        with claimed(self.folder / "claims" / f"{task.name}.lock") as mine:
-            if not mine:
-                return None
-            row = next((row for row in self.ledger.rows() if row["id"] == task.name), None)  # another process's, which is told of, too
-            if row is None and len(self.failed().get(task.name, ())) > tries:
-                return None
-            try:
-                row = row or self._train(task, watcher)
-            except Busy:
-                watcher.left(task.cell, None)
-                return None
-            except (MemoryError, Stopped):
-                raise
-            except Exception as error:
-                check_disk(error, self.folder)
-                watcher.left(task.cell, self.note(task, error))
-                check_gpu(error)
-                return False
-        watcher.finished(task.cell, row)
-        return True
+    def _try(self, task: Task, watcher: Watcher, *, tries: int) -> dict[str, Any] | None:
+        """The row of `task`, which failed so often; None where it fails once more, another process is at its mask, or has failed since."""
+        if len(self.failed().get(task.name, ())) > tries:
+            return None
+        try:
+            return self._train(task, watcher)
+        except Busy:
+            watcher.left(task.cell, None)
+        except (MemoryError, Stopped):
+            raise
+        except Exception as error:
+            check_disk(error, self.folder)
+            watcher.left(task.cell, self.note(task, error))
+            check_gpu(error)
+        return None
 
     def _train(self, task: Task, watcher: Watcher) -> dict[str, Any]:
-        runner = self.benches.runner(task.part, self.folder, self.computing)
         beside: dict[str, Any] = {} if self.turns is None else {"on_step": self.turns.step, "streams": self.turns.number}
-        runner.take_turns(self.clock.check, **beside)
+        pace = Pace(wait=False, between=self.clock.check, **beside)
+        runner = self.benches.runner(task.part, self.folder, self.computing, pace)
         clear_halves(runner.checkpoint_file(task.name))
-        timed = _Timed(watcher, self.clock, epochs=task.part.protocol.epochs)
-        watcher.cell(task.cell, epochs=timed.epochs)
-        return runner.run(task.cell, task.name, timed)
+        return runner.run(task.cell, task.name, watcher)
 
     def note(self, task: Task, error: BaseException) -> str:
         """Remember that a try of `task` failed; why."""
-        now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         reason = {"type": type(error).__name__, "message": str(error)}
-        self.failures.append({"id": task.name, "training": str(task.cell), "block": task.part.block, **reason, "time": now})
+        self.failures.append({"id": task.name, "training": str(task.cell), "block": task.part.block, **reason, "time": now()})
         return f"{type(error).__name__}: {error}"
 
     def failed(self) -> Mapping[str, list[str]]:
@@ -386,15 +371,3 @@ class Worker:
         rest = [(task, reasons.get(task.name, [])) for task in self.planned if task.name not in done]
         failed = tuple(Failed(task, len(why), why[-1]) for task, why in rest if len(why) > self.retries)
         return Outcome(finished, failed, tuple(task for task, why in rest if len(why) <= self.retries))
-
-
-class _Timed(Watcher):
-    """Stops a training between two epochs, when the next one would not end in time."""
-
-    def __init__(self, watcher: Watcher, clock: Clock, *, epochs: int) -> None:
-        self.watcher, self.epochs = watcher, epochs
-        self.check = paced(clock.check, epochs=epochs)
-
-    def epoch(self, cell: Cell, epoch: int, figures: dict[str, Any]) -> None:
-        self.watcher.epoch(cell, epoch, figures)
-        self.check(epoch, figures)

@@ -22,8 +22,8 @@ from anymask.train import Computing, Protocol, accuracy
 
 
 class _Single(Runner):
-    def __init__(self, bench: Bench, folder: str | Path, computing: Computing) -> None:
-        super().__init__(bench, folder, computing)
+    def __init__(self, bench: Bench, folder: str | Path, computing: Computing | None, *, masked: bool, moves: bool) -> None:
+        super().__init__(bench, folder, computing, masked=masked, moves=moves)
         self.teachers.folder = self.folder / "unfinished" / "teachers"
 
     def mask_file(self, mask: str, sparsity: float, seed: int) -> Path:
@@ -59,10 +59,7 @@ def train_one(
     """
     Grid(masks=() if cell.mask == DENSE else (cell.mask,), sparsity=(cell.sparsity,), recipes=(cell.recipe,))  # checks the names
     bench = Bench(experiment or Experiment(), protocol or Protocol())
-    watcher, computing, masked = watcher or Watcher(), computing or Computing(), cell.mask != DENSE
-    how: dict[str, Any] = {"precision": bench.protocol.precision, "accumulate": bench.protocol.accumulate}
-    computing.check(device=bench.device, **how, masked=masked, moves=is_dynamic(cell.mask))
-    runner = _Single(bench, folder, computing)
+    watcher, runner = watcher or Watcher(), _Single(bench, folder, computing, masked=cell.mask != DENSE, moves=is_dynamic(cell.mask))
     if is_mask_file(cell.mask):  # which tells its sparsity of this network only now
         cell = replace(cell, sparsity=file_sparsity(cell.mask, runner.bench.model(cell.seed)))
     name = runner.name(cell)
@@ -74,7 +71,6 @@ def train_one(
         if not mine:
             fix = "wait for it and add --resume, or choose another --out"
             raise SettingError(f"another process trains in {runner.folder}", allowed="one at a time", fix=fix)
-        watcher.cell(cell, epochs=runner.bench.protocol.epochs)
         done = runner.train(cell, name, watcher, log_dir=runner.folder / "tensorboard" if tensorboard else None)
         if leads():
             _keep(done, runner)

@@ -1,9 +1,6 @@
 """The networks that recipes with distillation learn from."""
 
-import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +13,8 @@ from anymask.config import Bench
 from anymask.ranks import by_rank_0, leads
 from anymask.runlog import atomic, settings_id
 from anymask.sweep.claims import clear_halves, make_once
-from anymask.sweep.pace import paced
-from anymask.train import Computing, fit
+from anymask.sweep.pace import Pace
+from anymask.train import Computing
 
 
 class Teachers:
@@ -27,11 +24,8 @@ class Teachers:
     is best on validation images.
     """
 
-    def __init__(self, bench: Bench, folder: Path, computing: Computing) -> None:
-        self.bench, self.folder, self.computing = bench, folder, replace(computing, sparse="auto", diagnose="off")
-        self.wait = True  # for another process that trains the same one; else Busy is raised
-        self.between: Callable[..., None] = lambda **_: None  # called after an epoch, needs= the seconds of one; it may raise to stop there
-        self.on_step: Callable[[], None] | None = None  # called after each step
+    def __init__(self, bench: Bench, folder: Path, computing: Computing, pace: Pace) -> None:
+        self.bench, self.folder, self.computing, self.pace = bench, folder, replace(computing, sparse="auto", diagnose="off"), pace
 
     def of(self, seed: int) -> nn.Module:
         """The teacher of `seed`, trained if it was not yet; a training that is stopped goes on. A checkpoint to begin with is a teacher."""
@@ -39,7 +33,7 @@ class Teachers:
             return self.bench.model(seed)
         file = self.file(seed)
         if not by_rank_0(file.exists):
-            make_once(file, lambda: self._train(seed, file), wait=self.wait)
+            make_once(file, lambda: self._train(seed, file), wait=self.pace.wait)
         model = self.bench.model(seed)
         model.load_state_dict(by_rank_0(lambda: load_file(file)))
         return model
@@ -50,16 +44,10 @@ class Teachers:
 
     def _train(self, seed: int, file: Path) -> None:
         model, unfinished = self.bench.model(seed), file.with_suffix(".pt")
-        for path in (file, unfinished):
-            by_rank_0(partial(clear_halves, path))
+        by_rank_0(lambda: clear_halves(file))
         train, validation, _ = self.bench.batches(seed)
-        how: dict[str, Any] = {"recipe": "default", "protocol": self.bench.protocol, "seed": seed, **asdict(self.computing)}
-        how |= {
-            "checkpoint_file": unfinished,
-            "on_epoch": paced(self.between, epochs=self.bench.protocol.epochs, since=time.monotonic()),
-            "on_step": self.on_step,
-        }
-        fit(model, train, validation=validation, **how)
+        how: dict[str, Any] = {"file": unfinished, "validation": validation, "seed": seed}
+        self.pace.fit(model, train, protocol=self.bench.protocol, computing=self.computing, **how)
         if leads():
             write_weights(model, file)
             unfinished.unlink(missing_ok=True)
