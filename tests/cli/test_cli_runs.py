@@ -240,6 +240,15 @@ def test_on_a_terminal_bars_show_all_trainings_and_the_one_that_runs(capsys):
     assert "[2/4] snip 0.9, tost, seed 3: test 50.00%, 3.0 s" in said
 
 
+def test_the_bar_of_getting_ready_goes_where_trainings_are_told_of_at_their_end_alone():
+    with watching(Console(stderr=True, force_terminal=True, width=120)) as watcher:
+        watcher.begin(total=2, done=0)
+        (ready,) = (task for task in watcher.progress.tasks if task.description == "getting ready")
+        assert ready.visible
+        watcher.finished(Cell("snip", 0.9, "tost", 3), {"accuracy": {"test": 0.5, "validation": None}, "time": {"seconds": 3.0}})
+        assert not ready.visible
+
+
 def test_where_there_is_no_terminal_a_line_says_how_far_a_long_training_is(capsys, monkeypatch):
     with watching(Console(stderr=True, width=200)) as watcher:
         watcher.begin(total=4, done=1)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from anymask.config import Bench, Experiment
 from anymask.errors import AnymaskError, DataError, SettingError, UnknownName
 from anymask.runlog import Ledger
 from anymask.sweep import Cell, on_ray, read_plan, sweep, tasks
+from anymask.sweep.run import Clock, Worker
 from anymask.train import Protocol
 from tests.sweep.plans import CELLS, DENSELY, FAILING, PLAN, write_images, write_plan
 from tests.sweep.test_sweep_run import Log, rows, settled
@@ -157,6 +159,16 @@ def test_one_node_trains_in_the_order_of_the_plan_and_what_fails_is_tried_again_
     (failed,) = outcome.failed
     assert (failed.task, failed.tries, outcome.left) == (bad, 3, ())
     assert failed.reason.startswith("TechniqueError: the training loss became")
+
+
+def test_what_another_process_has_trained_meanwhile_is_told_of(plan: Path, whole: Path) -> None:
+    planned, log = tasks(read_plan(plan).on("cpu"), whole), Log()
+    driver = SimpleNamespace(room=lambda: 1, running={}, worker=Worker(planned, whole, retries=1, clock=Clock()), watcher=log)
+    assert on_ray._Driver._begin(driver, planned) == []  # type: ignore[arg-type]
+    assert log.names == [task.name for task in planned]
+    driver._begin = partial(on_ray._Driver._begin, driver)
+    on_ray._Driver.work(driver)  # type: ignore[arg-type]
+    assert len(log.names) == CELLS  # what was there before is not told of
 
 
 def test_a_budget_stops_and_the_next_call_does_what_is_left(cluster: Any, plan: Path, whole: Path, tmp_path: Path) -> None:

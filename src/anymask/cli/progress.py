@@ -83,6 +83,7 @@ class Bars(_Told):
 
     def finished(self, cell: Cell, row: dict[str, Any]) -> None:
         super().finished(cell, row)
+        self.progress.update(self.ready, visible=False)  # Ray's nodes tell of no beginning
         self._remove(cell)
 
     def left(self, cell: Cell, why: str | None) -> None:

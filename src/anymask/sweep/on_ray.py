@@ -139,7 +139,8 @@ class _Driver:
         Raises:
             Stopped: when the time is up.
         """
-        waiting: Sequence[Task] = self.worker.planned
+        done = self.worker.ledger.ids()
+        waiting = [task for task in self.worker.planned if task.name not in done]
         try:
             while (waiting := self._begin(waiting)) or self.running:
                 for ref in self._ended():
@@ -163,9 +164,12 @@ class _Driver:
         most = self.room() + 1
         if len(self.running) >= most:
             return list(waiting)
-        done, failed, left = self.worker.ledger.ids(), self.worker.failed(), []
+        rows, failed, left = {row["id"]: row for row in self.worker.ledger.rows()}, self.worker.failed(), []
         for task in sorted(waiting, key=lambda task: len(failed.get(task.name, ()))):
-            if task.name in done or len(failed.get(task.name, ())) > self.worker.retries:
+            if task.name in rows:  # another process has trained it
+                self.watcher.finished(task.cell, rows[task.name])
+                continue
+            if len(failed.get(task.name, ())) > self.worker.retries:
                 continue
             if len(self.running) >= most or not self._hand_over(task):
                 left.append(task)
