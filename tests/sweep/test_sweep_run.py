@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from anymask.config import Bench
 from anymask.errors import SettingError
 from anymask.runlog import Ledger
 from anymask.sweep import Cell, Outcome, Runner, Watcher, make_masks, read_plan, sweep, tasks
@@ -351,6 +352,15 @@ def test_masks_that_were_made_elsewhere_are_trained_with(plan: Path, whole: Any,
         patch.setattr(Masks, "make", None)  # nothing is left to make
         sweep(read_plan(plan), tmp_path / "here", computing=DENSELY)
     assert {row["id"]: row["accuracy"] for row in rows(tmp_path / "here")} == {row["id"]: row["accuracy"] for row in whole[0]}
+
+
+def test_the_data_are_read_once_for_planning_and_training(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, begin = [], Bench.__init__
+    monkeypatch.setattr(Bench, "__init__", lambda self, *args, **how: (read.append(args), begin(self, *args, **how))[1])
+    make_masks(read_plan(plan), tmp_path, DENSELY)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(read_plan(plan), tmp_path, computing=DENSELY, watcher=Log(stop_at=1))
+    assert len(read) == 2  # one for each of the two
 
 
 def test_several_trainings_in_one_process_end_as_each_alone(plan: Path, whole: Any, tmp_path: Path) -> None:

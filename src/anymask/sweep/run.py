@@ -157,8 +157,9 @@ def sweep(
     seconds = budget_seconds(budget) if isinstance(budget, str) else budget
     clock = Clock(None if seconds is None else time.monotonic() + seconds)
     folder, watcher = Path(folder), watcher or Watcher()
-    planned = tasks(plan, folder, computing, device=None if ray is None else "cpu")
-    worker = Worker(planned, folder, retries=plan.retries, computing=computing, clock=clock)
+    benches = Benches() if ray is None and max(workers, streams) == 1 else None  # what others train with they read; none is kept here
+    planned = tasks(plan, folder, computing, device=None if ray is None else "cpu", benches=benches)
+    worker = Worker(planned, folder, retries=plan.retries, computing=computing, clock=clock, benches=benches)
     done = worker.ledger.ids()
     for task in planned:
         if task.name in done:  # its process was killed before it could remove that
@@ -221,7 +222,7 @@ def make_masks(plan: Plan, folder: str | Path, computing: Computing | None = Non
         How many masks of the plan are in `folder`.
     """
     benches, wanted = Benches(), dict[Path, Task]()
-    for task in tasks(plan, folder, computing):
+    for task in tasks(plan, folder, computing, benches=benches):
         if task.mask is not None:
             wanted.setdefault(task.mask, task)
     for file, task in wanted.items():
