@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from anymask.kernels import library
-from anymask.runlog import atomic
+from anymask.runlog import atomic, processor
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "sparse"
 BURST = 0.05  # seconds that a turn lasts at least: short calls are made several times, the first of them not counted
@@ -49,7 +49,7 @@ def say(text: str) -> None:
 def machine() -> dict[str, Any]:
     """Where and with what a file was made."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": library.isa(),
@@ -58,14 +58,6 @@ def machine() -> dict[str, Any]:
         "load before": round(os.getloadavg()[0], 2),
         "when": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 class Record:

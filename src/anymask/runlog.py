@@ -1,13 +1,14 @@
-"""Files that survive: whole-or-not-at-all writes, and the ledger of finished runs."""
+"""Files that survive: whole-or-not-at-all writes, and the ledger of finished runs; the name of what they ran on."""
 
 import fcntl
 import hashlib
 import json
 import os
+import platform
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -155,3 +156,12 @@ def _object(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return found if isinstance(found, dict) else None
+
+
+def processor() -> str:
+    """The processor's name, where the system says it, else its kind."""
+    lines: list[str] = []
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    said = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(said, "") or platform.processor() or platform.machine()

@@ -3,16 +3,18 @@
 import fcntl
 import json
 import os
+import platform
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from anymask import Mask
 from anymask.errors import FileFormatError
-from anymask.runlog import Ledger, atomic, settings_id
+from anymask.runlog import Ledger, atomic, processor, settings_id
 
 ROWS = [{"id": "a", "test": 0.5}, {"id": "ü", "curve": [1, 2]}, {"id": "c"}]
 
@@ -147,3 +149,17 @@ def test_the_id_of_settings_is_the_same_in_any_order_and_on_any_machine():
 
 def test_other_settings_have_another_id():
     assert len({settings_id(s) for s in ({}, {"a": 1}, {"a": 2}, {"b": 1}, {"a": "1"}, {"a": [1]})}) == 6
+
+
+# -- processor ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_processor_has_the_name_that_the_system_says(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda _: "processor\t: 0\nmodel name\t: Made 3000 @ 2.0 GHz\nprocessor\t: 1\n")
+    assert processor() == "Made 3000 @ 2.0 GHz"
+
+
+def test_where_no_name_is_said_the_processor_is_its_kind(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda _: "processor\t: 0\n")
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    assert processor() == platform.machine()

@@ -17,7 +17,7 @@ from anymask import load_mask, prune
 from anymask.config import Bench, Experiment
 from anymask.errors import FileFormatError, MaskError, SettingError, UnknownName
 from anymask.recipe import Recipe
-from anymask.runlog import Ledger
+from anymask.runlog import Ledger, processor
 from anymask.sweep import Cell, Grid, Runner, Watcher, cells, compare, train_one
 from anymask.sweep.claims import claimed
 from anymask.sweep.compare import versions
@@ -145,6 +145,7 @@ def test_a_row_says_what_was_done(experiment: Experiment, tmp_path: Path) -> Non
     assert len(row["curves"]["strength"]["ghost_activation"]) == 2
     assert set(row["accuracy"]) == {"validation", "test", "best_epoch", "last_validation", "last_test"}
     assert row["time"]["seconds"] > 0
+    assert row["machine"]["processor"] == processor()
     assert set(row["versions"]) == {"anymask", "torch", "python", "commit"}
 
 

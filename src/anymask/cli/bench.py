@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from anymask.cli.settings import RUN
-from anymask.runlog import atomic
+from anymask.runlog import atomic, processor
 from anymask.shipping.runtime import load
 from anymask.shipping.timing import OTHERS, OURS, Result, measured
 
@@ -37,7 +37,7 @@ def bench(
     result = measured(program, batch, threads=program.threads, against=against, seconds=seconds, tell=note)
     _show(result, batch)
     if json_file is not None:
-        machine = {"machine": platform.machine(), "processor": _processor(), "processors": os.cpu_count(), "threads": program.threads}
+        machine = {"machine": platform.machine(), "processor": processor(), "processors": os.cpu_count(), "threads": program.threads}
         plan = program.plan
         network = {"file": file.name, "kept": plan.kept, "total": plan.total, "values": plan.values, "input": list(program.input)}
         with atomic(json_file, "w") as out:
@@ -66,12 +66,3 @@ def _show(result: Result, batches: tuple[int, ...]) -> None:
 
 def _cell(ms: float, ours_ms: float, *, ours: bool) -> Text:
     return Text(f"{ms:.2f}") if ours else Text(f"{ms:.2f} ({ms / ours_ms:.2f})")
-
-
-def _processor() -> str:
-    """The processor's name, where the system says it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -22,7 +22,7 @@ from anymask.connectivity import reachable
 from anymask.errors import SettingError
 from anymask.mask import Mask
 from anymask.ranks import by_rank_0, leads, ranks
-from anymask.runlog import Ledger, file_hash, settings_id
+from anymask.runlog import Ledger, file_hash, processor, settings_id
 from anymask.sweep.claims import claimed
 from anymask.sweep.masks import DENSE, Masks, Start, check_mask, digest, digests, file_name, file_sparsity, is_dynamic, is_mask_file
 from anymask.sweep.pace import Pace
@@ -357,7 +357,7 @@ def _git(folder: Path, *words: str) -> str | None:
 
 def machine(device: str) -> dict[str, Any]:
     """Where a row was made."""
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else processor()
     return {"device": device, "processor": name, "threads": torch.get_num_threads(), **({"ranks": ranks()} if ranks() > 1 else {})}
 
 
