@@ -16,7 +16,7 @@ from anymask.train import Computing, Protocol, fit
 
 @dataclass
 class Pace:
-    """Of the trainings of a sweep, and of those in the making of what they need: masks and teachers.
+    """What trainings keep to, and so do those that make what they need: masks and teachers.
 
     Args:
         wait: for another process that makes what is needed; else Busy is raised.
