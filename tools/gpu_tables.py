@@ -7,6 +7,7 @@ from itertools import product
 from statistics import median
 
 from recipe_tables import ROOT, differences, ledger
+from tables import table as markdown
 
 from anymask.report import overall, paired, table
 
@@ -67,8 +68,8 @@ def gpu_rates() -> str:
         [day, network, way, str(number), f"{rate:,}", _times(rate, plain.get((day, network))), f"{182 * 45_000 / rate:,.0f}"]
         for day, network, way, number, rate in rows
     ]
-    made = "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *lines])
-    return f"{made}\n\nNVIDIA H200, 16 cores, PyTorch 2.11.0+cu130; one run each, at commits 387f530 to 48b1fd2, 7eae2e5, 2c2fd71.\n"
+    made = markdown(head, lines)
+    return f"{made}\nNVIDIA H200, 16 cores, PyTorch 2.11.0+cu130; one run each, at commits 387f530 to 48b1fd2, 7eae2e5, 2c2fd71.\n"
 
 
 def _times(rate: int, plain: int | None) -> str:
@@ -113,10 +114,10 @@ def gpu_whole() -> str:
         curve = curves[name]
         best = [f"{max(curve[:mark]):.2f}" if mark <= len(curve) else "-" for mark in marks]
         lines.append([name, *best, f"{100 * row['accuracy']['test']:.2f}" if "accuracy" in row else "stopped"])
-    made = "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *lines])
     seconds = rows[0]["time"]["seconds"]
     rate = 45_000 * sum(map(len, curves.values())) / seconds
-    return f"{made}\n\nBeside each other, with validation and checkpoints, they trained at {rate:,.0f} images a second in all.\n"
+    made = markdown(head, lines)
+    return f"{made}\nBeside each other, with validation and checkpoints, they trained at {rate:,.0f} images a second in all.\n"
 
 
 PARTS: Mapping[str, Callable[[], str]] = {

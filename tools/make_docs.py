@@ -19,8 +19,10 @@ import network_table
 import recipe_tables
 import speed_tables
 from recipe_tables import ledger, named
+from tables import table as markdown
 
 from anymask.report import grid, paired, table
+from anymask.runlog import Ledger
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("evidence", "lab", "masks", "networks", "speed", "techniques", "which")
@@ -28,24 +30,19 @@ FILES = ("README.md", *(f"docs/{page}.md" for page in PAGES))
 PART = re.compile(r"(<!-- made by ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def rows(name: str, *, keep: Callable[[dict], bool] = lambda settings: True) -> list[dict]:
-    """The rows of results/`name`/ledger.jsonl whose settings `keep` likes."""
-    return [row for row in ledger(name) if keep(row["settings"])]
+def results(name: str) -> list[dict]:
+    """The rows of results/`name`.jsonl."""
+    return Ledger(ROOT / "results" / f"{name}.jsonl").rows()
 
 
-def main_recipes(settings: dict) -> bool:
-    """Whether a row belongs to the comparison of whole recipes."""
-    return settings["recipe"] in {"default", "tost"}
-
-
-def in_the_grid(settings: dict) -> bool:
-    """Whether a row belongs to the grid of single techniques: two masks, three sparsities."""
-    return settings["mask"] in {"random-erk", "synflow"}
+def of(name: str, what: str, wanted: set[str]) -> list[dict]:
+    """The rows of results/`name`/ledger.jsonl whose setting `what` is one of these."""
+    return [row for row in ledger(name) if row["settings"][what] in wanted]
 
 
 def seconds(name: str) -> str:
     """One sentence: how long the trainings of a ledger took, and where."""
-    found = rows(name)
+    found = ledger(name)
     time = sum(row["time"]["seconds"] + row["time"]["mask_seconds"] for row in found)
     machine = found[-1]["machine"]
     return f"{len(found)} trainings, {time / 60:.1f} minutes of computing ({machine['device']}, {machine['threads']} threads).\n"
@@ -53,7 +50,7 @@ def seconds(name: str) -> str:
 
 def fits() -> str:
     """One sentence: that the dense network of the demo fits its training set."""
-    dense = [row for row in rows("demo") if row["settings"]["mask"] == "dense"]
+    dense = [row for row in ledger("demo") if row["settings"]["mask"] == "dense"]
     loss = fmean(row["curves"]["train_loss"][-1] for row in dense)
     weights = dense[0]["parameters"]
     return f"The dense network has {weights:,} parameters and ends at a training loss of {loss:.3f} (mean of {len(dense)} seeds).\n"
@@ -61,7 +58,7 @@ def fits() -> str:
 
 def verdicts() -> str:
     """One sentence: how many of all the intervals of the evidence lie to one side of 0."""
-    found = [comparison.verdict for comparison in paired(rows("evidence"))]
+    found = [comparison.verdict for comparison in paired(ledger("evidence"))]
     won, lost = found.count("won"), found.count("lost")
     return (
         f"Of {len(found)} comparisons (a recipe, a mask, a sparsity each), the 95% interval lies above 0 in {won}, below 0 in {lost} and "
@@ -71,12 +68,12 @@ def verdicts() -> str:
 
 def tuning() -> str:
     """The tuning runs, each recipe named by what it holds."""
-    return grid(named(rows("tuning", keep=lambda settings: not settings["recipe"].startswith("tost"))))
+    return grid(named([row for row in ledger("tuning") if not row["settings"]["recipe"].startswith("tost")]))
 
 
 def tuning_early() -> str:
     """The first tuning runs: the learning rates of the default recipe, then what recipes did."""
-    found = named(rows("tuning-early"))
+    found = named(ledger("tuning-early"))
     defaults = [row for row in found if row["settings"]["recipe"] == "default" and row["settings"]["model"] == "demonet"]
     return table(defaults) + "\n" + grid(found)
 
@@ -92,52 +89,53 @@ def overhead() -> str:
     """What benchmarks/overhead.py measured: time as a ratio to the plain step, memory in MB where it was counted."""
     measured = json.loads((ROOT / "results" / "overhead.json").read_text())["results"]
     kinds = list(measured[0]["ratios"])
-    lines = [f"| network, batch | {' | '.join(kinds)} |", "|" + "---|" * (len(kinds) + 1)]
+    lines = []
     for m in measured:
         cells = [f"{m['ratios'][kind]:.3f}" + (f" ({m['megabytes'][kind]:.0f} MB)" if m["megabytes"] else "") for kind in kinds]
-        lines.append(f"| {m['model']}, {m['batch']}{', compiled' if m['compiled'] else ''} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([f"{m['model']}, {m['batch']}{', compiled' if m['compiled'] else ''}", *cells])
+    return markdown(["network, batch", *kinds], lines)
 
 
 def networks() -> str:
     """What tools/networks.py found, a line a network."""
-    return network_table.table([json.loads(line) for line in (ROOT / "results" / "networks.jsonl").read_text().splitlines()])
+    return network_table.table(results("networks"))
 
 
 def fine_tuning() -> str:
     """What tools/fine_tuning.py measured: test accuracy of each recipe, and the difference to the default one within a seed."""
-    found = [json.loads(line) for line in (ROOT / "results" / "fine_tuning.jsonl").read_text().splitlines()]
+    found = results("fine_tuning")
     by = {recipe: {r["seed"]: r for r in found if r["recipe"] == recipe} for recipe in dict.fromkeys(r["recipe"] for r in found)}
-    lines = ["| recipe | pruned, before | fine-tuned | difference to default | seeds | every zero kept |", "|" + "---|" * 6]
+    lines = []
     for recipe, seeds in by.items():
         gain = [row["test"] - by["default"][seed]["test"] for seed, row in seeds.items()]
         cells = (_spread([r["pruned"] for r in seeds.values()]), _spread([r["test"] for r in seeds.values()]), _spread(gain))
         kept = all(row["every zero kept"] for row in seeds.values())
-        lines.append(f"| {recipe} | {' | '.join(cells)} | {len(seeds)} | {'yes' if kept else 'NO'} |")
-    return "\n".join([*lines, "\nMean ± sample standard deviation over the seeds.\n"])
+        lines.append([recipe, *cells, f"{len(seeds)}", "yes" if kept else "NO"])
+    head = ["recipe", "pruned, before", "fine-tuned", "difference to default", "seeds", "every zero kept"]
+    return markdown(head, lines) + "\nMean ± sample standard deviation over the seeds.\n"
 
 
 def refitting() -> str:
     """What tools/refitting.py measured, a line a network, mask and sparsity: means of the seeds."""
-    found = [json.loads(line) for line in (ROOT / "results" / "refitting.jsonl").read_text().splitlines()]
+    found = results("refitting")
     by: dict[tuple, list[dict]] = {}
     for row in found:
         by.setdefault((row["model"], row["mask"], row["sparsity"]), []).append(row)
-    head = "| network | mask | sparsity | dense | pruned | norms anew | refitted | refitted - dense | outputs unexplained | seeds |"
-    lines = [head, "|" + "---|" * 10]
+    head = ["network", "mask", "sparsity", "dense", "pruned", "norms anew", "refitted", "refitted - dense", "outputs unexplained", "seeds"]
+    lines = []
     for (model, mask, sparsity), several in by.items():
-        means = " | ".join(f"{fmean(r[name] for r in several):.2f}" for name in ("dense", "pruned", "norms", "refitted"))
+        means = [f"{fmean(r[name] for r in several):.2f}" for name in ("dense", "pruned", "norms", "refitted")]
         lost = [r["refitted"] - r["dense"] for r in several]
         shares = " to ".join(f"{fmean(r[name] for r in several):.0%}" for name in ("unexplained_before", "unexplained"))
         spread = _spread(lost) if len(lost) > 1 else f"{lost[0]:.2f}"
-        lines.append(f"| {model} | {mask} | {sparsity:.0%} | {means} | {spread} | {shares} | {len(several)} |")
+        lines.append([model, mask, f"{sparsity:.0%}", *means, spread, shares, f"{len(several)}"])
     times = [r["seconds"] for r in found]
-    return "\n".join([*lines, f"\nRefitting took {min(times):.0f} to {max(times):.0f} seconds (2 threads, a busy machine).\n"])
+    return markdown(head, lines) + f"\nRefitting took {min(times):.0f} to {max(times):.0f} seconds (2 threads, a busy machine).\n"
 
 
 def refitting_short() -> str:
     """One sentence of it, for the README: the first network and mask at each sparsity."""
-    found = [json.loads(line) for line in (ROOT / "results" / "refitting.jsonl").read_text().splitlines()]
+    found = results("refitting")
     first = [r for r in found if (r["model"], r["mask"]) == (found[0]["model"], found[0]["mask"])]
     means = {
         sparsity: [fmean(r[name] for r in first if r["sparsity"] == sparsity) for name in ("pruned", "refitted")]
@@ -159,18 +157,18 @@ def references() -> str:
     """How far each mask method is from its formula written out a second time, by tools/compare_references.py."""
     measured = json.loads((ROOT / "results" / "references.json").read_text())
     made = ", ".join(f"{name} {version}" for name, version in measured["made with"].items())
-    head = "| method | cases | scores differ at most by | masks: equal entries | whole masks, until a tie, tie at once |"
+    head = ["method", "cases", "scores differ at most by", "masks: equal entries", "whole masks, until a tie, tie at once"]
     lines = [_reference(method, found) for method, found in measured["methods"].items()]
-    return "\n".join([head, "|" + "---|" * 5, *lines, f"\nMade with {made}, on a CPU.\n"])
+    return markdown(head, lines) + f"\nMade with {made}, on a CPU.\n"
 
 
-def _reference(method: str, found: dict) -> str:
+def _reference(method: str, found: dict) -> list[str]:
     equal = f"{found['agree']:,} of {found['entries']:,}"
     if found["difference"] is None:
-        return f"| {method} | {found['cases']} | - | counts of layers: {equal} | - |"
+        return [method, f"{found['cases']}", "-", f"counts of layers: {equal}", "-"]
     masks = ", ".join(str(found[key]) for key in ("whole masks", "until a tie", "tie at once"))
     apart = f"{found['difference']:.1e}" if found["difference"] else "0"
-    return f"| {method} | {found['cases']} | {apart} | {equal} | {masks} |"
+    return [method, f"{found['cases']}", apart, equal, masks]
 
 
 def costs() -> dict[tuple[str, float], dict]:
@@ -180,16 +178,16 @@ def costs() -> dict[tuple[str, float], dict]:
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    "methods-table": lambda: method_tables.methods(rows("methods"), costs()),
+    "methods-table": lambda: method_tables.methods(ledger("methods"), costs()),
     "growth": lambda: method_tables.growth(json.loads((ROOT / "results" / "methods.json").read_text())["results"]),
-    "moving-default": lambda: method_tables.moving(rows("methods"), recipe="default", against="default"),
-    "moving-tost": lambda: method_tables.moving(rows("methods"), recipe="tost", against="tost"),
-    "moving-both": lambda: method_tables.moving(rows("methods"), recipe="tost", against="default"),
-    "demo-table": lambda: table(rows("demo")) + "\n" + seconds("demo") + fits(),
-    "demo-best": lambda: recipe_tables.differences(rows("demo-best")),
+    "moving-default": lambda: method_tables.moving(ledger("methods"), recipe="default", against="default"),
+    "moving-tost": lambda: method_tables.moving(ledger("methods"), recipe="tost", against="tost"),
+    "moving-both": lambda: method_tables.moving(ledger("methods"), recipe="tost", against="default"),
+    "demo-table": lambda: table(ledger("demo")) + "\n" + seconds("demo") + fits(),
+    "demo-best": lambda: recipe_tables.differences(ledger("demo-best")),
     "times": times,
-    "masks-table": lambda: table(rows("evidence", keep=main_recipes)),
-    "techniques-grid": lambda: grid(rows("evidence", keep=in_the_grid)),
+    "masks-table": lambda: table(of("evidence", "recipe", {"default", "tost"})),
+    "techniques-grid": lambda: grid(of("evidence", "mask", {"random-erk", "synflow"})),
     "verdicts": verdicts,
     "overhead": overhead,
     "networks": networks,
@@ -200,7 +198,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "tuning-grid": tuning,
     "tuning-early": tuning_early,
     "references": references,
-    "cifar100-table": lambda: table(rows("cifar100")) + "\n" + seconds("cifar100"),
+    "cifar100-table": lambda: table(ledger("cifar100")) + "\n" + seconds("cifar100"),
     **gpu_tables.PARTS,
     **recipe_tables.PARTS,
     **speed_tables.PARTS,

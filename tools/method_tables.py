@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
+from tables import table
+
 from anymask.report.cells import Cell, cells, percent
 from anymask.report.stats import compare
 from anymask.report.table import grid, interval, spread
@@ -12,20 +14,13 @@ HEADER = ("sparsity", "mask", "seconds", "MiB", "effective sparsity", "default",
 STATIC = "random-erk"
 
 
-def line(entries: tuple[str, ...]) -> str:
-    """A line of a Markdown table."""
-    return f"| {' | '.join(entries)} |"
-
-
 def methods(rows: list[dict], costs: Mapping[tuple[str, float], Mapping[str, Any]]) -> str:
     """One line per sparsity and mask; `costs` by (method, sparsity)."""
-    found = [cell for cell in cells(rows) if cell.settings["mask"] != "dense"]
-    lines = [line(HEADER), "|" + "---|" * len(HEADER), *(line(_entries(cell, costs)) for cell in found)]
-    dense = [cell for cell in cells(rows) if cell.settings["mask"] == "dense"]
-    lines += [
-        line(("0%", "dense (reference)", "-", "-", "-", spread(cell.accuracies("default").values()), "-", "-", "-")) for cell in dense
-    ]
-    return "\n".join(lines) + "\n"
+    found = cells(rows)
+    lines = [_entries(cell, costs) for cell in found if cell.settings["mask"] != "dense"]
+    dense = [cell for cell in found if cell.settings["mask"] == "dense"]
+    lines += [("0%", "dense (reference)", "-", "-", "-", spread(cell.accuracies("default").values()), "-", "-", "-") for cell in dense]
+    return table(HEADER, lines)
 
 
 def _entries(cell: Cell, costs: Mapping[tuple[str, float], Mapping[str, Any]]) -> tuple[str, ...]:
@@ -68,7 +63,4 @@ def growth(results: list[Mapping[str, Any]]) -> str:
     ]
     found = {(r["method"], r["model"]): f"{r['seconds']:.2f} s, {r['extra_mib']:,.0f} MiB" for r in results if r["sparsity"] == 0.98}
     head = ("method", *(f"{model}, {weights[model] / 1e6:.1f} M weights" for model in models))
-    return (
-        "\n".join([line(head), "|" + "---|" * len(head), *(line((m, *(found.get((m, model), "-") for model in models))) for m in several)])
-        + "\n"
-    )
+    return table(head, ([m, *(found.get((m, model), "-") for model in models)] for m in several))

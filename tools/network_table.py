@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from tables import table as markdown
+
 CHECKS = ("changed", "equal_at_zero", "three_steps", "nothing_left", "zeros")
 SHOWN = {"ghost_activation": "ghost activation", "ghost_skip": "ghost skip", "lrsi": "LRsI", "label_smoothing": "label smoothing"}
 
@@ -18,13 +20,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     by_network: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         by_network.setdefault(row["network"], {})[row["technique"]] = row
-    lines = [f"| network | family | parameters | {' | '.join(SHOWN.values())} |", "|" + "---|" * (3 + len(SHOWN))]
+    lines = []
     for name, found in sorted(by_network.items(), key=lambda item: (next(iter(item[1].values()))["family"].lower(), item[0])):
         first = next(iter(found.values()))
         cells = [_cell(found[technique]) if technique in found else "not tried" for technique in SHOWN]
-        lines.append(f"| {name} ({first['source']}) | {first['family']} | {first['parameters']:,} | {' | '.join(cells)} |")
+        lines.append([f"{name} ({first['source']})", first["family"], f"{first['parameters']:,}", *cells])
     families = {next(iter(found.values()))["family"] for found in by_network.values()}
-    return "\n".join([*lines, "", f"{len(by_network)} networks of {len(families)} families.", "", *_counts(rows)]) + "\n"
+    shown = markdown(["network", "family", "parameters", *SHOWN.values()], lines)
+    return f"{shown}\n{len(by_network)} networks of {len(families)} families.\n\n{_counts(rows)}"
 
 
 def _cell(row: dict[str, Any]) -> str:
@@ -37,16 +40,15 @@ def _cell(row: dict[str, Any]) -> str:
     return f"{said} **not: {', '.join(missed)}**" if missed else said
 
 
-def _counts(rows: list[dict[str, Any]]) -> list[str]:
-    heads = ("technique", "applied", "refused", "failed", *(check.replace("_", " ") for check in CHECKS))
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+def _counts(rows: list[dict[str, Any]]) -> str:
+    heads, lines = ("technique", "applied", "refused", "failed", *(check.replace("_", " ") for check in CHECKS)), []
     for technique in dict.fromkeys(row["technique"] for row in rows):
         mine = [row for row in rows if row["technique"] == technique]
         applied = [row for row in mine if "found" in row]
         refused, failed = (sum(key in row for row in mine) for key in ("refused", "failed"))
         checks = [_of(applied, check) for check in CHECKS]
-        lines.append(f"| {technique.replace('_', ' ')} | {len(applied)} | {refused} | {failed} | {' | '.join(checks)} |")
-    return lines
+        lines.append([technique.replace("_", " "), f"{len(applied)}", f"{refused}", f"{failed}", *checks])
+    return markdown(heads, lines)
 
 
 def _of(applied: list[dict[str, Any]], check: str) -> str:

@@ -3,12 +3,16 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
+from tables import table as markdown
+
 from anymask.report import grid, paired, table
 from anymask.report.stats import Comparison, Overall, overall
+from anymask.report.table import interval
 from anymask.runlog import Ledger
 from anymask.techniques import TECHNIQUES
 
@@ -58,81 +62,80 @@ def _beside(rows: Rows, baseline: str) -> Rows:
 
 
 def _cell(row: dict[str, Any]) -> tuple[Any, ...]:
-    s = row["settings"]
-    return s["data"], s["model"], s["epochs"], s["mask"], s["sparsity"]
+    return *_place(row["settings"]), row["settings"]["mask"], row["settings"]["sparsity"]
 
 
-def best_before(name: str) -> Callable[[], str]:
-    """A part: the `differences` of what the presets were before, of results/`name`."""
-
-    def made() -> str:
-        return differences([row for row in ledger("best") if row["settings"]["recipe"] == "default"] + ledger(name))
-
-    return made
+def best_before(name: str) -> str:
+    """The `differences` of what the presets were before, of results/`name`."""
+    return differences([row for row in ledger("best") if row["settings"]["recipe"] == "default"] + ledger(name))
 
 
 def best_short() -> str:
     """A line for each network, length and sparsity, beside its dense network: what recipes of two seeds are to default, over all masks."""
     rows, recipes = ledger("best"), ("tost", "best", "best-slow")
-    lines = [["images, network, epochs", "dense", "sparsity", "`default`", *(f"`{name}` - `default`" for name in recipes), "seeds"]]
-    lines.append(["---"] * len(lines[0]))
+    head = ["images, network, epochs", "dense", "sparsity", "`default`", *(f"`{name}` - `default`" for name in recipes), "seeds"]
     found: dict[tuple[Any, ...], dict[str, Overall]] = {}
     for o in overall(paired(rows)):
         if o.interval and o.recipe in recipes:
-            where = tuple(o.settings[name] for name in ("data", "model", "epochs", "sparsity"))
+            where = (*_place(o.settings), o.settings["sparsity"])
             found.setdefault((*where, round(o.baseline_mean or 0, 9), o.n), {})[o.recipe] = o
-    above = []
+    above, lines = [], []
     for (data, model, epochs, sparsity, default, seeds), group in found.items():
-        of = [100 * row["accuracy"]["test"] for row in rows if row["settings"]["mask"] == "dense" and _place(row) == (data, model, epochs)]
+        of = _dense(rows, (data, model, epochs))
         dense = f"{fmean(of):.2f}" if of else ""
         if of and "best" in group and (group["best"].recipe_mean or 0) > fmean(of):
             above.append(f"{model} at {100 * sparsity:g}% ({len(of)} dense seed{'s' * (len(of) > 1)})")
         cells = [_won(group[name]) if name in group else "" for name in recipes]
         lines.append([f"{data}, {model}, {epochs}", dense, f"{100 * sparsity:g}%", f"{default:.2f}", *cells, f"{seeds}"])
     said = f"Sparse with `best` beats dense with `default`, after as many epochs, for {', '.join(above)}.\n" if above else ""
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{said}"
+    return f"{markdown(head, lines)}\n{said}"
 
 
 def first_line() -> str:
     """README's first result: the wide network at 95%, over all masks."""
     rows = ledger("best")
     found = {o.recipe: o for o in overall(paired(rows)) if _wide(o.settings) and o.settings["sparsity"] == 0.95}
-    of = [100 * row["accuracy"]["test"] for row in rows if row["settings"]["mask"] == "dense" and _wide(row["settings"])]
     best, tost = found["best"], found["tost"]
     low, high = best.interval or (0.0, 0.0)
     return (
         f"A first result: VGG-11 of half width, a fifth of CIFAR-100, 15 epochs, {best.cells} masks that prune 95% of the weights, "
         f"{best.n} seeds. Trained as usual it ends at {best.baseline_mean:.1f}% test accuracy, with `tost` at {tost.recipe_mean:.1f}%, "
         f"and **with `best` at {best.recipe_mean:.1f}%** ({best.mean:+.1f} points, 95% interval [{low:+.1f}, {high:+.1f}]; the dense "
-        f"network, trained as usual, at {fmean(of):.1f}%).\n"
+        f"network, trained as usual, at {fmean(_dense(rows, _place(best.settings))):.1f}%).\n"
     )
 
 
-def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row["settings"][name] for name in ("data", "model", "epochs"))
+def _dense(rows: Rows, place: tuple[Any, ...]) -> list[float]:
+    """The test accuracies, in %, of the dense networks there."""
+    return [100 * row["accuracy"]["test"] for row in rows if row["settings"]["mask"] == "dense" and _place(row["settings"]) == place]
+
+
+def _place(settings: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(settings[name] for name in ("data", "model", "epochs"))
 
 
 def _won(o: Overall) -> str:
-    low, high = o.interval or (0.0, 0.0)
-    return f"{o.mean:+.2f} [{low:+.2f}, {high:+.2f}]; {o.won}, {o.tied}, {o.lost}"
+    return f"{interval(o)}; {o.won}, {o.tied}, {o.lost}"
 
 
 def differences(rows: Rows) -> str:
     """A line for each network, recipe and sparsity of two seeds: its difference to default over all masks, and how many masks it wins."""
     head = ["images, network, epochs", "recipe", "sparsity", "default", "with it", "difference [95% CI]", "masks won, tied, lost", "seeds"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for o in (o for o in overall(paired(rows)) if o.interval):
-        cells = [
-            ", ".join(str(o.settings[name]) for name in ("data", "model", "epochs")),
+    lines = [
+        [
+            ", ".join(map(str, _place(o.settings))),
             f"`{o.recipe}`",
             f"{100 * o.settings['sparsity']:g}%",
             f"{o.baseline_mean:.2f}",
             f"{o.recipe_mean:.2f}",
+            interval(o),
+            f"{o.won}, {o.tied}, {o.lost}",
+            f"{o.n}",
         ]
-        low, high = o.interval
-        cells += [f"{o.mean:+.2f} [{low:+.2f}, {high:+.2f}]", f"{o.won}, {o.tied}, {o.lost}", f"{o.n}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        for o in overall(paired(rows))
+        if o.interval
+    ]
+    return markdown(head, lines)
 
 
 def best_costs() -> str:
@@ -153,19 +156,15 @@ def best_costs() -> str:
     )
 
 
-def costs_before(name: str) -> Callable[[], str]:
-    """A part: the same of what the presets were before, of results/`name`, in one sentence."""
-
-    def made() -> str:
-        rows = ledger(name)
-        default = {row["settings"]["seed"]: row["time"]["seconds"] for row in rows if row["settings"]["recipe"] == "default"}
-        ratios: dict[str, list[float]] = {}
-        for row in rows:
-            if row["techniques"]:
-                ratios.setdefault(contents(row), []).append(row["time"]["seconds"] / default[row["settings"]["seed"]])
-        return f"Times of a default training: {', '.join(f'{median(found):.2f} (`{recipe}`)' for recipe, found in ratios.items())}.\n"
-
-    return made
+def costs_before(name: str) -> str:
+    """The same of what the presets were before, of results/`name`, in one sentence."""
+    rows = ledger(name)
+    default = {row["settings"]["seed"]: row["time"]["seconds"] for row in rows if row["settings"]["recipe"] == "default"}
+    ratios: dict[str, list[float]] = {}
+    for row in rows:
+        if row["techniques"]:
+            ratios.setdefault(contents(row), []).append(row["time"]["seconds"] / default[row["settings"]["seed"]])
+    return f"Times of a default training: {', '.join(f'{median(found):.2f} (`{recipe}`)' for recipe, found in ratios.items())}.\n"
 
 
 def beside_ghosts() -> str:
@@ -187,14 +186,14 @@ def ticket() -> str:
         "signs flipped since the start, %",
         "distance from the start / size there",
     ]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines = []
     for row in named(ledger("ticket")):
         s, curves = row["settings"], row["curves"]
         seen = curves["diagnostics"]
         cells = [s["mask"], s["recipe"], f"{100 * row['accuracy']['test']:.2f}", f"{curves['train_loss'][-1]:.2f}"]
         cells += [f"{100 * seen['sign_flips_from_start'][-1]:.0f}", f"{seen['distance_overall'][-1]:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown(head, lines)
 
 
 # -- the screen ----------------------------------------------------------------------------------------------------------
@@ -218,19 +217,15 @@ def prototypes() -> str:
     """What was tried with code that is not here any more: results/screen/prototypes.jsonl."""
     rows = Ledger(ROOT / "results" / "screen" / "prototypes.jsonl").rows()
     by = [(row["settings"], f"{100 * row['accuracy']['test']:.2f}") for row in rows]
-    lines = [f"| {s['mask']} at {100 * s['sparsity']:g}% | {s['recipe']} | {s['seed']} | {test} |" for s, test in by]
-    return "\n".join(["| mask | recipe | seed | test accuracy, % |", "|---|---|---|---|", *lines]) + "\n"
+    lines = [[f"{s['mask']} at {100 * s['sparsity']:g}%", s["recipe"], str(s["seed"]), test] for s, test in by]
+    return markdown(["mask", "recipe", "seed", "test accuracy, %"], lines)
 
 
 # -- single techniques -------------------------------------------------------------------------------------------------
-def alone(technique: str) -> Callable[[], str]:
-    """A part: what a technique gave by itself, with the settings that were tried."""
-
-    def made() -> str:
-        found = [c for c in paired(named(ledger("screen"))) if c.recipe.startswith(f"{technique}(") and " + " not in c.recipe]
-        return "; ".join(map(_said, found)) + ".\n" if found else "nothing in a ledger yet; lab.md tells of one run.\n"
-
-    return made
+def alone(technique: str) -> str:
+    """What a technique gave by itself, with the settings that were tried."""
+    found = [c for c in paired(named(ledger("screen"))) if c.recipe.startswith(f"{technique}(") and " + " not in c.recipe]
+    return "; ".join(map(_said, found)) + ".\n" if found else "nothing in a ledger yet; lab.md tells of one run.\n"
 
 
 def _said(found: Comparison) -> str:
@@ -288,7 +283,7 @@ def _others(recipe: str) -> str:
 
 
 def _wide(settings: Mapping[str, Any]) -> bool:
-    return bool((settings["data"], settings["model"], settings["epochs"]) == ("cifar100", "vgg11-0.5x", 15))
+    return _place(settings) == ("cifar100", "vgg11-0.5x", 15)
 
 
 def _over(o: Overall) -> str:
@@ -346,8 +341,10 @@ def long() -> str:
         f"best validation of {first} epochs",
         "best validation",
         "test",
+        "- `default` [95% CI]",
+        "seeds",
     ]
-    lines = [[*head, "- `default` [95% CI]", "seeds"], ["---"] * (len(head) + 2)]
+    lines = []
     groups: dict[tuple[float, str], Rows] = {}
     for row in rows:
         groups.setdefault((row["settings"]["weight_decay"], row["settings"]["recipe"]), []).append(row)
@@ -365,7 +362,7 @@ def long() -> str:
             _with_interval(beside) + f" (n = {beside.n})" * (beside.n < len(group)) if beside and beside.n else "",
             f"{len(group)}",
         ])  # fmt: skip
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown(head, lines)
 
 
 def _with_interval(found: Comparison) -> str:
@@ -395,14 +392,14 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "best-table": best,
     "best-short": best_short,
     "first-line": first_line,
-    "best-before": best_before("best-before"),
-    "best-without-ghosts": best_before("best-without-ghosts"),
+    "best-before": partial(best_before, "best-before"),
+    "best-without-ghosts": partial(best_before, "best-without-ghosts"),
     "best-costs": best_costs,
-    "costs-before": costs_before("costs-before"),
-    "costs-ghosts": costs_before("costs-ghosts"),
+    "costs-before": partial(costs_before, "costs-before"),
+    "costs-ghosts": partial(costs_before, "costs-ghosts"),
     "beside-ghosts": beside_ghosts,
     "ticket": ticket,
     "long": long,
     "kept-decay": kept_decay,
-    **{f"alone-{name.replace('_', '-')}": alone(name) for name in TECHNIQUES},
+    **{f"alone-{name.replace('_', '-')}": partial(alone, name) for name in TECHNIQUES},
 }

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from svg_plot import Line, Panel, figure
+from tables import table
 
 from anymask.runlog import Ledger
 
@@ -23,12 +25,7 @@ Rows = list[dict[str, Any]]
 
 def part(name: str, make: Callable[[Rows], str]) -> Callable[[], str]:
     """A part of a page, made of results/sparse/`name`.json, or a sentence where that is not there."""
-
-    def made() -> str:
-        rows = results(name)
-        return make(rows) if rows else NOTHING
-
-    return made
+    return lambda: make(rows) if (rows := results(name)) else NOTHING
 
 
 def results(name: str) -> Rows:
@@ -38,28 +35,19 @@ def results(name: str) -> Rows:
     return found
 
 
-def made_on(name: str) -> Callable[[], str]:
+def made_on(name: str) -> str:
     """One sentence: where and with what."""
-
-    def made() -> str:
-        path = RESULTS / f"{name}.json"
-        if not path.exists():
-            return NOTHING
-        found = json.loads(path.read_text())
-        m = found["machine"]
-        minutes = sum(row["seconds"] for row in found["results"]) / 60
-        begun = "" if found["finished"] else " Not all cases have been measured yet."
-        return (
-            f"Measured {m['when'][:10]} on {m['processor']}, {m['cores']} cores, {m['threads']} threads, kernels for {m['isa']}, "
-            f"PyTorch {m['torch']}, Python {m['python']}; load {m['load before']} before; the script took {minutes:.1f} minutes.{begun}\n"
-        )
-
-    return made
-
-
-def _table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(line)} |" for line in lines)]) + "\n"
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return NOTHING
+    found = json.loads(path.read_text())
+    m = found["machine"]
+    minutes = sum(row["seconds"] for row in found["results"]) / 60
+    begun = "" if found["finished"] else " Not all cases have been measured yet."
+    return (
+        f"Measured {m['when'][:10]} on {m['processor']}, {m['cores']} cores, {m['threads']} threads, kernels for {m['isa']}, "
+        f"PyTorch {m['torch']}, Python {m['python']}; load {m['load before']} before; the script took {minutes:.1f} minutes.{begun}\n"
+    )
 
 
 def _ms(value: float) -> str:
@@ -93,7 +81,7 @@ def _grid(rows: Rows, head: list[str], first: Callable[[dict[str, Any]], list[st
         for row in rows
         for mask, cases in _by_mask(row).items()
     ]
-    return _table([head[0], "mask", *head[1:], *(f"{s:.2f}" for s in sparsities)], lines)
+    return table([head[0], "mask", *head[1:], *(f"{s:.2f}" for s in sparsities)], lines)
 
 
 # -- training -------------------------------------------------------------------------------------------------------
@@ -116,7 +104,7 @@ def training_dense(rows: Rows) -> str:
     """Milliseconds of the dense step in each setting."""
     settings = list(dict.fromkeys(setting for row in rows for setting in row["dense"]))
     lines = [[row["name"], *(_ms(row["dense"][s]["ms"]) if s in row["dense"] else "-" for s in settings)] for row in rows]
-    return _table(["dense step, ms", *settings], lines)
+    return table(["dense step, ms", *settings], lines)
 
 
 def training_limit(rows: Rows) -> str:
@@ -139,7 +127,7 @@ def training_where(rows: Rows) -> str:
     for row in rows:
         lines.append([row["name"], f"dense, {row['dense where']['setting']}", *_shares(row["dense where"]["ms"], groups)])
         lines += [[row["name"], f"{case['mask']} {case['sparsity']:.2f}", *_shares(case["where ms"], groups)] for case in row["cases"]]
-    return _table(["network", "", *groups], lines)
+    return table(["network", "", *groups], lines)
 
 
 def _shares(found: dict[str, float], groups: list[str]) -> list[str]:
@@ -200,7 +188,7 @@ def inference_each(rows: Rows) -> str:
     ]
     off = max(case["difference from PyTorch"] for row in rows for case in row["cases"])
     said = f"\nThe outputs differ from PyTorch's by at most {off:.1e}. {' '.join(_notes(rows))}".rstrip() + "\n"
-    return _table(["network, batch", "mask", "ms", *others], lines) + said
+    return table(["network, batch", "mask", "ms", *others], lines) + said
 
 
 def _notes(rows: Rows) -> list[str]:
@@ -216,7 +204,7 @@ def file_sizes(rows: Rows) -> str:
         for case in row["cases"]
     ]
     head = ["network, mask", "kept weights", "file, MB", "dense in float32, MB", "bits a kept weight", "outputs off by, of the largest"]
-    return _table(head, lines) if lines else NOTHING
+    return table(head, lines) if lines else NOTHING
 
 
 def _file(case: dict[str, Any]) -> list[str]:
@@ -246,7 +234,7 @@ def trainer(rows: Rows) -> str:
             lines.append([row["name"], f"{case['trainings']} at once", rate, times, "-", "-"])
     head = ["network", "way", "images / s", "times the plain loop", "of the peak", "first epoch, s"]
     about = f"Batches of {rows[0]['batch']}, {rows[0]['images']:,} images an epoch, masks random-erk at {rows[0]['sparsity']}."
-    return _table(head, lines) + f"\n{about}\n"
+    return table(head, lines) + f"\n{about}\n"
 
 
 # -- layers ---------------------------------------------------------------------------------------------------------
@@ -256,7 +244,7 @@ def layers(rows: Rows) -> str:
     lines = [[row["layer"], f"{row['sparsity']:.2f}", _ms(row["times"][row["fastest"]]["ms"]), *_speeds(row, kinds)] for row in rows]
     off = max(off for row in rows for off in row["differences"].values())
     said = f"Outputs and gradients of all of them differ from dense by at most {off:.1e} of the largest entry."
-    return _table(["layer", "sparsity", "dense, ms", *kinds], lines) + f"\nBatch {rows[0]['batch']}. {said}\n"
+    return table(["layer", "sparsity", "dense, ms", *kinds], lines) + f"\nBatch {rows[0]['batch']}. {said}\n"
 
 
 def _speeds(row: dict[str, Any], kinds: Iterable[str]) -> list[str]:
@@ -289,7 +277,7 @@ def short() -> str:
         mask, cases = next(iter(_by_mask(row).items()))
         lines.append([what, _ms(_best(row)), *(_times(cases[s]["speedup"]) if s in cases else "-" for s in sparsities)])
     said = f"\nMasks: {mask}; those by ERK gain less (docs/speed.md). {_files_short(results('inference'))}".rstrip() + "\n"
-    return _table(["", "fastest dense, ms", *(f"{s:.0%} zeros" for s in sparsities)], lines) + said
+    return table(["", "fastest dense, ms", *(f"{s:.0%} zeros" for s in sparsities)], lines) + said
 
 
 def _files_short(rows: Rows) -> str:
@@ -321,7 +309,7 @@ def demo() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "demo-sparse": demo,
     "speed-short": short,
-    "training-machine": made_on("training"),
+    "training-machine": partial(made_on, "training"),
     "training-plot": part("training", lambda _: "![Speedup of a training step against sparsity](figures/training.svg)\n"),
     "training-speed": part("training", training),
     "training-before": part("training-2026-11-24", training),
@@ -330,14 +318,14 @@ PARTS: dict[str, Callable[[], str]] = {
     "training-limit": part("training", training_limit),
     "training-where": part("training", training_where),
     "training-memory": part("training", training_memory),
-    "trainer-machine": made_on("trainer"),
+    "trainer-machine": partial(made_on, "trainer"),
     "trainer-table": part("trainer", trainer),
-    "inference-machine": made_on("inference"),
+    "inference-machine": partial(made_on, "inference"),
     "inference-plot": part("inference", lambda _: "![Speedup of inference against sparsity](figures/inference.svg)\n"),
     "inference-speed": part("inference", inference),
     "inference-each": part("inference", inference_each),
     "file-sizes": part("inference", file_sizes),
-    "layers-machine": made_on("layers"),
+    "layers-machine": partial(made_on, "layers"),
     "layers-plot": part("layers", lambda _: "![Speedup of single layers against sparsity](figures/layers.svg)\n"),
     "layers-table": part("layers", layers),
 }

@@ -5,7 +5,6 @@ python tools/time_commands.py        on a quiet machine; writes results/times.js
 
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from anymask.runlog import atomic
+from anymask.runlog import atomic, processor
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("make demo", "make test")
@@ -40,12 +39,6 @@ def main() -> int:
     with atomic(times, "w") as file:
         file.write(json.dumps({"machine": f"{os.cpu_count()} cores of an {processor()}", "minutes": minutes}, indent=1) + "\n")
     return 0
-
-
-def processor() -> str:
-    """The processor's name, as far as the system tells it."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":
