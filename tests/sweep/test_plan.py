@@ -23,7 +23,7 @@ def read(folder: Path, text: str) -> Plan:
 def test_one_value_stands_for_a_list_of_one_and_what_is_left_out_is_as_compare_has_it(tmp_path: Path) -> None:
     plan = read(tmp_path, '[[block]]\nmasks = "snip"\nsparsity = 0\n')
     ((part,),) = plan.blocks
-    assert (plan.retries, part.grid.masks, part.grid.sparsity, part.grid.recipes) == (1, ("snip",), (0.0,), ("default", "tost"))
+    assert (plan.retries, part.grid.masks, part.grid.sparsity, part.grid.recipes) == (1, ("snip",), (0.0,), ("default", "tost", "best"))
     assert (part.experiment.data, part.experiment.model, part.seeds) == ("fashion-mnist-5k", "demonet", (0, 1, 2))
     assert part.protocol == Protocol()
 
