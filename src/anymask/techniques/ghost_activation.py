@@ -131,7 +131,7 @@ class GhostActivation(Technique):
         return TechniqueError(
             f"{self.name} found nothing to apply to in {type(model).__name__}: its activations are {what}: {seen}",
             allowed="a model with ReLUs, which a soft activation can stand in for",
-            fix=f'leave it out, as in Recipe.preset("tost:-{self.name}")' + ("" if traced else ", or pass example=x to see its code"),
+            fix="leave it out of the recipe" + ("" if traced else ", or pass example=x to see its code"),
         )
 
 
