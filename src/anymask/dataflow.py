@@ -68,6 +68,7 @@ class _Call:
     order: int = 0
     used: int = 0  # how often what was given had been used before
     handed: bool = False  # whether another module than those around this one was given the same before
+    took: Tensor | None = None  # what hooks of the user's made of what was given
 
 
 @dataclass
@@ -185,7 +186,7 @@ def shapes(model: nn.Module, example: Any) -> dict[int, tuple[int, ...]]:
         >>> shapes(net, torch.ones(5, 2))[id(net)]
         (5, 2)
     """
-    return {id(call.module): tuple(call.given.shape) for call in _watch(model, example).calls if call.given is not None}
+    return {id(call.module): tuple(call.took.shape) for call in _watch(model, example).calls if call.took is not None}
 
 
 @torch.no_grad()
@@ -262,8 +263,10 @@ def _watch(model: nn.Module, example: Any) -> _Flow:
         flow.stack.append(_Call(module, given, used=flow.uses[flow.root(given)], handed=others))
         flow.handed[id(given)].append(flow.stack[-1])
 
-    def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+    def leave(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call = flow.stack.pop()
+        # Its shape is asked for later: here that would count as a use.
+        call.took = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
         if call.kind and isinstance(output, Tensor) and call.given is not None:
             call.output, call.order = output, len(flow.calls)
             flow.calls.append(call)
@@ -271,7 +274,7 @@ def _watch(model: nn.Module, example: Any) -> _Flow:
     try:
         for module in model.modules():
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
-            handles.append(module.register_forward_hook(leave))
+            handles.append(module.register_forward_hook(leave, with_kwargs=True))
         with evaluating(model), _Watching(flow):
             flow.touched.update(id(t) for t in tree_leaves(run(model, example)) if isinstance(t, Tensor))
     finally:

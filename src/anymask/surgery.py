@@ -178,7 +178,7 @@ def tensors(given: Any) -> list[Tensor]:
 
 
 def samples(inputs: Any) -> int:
-    """How many samples `inputs` (as `run` takes them) hold: the length of their first tensor.
+    """How many samples `inputs` (as `run` takes them) hold: the length of their first tensor, which is within another part if need be.
 
     Raises:
         TechniqueError: when there is no tensor (N, ...).
@@ -188,7 +188,9 @@ def samples(inputs: Any) -> int:
         >>> samples({"input_ids": torch.ones(4, 7)})
         4
     """
-    found = next((len(tensor) for tensor in tensors(inputs) if tensor.ndim), None)
+    parts = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else ()
+    own = [part for part in parts if isinstance(part, Tensor)]  # first: what lies deeper may be states, (layers, N, ...)
+    found = next((len(tensor) for tensor in (*own, *tensors(inputs)) if tensor.ndim), None)
     if found is None:
         raise TechniqueError(
             f"inputs came as {type(inputs).__name__} without a tensor of samples",

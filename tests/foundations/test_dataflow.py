@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from anymask.dataflow import units
+from anymask.dataflow import shapes, units
 from anymask.surgery import fingerprint
 from tests.foundations.test_surgery import IMAGES, Flow, conv, net
 
@@ -116,3 +116,10 @@ def test_looking_changes_nothing(example):
     assert after[:2] == before[:2]
     assert all(torch.equal(after[2][name], value) for name, value in before[2].items())
     assert torch.equal(after[3], before[3])
+
+
+def test_the_shape_of_an_input_is_what_the_layer_takes_after_hooks_of_the_users():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 8))
+    net[1].register_forward_pre_hook(lambda _, args: (args[0].flatten(2).transpose(1, 2),))
+    found = shapes(net, torch.ones(2, 3, 4, 4))
+    assert [found[id(layer)] for layer in net] == [(2, 3, 4, 4), (2, 16, 8)]

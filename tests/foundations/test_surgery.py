@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from anymask.surgery import Cost, evaluating, fingerprint
+from anymask.surgery import Cost, evaluating, fingerprint, samples
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -159,3 +159,9 @@ def test_evaluating_brings_back_each_mode_after_an_error():
 
 def test_costs_add_up():
     assert sum([Cost(1, 2), Cost(3, 4)], Cost()) == Cost(4, 6)
+
+
+def test_samples_are_counted_where_they_lie_outermost():
+    state, x = (torch.zeros(1, 16, 8), torch.zeros(1, 16, 8)), torch.zeros(16, 5)  # of an LSTM: (layers, N, features)
+    assert samples((state, x)) == samples({"state": state, "x": x}) == 16
+    assert samples({"views": (x, x)}) == 16

@@ -24,6 +24,11 @@ def test_a_resumed_mask_still_knows_where_it_comes_from():
     assert held(session.optimizer).mask.info == mask.info
 
 
+def test_info_that_is_no_json_ends_no_training_at_its_first_checkpoint():
+    mask = anymask.Mask(dict(anymask.prune(begun(None).network, "magnitude", sparsity=0.5).items()), info={"score": np.float32(0.5)})
+    assert held(begun(None, begun(mask).state_dict()).optimizer).mask.info == {"score": "0.5"}
+
+
 def test_a_state_from_before_masks_kept_their_info_is_read():
     mask = anymask.prune(begun(None).network, "magnitude", sparsity=0.5)
     bits = {name: (tuple(kept.shape), torch.from_numpy(np.packbits(kept.numpy().reshape(-1)))) for name, kept in mask.items()}

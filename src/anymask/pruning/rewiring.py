@@ -299,7 +299,7 @@ def packed(mask: Mask) -> dict[str, Any]:
         >>> unpacked(packed(Mask({"w": torch.eye(2)}, info={"seed": 1}))).info
         {'seed': 1}
     """
-    return {"kept": dict(mask.items()), "info": json.dumps(mask.info)}
+    return {"kept": dict(mask.items()), "info": json.dumps(mask.info, default=str)}
 
 
 def unpacked(state: Mapping[str, Any]) -> Mask:

@@ -94,7 +94,8 @@ def cell_of(mask: str, *, sparsity: float | None, recipe: str | None, seed: int)
     Raises:
         SettingError: when a sparsity is given for a mask file or a dense network.
     """
-    recipe = recipe or ("default" if mask == DENSE else "best")
+    if recipe is None:
+        recipe = "default" if mask == DENSE else "best"
     fixed = 0.0 if mask == DENSE else file_sparsity(mask) if is_mask_file(mask) else None
     if fixed is None:
         return Cell(mask, 0.98 if sparsity is None else sparsity, recipe, seed)

@@ -109,7 +109,8 @@ def fit(
     """
     protocol = protocol or Protocol()
     moving = dynamic_of(rewire, {}) if rewire is not None else None
-    recipe = recipe or ("default" if mask is None and moving is None else "best")
+    if recipe is None:
+        recipe = "default" if mask is None and moving is None else "best"
     recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
     mask = _first_mask(model, mask, moving=moving, sparsity=sparsity)
     how: dict[str, Any] = {
