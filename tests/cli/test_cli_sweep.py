@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from anymask.runlog import Ledger
 from tests.report.made_rows import made_row, made_rows
 from tests.sweep.plans import FAILING, PLAN, write_plan
 
@@ -120,8 +122,8 @@ def test_a_plan_with_a_mistake_names_its_block(anymask, plan, tmp_path):
 def test_ctrl_c_ends_all_processes_at_once_and_keeps_what_is_finished(anymask, small, tmp_path, workers):
     many = BLOCK.replace("seeds = 1", "seeds = 40").replace("epochs = 1", "epochs = 4")
     plan, out = write_plan(tmp_path / "plan.toml", Path(small[3]), many), tmp_path / "run"
-    command = [sys.executable, "-m", "anymask", "sweep", plan, "--out", out, "--sparse", "off", "--workers", str(workers)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = ["sweep", str(plan), "--out", str(out), "--sparse", "off", "--workers", str(workers)]
+    process = subprocess.Popen([sys.executable, "-m", "anymask", *command], stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stderr is not None
     while not (line := process.stderr.readline()).startswith("[1/"):
         assert line, "it ended before its first training"
@@ -133,6 +135,7 @@ def test_ctrl_c_ends_all_processes_at_once_and_keeps_what_is_finished(anymask, s
     assert "Traceback" not in err
     assert f"finished trainings are kept in {out}; the same command goes on from there." in err
     assert 1 <= len(ids(out)) == len(set(ids(out))) < 120
+    assert {row["command"] for row in Ledger(out / "ledger.jsonl").rows()} == {shlex.join(["anymask", *command])}
 
 
 # -- report ------------------------------------------------------------------------------------------------------------

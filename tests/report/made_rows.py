@@ -18,6 +18,7 @@ def made_row(mask: str, recipe: str, seed: int, test: float, *, sparsity: float 
     return {
         "id": settings_id(settings),
         "settings": settings,
+        "command": "anymask sweep plan.toml",
         "versions": {"anymask": "0.1.0", "torch": "2.13.0", "python": "3.11.7", "commit": None},
         "machine": {"device": "cpu", "threads": 2, "processor": "made"},
         "accuracy": {"validation": test, "test": test, "best_epoch": epochs, "last_validation": test, "last_test": test},

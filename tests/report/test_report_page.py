@@ -82,11 +82,12 @@ def test_page_loads_nothing_from_anywhere(page):
     assert "default-src 'none'" in html
 
 
-def test_page_states_versions_machine_and_time(page):
+def test_page_states_command_versions_machine_and_time(page):
     html = own_html(page)
     runs = len(made_rows()) + len(hostile_rows())
     assert f"<dt>Runs</dt><dd>{runs}</dd>" in html
     assert f"<dd>{runs * 12.5 / 60:.1f} min</dd>" in html
+    assert f"<dt>Commands</dt><dd>anymask sweep plan.toml ({runs} runs)</dd>" in html
     assert "torch 2.13.0" in html
     assert "processor made" in html
 

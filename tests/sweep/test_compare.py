@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import anymask
 from anymask import load_mask, prune
 from anymask.config import Bench, Experiment
 from anymask.errors import FileFormatError, MaskError, SettingError, UnknownName
@@ -20,7 +22,7 @@ from anymask.recipe import Recipe
 from anymask.runlog import Ledger, processor
 from anymask.sweep import Cell, Grid, Runner, Watcher, cells, compare, train_one
 from anymask.sweep.claims import claimed
-from anymask.sweep.compare import versions
+from anymask.sweep.compare import command, versions
 from anymask.sweep.masks import Masks, digests, dynamic_named
 from anymask.train import Protocol
 
@@ -135,7 +137,22 @@ def test_seeds_differ_in_all_of_them(experiment: Experiment, tmp_path: Path) -> 
     assert masks[0] != masks[1]
 
 
-def test_a_row_says_what_was_done(experiment: Experiment, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["/home/me/.venv/bin/anymask", "train", "--out", "a b"], "anymask train --out 'a b'"),
+        ([f"{Path(anymask.__file__).parent}/__main__.py", "list"], "anymask list"),
+        (["runs/mine.py", "--seed", "3"], "python runs/mine.py --seed 3"),
+        (["-c"], None),
+    ],
+)
+def test_the_command_is_as_it_can_be_typed_again(typed: list[str], said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", typed)
+    assert command() == said
+
+
+def test_a_row_says_what_was_done(experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["mine.py", "1"])
     grid = Grid(masks=("random-erk",), sparsity=(0.9,), recipes=("tost:ghost_activation",), seeds=1, dense=False)
     (row,) = compare(grid, tmp_path, experiment=experiment, protocol=PROTOCOL).rows()
     assert row["settings"]["mask"] == "random-erk"
@@ -145,6 +162,7 @@ def test_a_row_says_what_was_done(experiment: Experiment, tmp_path: Path) -> Non
     assert len(row["curves"]["strength"]["ghost_activation"]) == 2
     assert set(row["accuracy"]) == {"validation", "test", "best_epoch", "last_validation", "last_test"}
     assert row["time"]["seconds"] > 0
+    assert row["command"] == "python mine.py 1"
     assert row["machine"]["processor"] == processor()
     assert set(row["versions"]) == {"anymask", "torch", "python", "commit"}
 

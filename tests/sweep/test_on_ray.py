@@ -122,8 +122,9 @@ def masks(folder: Path) -> dict[str, bytes]:
 
 
 def test_of_two_nodes_one_is_lost_and_every_training_is_in_the_ledger_once_as_if_nothing_had_been(
-    cluster: Any, plan: Path, whole: Path, tmp_path: Path
+    cluster: Any, plan: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/anymask", "sweep", "my plan.toml"])
     node, log, cut = cluster.add_node(**NODE), Log(), []
 
     def remove() -> None:
@@ -136,6 +137,7 @@ def test_of_two_nodes_one_is_lost_and_every_training_is_in_the_ledger_once_as_if
     assert len(cut) == 1
     assert (len(outcome.finished), outcome.failed, outcome.left) == (CELLS, (), ())
     assert by_id(rows(tmp_path)) == by_id(rows(whole))
+    assert {row["command"] for row in rows(tmp_path)} == {"anymask sweep 'my plan.toml'"}
     assert sorted(log.names) == sorted(row["id"] for row in rows(tmp_path))
     assert masks(tmp_path) == masks(whole)
     assert not (tmp_path / "failures.jsonl").exists()

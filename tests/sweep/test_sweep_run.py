@@ -124,7 +124,7 @@ def settled(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows without what may differ between two sweeps of one plan."""
     found = copy.deepcopy(found)
     for row in found:
-        for key in ("time", "versions", "machine"):
+        for key in ("time", "versions", "machine", "command"):
             del row[key]
     return found
 

@@ -155,14 +155,19 @@ def _facts(rows: Sequence[Row]) -> dict[str, str]:
         "Training time": _duration(sum((row.get("time") or {}).get("seconds") or 0 for row in rows)),
         "Time to find the masks": _duration(sum((row.get("time") or {}).get("mask_seconds") or 0 for row in rows)),
         "Finished": f"{finished[0]} to {finished[-1]}" if finished else "not recorded",
-        "Versions": _counted(rows, "versions"),
-        "Machines": _counted(rows, "machine"),
+        "Commands": _counted(row.get("command") for row in rows),
+        "Versions": _counted(_listed(row.get("versions")) for row in rows),
+        "Machines": _counted(_listed(row.get("machine")) for row in rows),
     }
 
 
-def _counted(rows: Sequence[Row], key: str) -> str:
-    counts = Counter(", ".join(f"{name} {value}" for name, value in (row.get(key) or {}).items()) or "not recorded" for row in rows)
-    return "; ".join(f"{words} ({count} runs)" for words, count in counts.most_common())
+def _counted(entries: Iterable[str | None]) -> str:
+    counts = Counter(entry or "not recorded" for entry in entries)
+    return "; ".join(f"{entry} ({count} runs)" for entry, count in counts.most_common())
+
+
+def _listed(facts: Mapping[str, Any] | None) -> str:
+    return ", ".join(f"{name} {value}" for name, value in (facts or {}).items())
 
 
 def _duration(seconds: float) -> str:

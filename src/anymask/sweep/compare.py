@@ -2,7 +2,9 @@
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -292,6 +294,7 @@ class Runner:
             "id": name,
             "settings": self.settings(cell),
             "techniques": wanted.recipe.settings(),
+            "command": command(),
             "versions": versions() | self.bench.own_code(),
             "machine": machine(self.bench.device) | self._computed(),
             "accuracy": result.accuracies(),
@@ -334,6 +337,14 @@ class Runner:
             return {"overall": 1.0, "layers": {}}
         effective = reachable(mask, model, torch.zeros(1, *self.bench.dataset.train.images.shape[1:])).density
         return {"overall": mask.density, "effective": effective, "layers": mask.layer_density()}
+
+
+def command() -> str | None:
+    """What was typed to make a row, also where this process was started by that one; None where no script or command was."""
+    program, *words = sys.argv or [""]
+    if Path(program).name == "anymask" or Path(program).parent == Path(anymask.__file__).parent:
+        return shlex.join(["anymask", *words])
+    return shlex.join(["python", program, *words]) if program.endswith(".py") else None
 
 
 def versions() -> dict[str, str | None]:

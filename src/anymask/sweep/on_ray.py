@@ -21,7 +21,7 @@ import torch
 from anymask.errors import AnymaskError, DataError, SettingError, UnknownName
 from anymask.runlog import atomic
 from anymask.sweep.claims import claimed, clear_halves
-from anymask.sweep.compare import Runner, Watcher
+from anymask.sweep.compare import Runner, Watcher, command
 from anymask.sweep.masks import weights_file
 from anymask.sweep.run import LOOK_AGAIN, Benches, Task, Worker
 from anymask.train import Computing
@@ -199,6 +199,7 @@ class _Driver:
             try:
                 made = self.ray.get(ref)
                 if not running.mask:
+                    made["command"] = command()  # a node knows Ray's alone
                     self.worker.ledger.append(made)
             except (self.ray.exceptions.RayError, ValueError) as error:
                 self.watcher.left(task.cell, self.worker.note(task, self._reason(error)))
