@@ -31,8 +31,9 @@ def ids(folder):
 
 def test_sweep_trains_the_plan_once_and_says_what_it_did(anymask, plan, tmp_path):
     out = tmp_path / "run"
-    said = anymask("sweep", plan, "--out", out, "--sparse", "off", "--device", "cpu")
+    said = anymask("sweep", plan, "--out", out, "--sparse", "off", "--device", "cpu", "--deterministic")
     assert (said.code, said.out) == (0, "")
+    assert all(row["machine"]["deterministic"] for row in Ledger(out / "ledger.jsonl").rows())
     lines = said.err.splitlines()
     assert lines[0] == "3 trainings"
     assert lines[1].startswith("[1/3] folder, resnet8-0.25x, dense, default, seed 0: test ")

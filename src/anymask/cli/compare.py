@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from anymask import sweep
 from anymask.cli.outcome import LEDGER, show_table, writable, write_outcome
 from anymask.cli.progress import watching
-from anymask.cli.settings import EXPERIMENT, GRID, PROTOCOL, RUN, Compile, ConfigFile, Diagnose, Preset, Sparse
+from anymask.cli.settings import EXPERIMENT, GRID, PROTOCOL, RUN, Compile, ConfigFile, Deterministic, Diagnose, Preset, Sparse
 from anymask.config import Bench, Experiment
 from anymask.ranks import leads
 from anymask.runlog import Ledger
@@ -29,12 +29,13 @@ def compare(
     sparse: Sparse = "auto",
     compile: Compile = "off",
     diagnose: Diagnose = "off",
+    deterministic: Deterministic = False,
     dry_run: Annotated[bool, Parameter(group=RUN, negative=(), help="Only show which trainings would run.")] = False,
     config: ConfigFile = None,
 ) -> int:
     """Train each mask with each recipe, and report."""
     grid, experiment, protocol = grid or Grid(), experiment or Experiment(), protocol or Protocol()
-    computing = Computing(sparse, compile, diagnose)
+    computing = Computing(sparse, compile, diagnose, deterministic)
     if dry_run:
         return _show_plan(grid, Runner(Bench(experiment, protocol), out, computing))
     writable(out)

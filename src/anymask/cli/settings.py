@@ -43,6 +43,14 @@ Diagnose = Annotated[
         "The training is the same.",
     ),
 ]
+Deterministic = Annotated[
+    bool,
+    Parameter(
+        group=RUN,
+        negative=(),
+        help="Compute with PyTorch's deterministic algorithms: the same command gives the same bits on a GPU, too, and is slower there.",
+    ),
+]
 Budget = Annotated[str | None, Parameter(group=RUN, help="Stop in time, at the end of an epoch, and say what is left: 25m, 2h, 90s.")]
 Device = Annotated[str, Parameter(group=RUN, help="cpu, cuda, cuda:1, mps, or auto for the fastest there is.")]
 ConfigFile = Annotated[

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from anymask import sweep as sweeping
 from anymask.cli.outcome import LEDGER, writable
 from anymask.cli.progress import watching
-from anymask.cli.settings import RUN, Budget, Compile, Device, Diagnose, Sparse
+from anymask.cli.settings import RUN, Budget, Compile, Deterministic, Device, Diagnose, Sparse
 from anymask.errors import SettingError
 from anymask.runlog import Ledger
 from anymask.sweep import Outcome, budget_seconds, read_plan
@@ -41,12 +41,13 @@ def sweep(
     sparse: Sparse = "auto",
     compile: Compile = "off",
     diagnose: Diagnose = "off",
+    deterministic: Deterministic = False,
     device: Device = "auto",
 ) -> int:
     """Train what is left of a plan."""
     if budget is not None:
         budget_seconds(budget)  # refused before the data are read
-    wanted, computing = read_plan(plan).on(device), Computing(sparse, compile, diagnose)
+    wanted, computing = read_plan(plan).on(device), Computing(sparse, compile, diagnose, deterministic)
     if dry_run:
         return _show(sweeping.tasks(wanted, out, computing, device=None if ray is None else "cpu"), finished=Ledger(out / LEDGER).ids())
     writable(out)

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from anymask.cli.outcome import writable
 from anymask.cli.progress import watching
-from anymask.cli.settings import EXPERIMENT, PROTOCOL, RUN, Compile, ConfigFile, Diagnose, Preset, Sparse
+from anymask.cli.settings import EXPERIMENT, PROTOCOL, RUN, Compile, ConfigFile, Deterministic, Diagnose, Preset, Sparse
 from anymask.config import Experiment
 from anymask.sweep import cell_of, train_one
 from anymask.train import Computing, Protocol
@@ -31,6 +31,7 @@ def train(
     sparse: Sparse = "auto",
     compile: Compile = "off",
     diagnose: Diagnose = "off",
+    deterministic: Deterministic = False,
     resume: Annotated[bool, Parameter(group=RUN, negative=(), help="Go on with the training that OUT holds.")] = False,
     tensorboard: Annotated[bool, Parameter(group=RUN, negative=(), help="Log to OUT/tensorboard.")] = False,
     config: ConfigFile = None,
@@ -40,7 +41,7 @@ def train(
     how: dict[str, Any] = {
         "experiment": experiment,
         "protocol": protocol,
-        "computing": Computing(sparse, compile, diagnose),
+        "computing": Computing(sparse, compile, diagnose, deterministic),
         "resume": resume,
     }
     writable(out)

@@ -312,7 +312,8 @@ class Runner:
 
     def _computed(self) -> dict[str, Any]:
         """What else makes times and roundings differ, where it is not as usual."""
-        compiled = {"compile": self.computing.compile} if self.computing.compile != "off" else {}
+        compiled: dict[str, Any] = {"compile": self.computing.compile} if self.computing.compile != "off" else {}
+        compiled |= {"deterministic": True} if self.computing.deterministic else {}
         return compiled | ({"streams": self.pace.streams} if self.pace.streams > 1 else {})
 
     def checkpoint_file(self, name: str) -> Path:

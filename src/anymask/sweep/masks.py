@@ -28,6 +28,7 @@ from anymask.runlog import atomic, settings_id
 from anymask.sweep.claims import clear_halves, make_once
 from anymask.sweep.pace import Pace
 from anymask.train import Computing
+from anymask.train.computing import same_bits
 
 DENSE = "dense"
 REWIND = "5%"  # of the training: where lottery-rewind returns to
@@ -150,10 +151,11 @@ class Masks:
 
         On several ranks the mask is that of rank 0.
         """
-        if "train" in method_of(mask).needs:
-            made = self._ticket(mask, sparsity=sparsity, seed=seed, model=model, **how)
-        else:
-            made = prune(model, mask, sparsity=sparsity, data=self.bench.batches(seed)[0], seed=seed, **how).broadcast()
+        with same_bits(self.computing.deterministic):
+            if "train" in method_of(mask).needs:
+                made = self._ticket(mask, sparsity=sparsity, seed=seed, model=model, **how)
+            else:
+                made = prune(model, mask, sparsity=sparsity, data=self.bench.batches(seed)[0], seed=seed, **how).broadcast()
         return Mask(made, info=made.info | {"method": method_of(mask).name, "network": self._network()})
 
     def _ticket(self, mask: str, *, sparsity: float | None, seed: int, model: nn.Module, **how: Any) -> Mask:

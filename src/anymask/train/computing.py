@@ -1,5 +1,7 @@
 """How a training is computed: what it takes and records, and not what it is."""
 
+import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ class Computing:
     sparse: str = "auto"
     compile: str = "off"
     diagnose: str = "off"
+    deterministic: bool = False
 
     @property
     def compiles(self) -> bool:
@@ -50,6 +53,36 @@ class Computing:
         if self.records:
             _check_graph(self.compile, precision=precision, accumulate=accumulate, moves=moves)
         sparse_possible(self.sparse, device=device, precision=precision, masked=masked, moves=moves)
+
+
+_asking, _lock = list[int](), threading.Lock()  # the mode that was before, once for each that is in the block
+
+
+@contextmanager
+def same_bits(on: bool) -> Iterator[None]:
+    """Where `on`, PyTorch's deterministic algorithms alone, for as long as somebody is in the block; several threads may be."""
+    if not on:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused
+    with _lock:
+        _asking.append(torch.get_deterministic_debug_mode() if not _asking else _asking[0])
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise SettingError(
+            f"deterministic came, and {str(error).partition(', but you set')[0]}",
+            allowed="networks and techniques that PyTorch has deterministic algorithms for",
+            fix="leave it out, or do that in another way",
+        ) from error
+    finally:
+        with _lock:
+            before = _asking.pop()
+            if not _asking:
+                torch.set_deterministic_debug_mode(before)
 
 
 def _check_graph(mode: str, *, precision: str, accumulate: int, moves: bool) -> None:

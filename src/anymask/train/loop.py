@@ -15,7 +15,7 @@ from anymask.onednn import overruns
 from anymask.pruning.dynamic import Dynamic, dense_mask, dynamic_of
 from anymask.ranks import leads
 from anymask.recipe import Recipe
-from anymask.train.computing import Computing
+from anymask.train.computing import Computing, same_bits
 from anymask.train.graphs import own_stream
 from anymask.train.run import Result, Run
 from anymask.train.settings import Protocol
@@ -39,6 +39,7 @@ def fit(
     sparse: str = "auto",
     compile: str = "off",
     diagnose: str = "off",
+    deterministic: bool = False,
     checkpoint_file: str | Path | None = None,
     checkpoint_every: int | None = None,
     log_dir: str | Path | None = None,
@@ -75,15 +76,17 @@ def fit(
         compile: "on" trains the network through torch.compile (docs/speed.md), which takes its time at the start and whenever ghosts go:
             for trainings of many steps, on a GPU most of all. Numbers differ by rounding, and dropout draws others. "graph" records
             each kind of step (forward, backward, mask and optimiser) as one CUDA graph: for small networks on a GPU, which else waits for
-            Python. cuDNN chooses its algorithms by timing them then (not with torch.use_deterministic_algorithms), so numbers differ
-            by rounding. Steps of techniques that look at their numbers stay as they are. For one batch a step, in float32 or
-            bfloat16; on a CPU it changes nothing. "fused" does both: what torch.compile makes of the network, in recorded steps.
+            Python. cuDNN chooses its algorithms by timing them then (not where `deterministic`), so numbers differ by rounding.
+            Steps of techniques that look at their numbers stay as they are. For one batch a step, in float32 or bfloat16;
+            on a CPU it changes nothing. "fused" does both: what torch.compile makes of the network, in recorded steps.
+        deterministic: by PyTorch's deterministic algorithms alone (torch.use_deterministic_algorithms): on a GPU, too, the same call gives
+            the same bits then. It costs time.
         diagnose: "on" records each epoch what `anymask.Diagnostics` says of the plain network, for the first training batch, in
             `Result.curves["diagnostics"]`; "sharpness" adds `anymask.diagnostics.sharpness` on that batch, which costs as much as up to
             a few hundred dense steps; "off" nothing. The training is the same, bit for bit.
         checkpoint_file: written atomically after every epoch, and every `checkpoint_every` steps; where it exists,
-            training goes on from it, and ends bit-equal to a training that was never stopped (on a GPU, with
-            torch.use_deterministic_algorithms). On a GPU, where an epoch may take less time than that, it is written less often, so
+            training goes on from it, and ends bit-equal to a training that was never stopped (on a GPU, where
+            `deterministic`). On a GPU, where an epoch may take less time than that, it is written less often, so
             that it takes a twentieth of the time, and whenever `on_epoch` stops the training. It is the same file whether the
             layers were sparse; with "auto" those are sparse again that were. It is also the same for any number of ranks.
         log_dir: TensorBoard events go there (extra `tensorboard`).
@@ -92,7 +95,7 @@ def fit(
 
     Raises:
         TechniqueError: when the loss becomes NaN or infinite, a technique does not fit, or gmp had no step left for its last update.
-        SettingError: when `rewire` and `mask` or `sparsity` do not go together, sparse="on" or `compile` cannot be, the
+        SettingError: when `rewire` and `mask` or `sparsity` do not go together, sparse="on", `compile` or `deterministic` cannot be, the
             checkpoint is of a training with another `rewire` or `diagnose`, or there are several ranks and the model is within
             DistributedDataParallel already.
 
@@ -118,12 +121,12 @@ def fit(
         "teacher": teacher,
         "moving": moving,
         "sparsity": sparsity,
-        "computing": (computing := Computing(sparse, compile, diagnose)),
+        "computing": (computing := Computing(sparse, compile, diagnose, deterministic)),
     }
     device = next(model.parameters()).device
     if device.type == "cpu":
         _warn_of_overruns(model)
-    with own_stream(device) if computing.records and device.type == "cuda" else nullcontext():
+    with same_bits(deterministic), own_stream(device) if computing.records and device.type == "cuda" else nullcontext():
         mask = None if mask is None else mask.broadcast()
         run = Run(model, train, mask=mask, protocol=protocol, first_step=first_step, file=checkpoint_file)
         with run.leaving:
