@@ -87,6 +87,14 @@ def test_all_masks_are_all_of_them():
     assert (shown["tost"], shown["best"], shown["best - default, points [95% CI]"]) == ("80.00 ± n/a", "-", "-")
 
 
+def test_a_mask_that_only_the_baseline_has_been_trained_on_is_named():
+    rows = [row for row in made_rows() if (row["settings"]["mask"], row["settings"]["recipe"]) not in {("snip", "tost"), ("snip", "ham")}]
+    said = "Masks with default alone, in no difference: snip at 98%."
+    assert said in table(rows)
+    assert said in grid(rows)
+    assert "alone, in no difference" not in table(made_rows())
+
+
 def test_every_difference_and_interval_of_the_statistics_is_in_the_table():
     rows = made_rows(seeds=4)
     text = table(rows)

@@ -12,8 +12,8 @@ from anymask.runlog import CODE_OF
 NOTHING = "No finished runs."
 NONE = "-"
 ACCURACY_NOTE = (
-    "Accuracies are test accuracies in %, of the checkpoint chosen on the validation images: mean ± sample standard deviation "
-    "over all seeds of that line."
+    "Accuracies are test accuracies in %, of the checkpoint chosen on the validation images: mean ± sample standard deviation, "
+    "each over all its own seeds."
 )
 PAIRED = "Differences are in percentage points, between runs that share the mask, the seed and every other setting"
 INTERVAL_NOTE = f"{PAIRED}; brackets hold the 95% confidence interval by Student's t over n seeds (n/a with fewer than two)."
@@ -197,11 +197,17 @@ def _verdict(member: Overall, apart: str) -> str:
 def _left_out(group: Group, baseline: str) -> list[str]:
     """What is in no difference, and why."""
     gaps = missing(group.cells, baseline=baseline)
+    alone = [
+        f"{name} at {percent(cell.settings['sparsity'])}"
+        for cell, name in zip(group.cells, names(group.cells), strict=True)
+        if cell.recipes == [baseline] and cell.settings["mask"] != "dense"
+    ]
     unlike = [{**c.settings, "recipe": c.recipe, "seed": seed} for c in compared(group.cells, baseline=baseline) for seed in c.unlike]
     return [
         f"Runs that are missing beside a finished partner, which is in no difference: {_counted(gaps)}."
         if gaps
         else "No pair is incomplete.",
+        *([f"Masks with {baseline} alone, in no difference: {'; '.join(alone)}."] if alone else []),
         *([f"Pairs left out because they began with other masks or weights, or had other teachers: {_counted(unlike)}."] if unlike else []),
         *_mixed(group, baseline),
     ]
