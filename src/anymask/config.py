@@ -17,6 +17,7 @@ from anymask.errors import FileFormatError, MissingFile, SettingError
 from anymask.formats import load_weights
 from anymask.formats.reading import load_into
 from anymask.onednn import memory_format
+from anymask.pruning.budget import seed_of
 from anymask.ranks import by_rank_0, first_of_machine, ranks, together
 from anymask.registry import code_digest, imported
 from anymask.runlog import CODE_OF, file_hash
@@ -100,7 +101,7 @@ class Bench:
 
     def _built(self, seed: int) -> nn.Module:
         channels = self.dataset.train.images.shape[1]
-        model = models.build(self.experiment.model, classes=len(self.dataset.classes), channels=channels, seed=seed)
+        model = models.build(self.experiment.model, classes=len(self.dataset.classes), channels=channels, seed=seed_of(seed, least=0))
         if models.is_own(self.experiment.model):
             self._check_fits(model, seed=seed)
         return model

@@ -14,8 +14,11 @@ Each message has three parts: what came, what is allowed, what to do. The comman
 traceback and exits with code 2.
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # of an OSError: the disk takes nothing more
 
 
 class AnymaskError(Exception):

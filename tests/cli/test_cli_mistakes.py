@@ -1,5 +1,6 @@
 """What the user can mend is said in three lines on stderr, with exit code 2 and the nearest right name."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -54,6 +55,15 @@ WRONG = [
     ("train --mask rigl --sparse on --out t", "with a mask that moves"),
     ("compare --masks snip gmp --sparse on", "with a mask that moves"),
     ("compare --precision bfloat16 --sparse on --dry-run", "with precision bfloat16"),
+    ("compare --clip inf --dry-run", "0 for none"),
+    ("compare --lr inf --dry-run", "lr came as inf"),
+    ("compare --masks= --dry-run", "--masks came empty"),
+    ("compare --sparsity= --dry-run", "--sparsity came empty"),
+    ("compare --first-seed 18446744073709551616 --dry-run", "seed came as 18446744073709551616"),
+    ("train --mask snip --seed 18446744073709551616 --out t", "seed came as 18446744073709551616"),
+    ("train --mask snip --seed -1 --out t", "seed came as -1"),
+    ("prune snip+erk --scope uniform --sparsity 0.9 --out m.mask", "scope came as 'uniform' with snip+erk"),
+    ("prune lottery+2:4 --pattern 4x1 --out m.mask", "pattern came as '4x1' with lottery+2:4"),
 ]
 
 
@@ -113,6 +123,7 @@ FILES = {
     "date.toml": (b"epochs = 2020-01-01\n", ("epochs", "date.toml")),
     "nan.toml": (b"lr = nan\n", ("nan",)),
     "damaged.toml": (b"epochs = = 3\n", ("damaged.toml", "line 1")),
+    "twice.yaml": (b"epochs: 2\nepochs: 3\n", ("twice.yaml", "epochs is there twice")),
     "damaged.yaml": (b"a: b\nepochs: [\n", ("damaged.yaml", "line 3")),
     "binary.toml": (b"\xff\xfe\x00", ("binary.toml",)),
     "sequence.yaml": (b"- 3\n", ("sequence.yaml",)),
@@ -179,6 +190,15 @@ def test_memory_that_runs_out_is_told_from_a_bug():
     assert is_out_of_memory(caught.value)
     assert "--batch-size" in explain(caught.value)
     assert not is_out_of_memory(RuntimeError("a bug of ours"))
+
+
+def test_a_full_disk_is_said_to_be_and_what_is_kept():
+    assert "what was finished is kept" in explain(OSError(errno.ENOSPC, "No space left on device"))
+
+
+def test_a_sparsity_beside_mask_files_alone_is_refused(anymask, tmp_path):
+    Mask({"fc.weight": torch.ones(10, 4)}).save(tmp_path / "m.mask")
+    check(anymask("compare", "--masks", tmp_path / "m.mask", "--sparsity", 0.5, "--dry-run"), "--sparsity", "a file has its own")
 
 
 def test_a_reader_that_has_left_is_no_error():

@@ -33,6 +33,13 @@ def test_a_toml_and_a_yaml_file_of_the_same_settings_are_equal(plan):
     )
 
 
+def test_the_home_folder_is_meant_where_no_shell_says_so(anymask, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert anymask("prune", "random", "--sparsity", "0.9", "--out=~/here.mask").code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["here.mask"]
+
+
 def test_options_override_the_file_and_leave_the_rest_of_it(plan):
     lines, last = plan("a.toml", GRID, "--masks", "synflow", "magnitude", "--no-dense", "--epochs", "2")
     assert [line.split(",")[0] for line in lines] == ["synflow 0.9"] * 3 + ["magnitude 0.9"] * 3

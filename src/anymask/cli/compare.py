@@ -11,9 +11,11 @@ from anymask.cli.outcome import LEDGER, show_table, writable, write_outcome
 from anymask.cli.progress import watching
 from anymask.cli.settings import EXPERIMENT, GRID, PROTOCOL, RUN, Compile, ConfigFile, Deterministic, Diagnose, Preset, Sparse
 from anymask.config import Bench, Experiment
+from anymask.errors import SettingError
 from anymask.ranks import leads
 from anymask.runlog import Ledger
 from anymask.sweep import Grid, Runner
+from anymask.sweep.masks import is_mask_file
 from anymask.train import Computing, Protocol
 
 
@@ -35,6 +37,8 @@ def compare(
 ) -> int:
     """Train each mask with each recipe, and report."""
     grid, experiment, protocol = grid or Grid(), experiment or Experiment(), protocol or Protocol()
+    if grid.masks and all(map(is_mask_file, grid.masks)) and grid.sparsity != Grid.sparsity:
+        raise SettingError("--sparsity came with mask files alone", allowed="it with methods: a file has its own", fix="leave it out")
     computing = Computing(sparse, compile, diagnose, deterministic)
     if dry_run:
         return _show_plan(grid, Runner(Bench(experiment, protocol), out, computing))

@@ -4,7 +4,7 @@ from cyclopts import CycloptsError
 from cyclopts.exceptions import UnknownCommandError, UnknownOptionError
 
 from anymask.cli.app import COMMANDS
-from anymask.errors import AnymaskError
+from anymask.errors import FULL, AnymaskError
 from anymask.registry import nearest
 
 
@@ -54,4 +54,6 @@ def _file(error: OSError) -> tuple[str, str, str]:
         return came, "a file that is there", "check the path"
     if isinstance(error, PermissionError):
         return came, "a file or folder that you may read or write", "choose another path, or change its permissions"
+    if error.errno in FULL:
+        return came, "a disk with room", "make room, and give the same command (train with --resume): what was finished is kept"
     return came, "a path that can be read or written", "check the path and the disk"

@@ -1,5 +1,6 @@
 """Where settings come from: options, and a TOML or YAML file under them."""
 
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -74,7 +75,16 @@ def split_commas(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
     """`--masks snip,synflow` as well as `--masks snip synflow`. Called by cyclopts."""
     for argument in _named(arguments, _LISTS):
         words = [(token, word) for token in argument.tokens for word in token.value.split(",") if word]
+        if argument.tokens and not words:  # "$MASKS", which is not set: not the same as to leave it out
+            raise SettingError(f"{argument.name} came empty", allowed="one or more", fix=f"name them, or leave {argument.name} out")
         argument.tokens = [token.evolve(value=word, index=index) for index, (token, word) in enumerate(words)]
+
+
+def expand_home(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """`--out=~/x`, and ~ in a file of settings, which no shell expands. Called by cyclopts."""
+    for argument in arguments:
+        if argument.hint is Path or Path in get_args(argument.hint):
+            argument.tokens = [token.evolve(value=os.path.expanduser(token.value)) for token in argument.tokens]
 
 
 def read_config(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -152,8 +162,18 @@ def load_table(path: Path) -> dict[str, Any]:
 def _yaml(text: str) -> Any:
     import yaml
 
+    class Once(yaml.SafeLoader):
+        """Refuses a name that comes twice, as TOML does."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = [name for place, name in enumerate(names) if name in names[:place]]
+            if twice:
+                raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is there twice", node.start_mark)
+            return super().construct_mapping(node, deep=deep)
+
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=Once)
     except yaml.YAMLError as error:
         place = getattr(error, "problem_mark", None)
         line = f", line {place.line + 1}" if place is not None else ""

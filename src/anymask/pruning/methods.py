@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from anymask.errors import SettingError
 from anymask.pruning import criteria
 from anymask.pruning.criteria import Criterion
-from anymask.pruning.patterns import PATTERNS, pattern
+from anymask.pruning.patterns import PATTERNS
+from anymask.pruning.patterns import pattern as pattern_of
 from anymask.pruning.selector import SCOPES
 from anymask.registry import lookup
 
@@ -111,8 +112,11 @@ def is_method(name: str) -> bool:
     return True
 
 
-def method_of(name: str | Method) -> Method:
+def method_of(name: str | Method, *, scope: str | None = None, pattern: str | None = None) -> Method:
     """The row that `name` stands for: one of `METHODS`, with another scope or pattern after a plus sign; or a row of your own.
+
+    Args:
+        scope, pattern: what is given beside the name, and may not be other than in it.
 
     Raises:
         UnknownName: with the nearest names.
@@ -129,6 +133,9 @@ def method_of(name: str | Method) -> Method:
     row = lookup(METHODS, base, what="mask method")
     scopes = [word for word in words if word in SCOPES]
     patterns = [word for word in words if word not in SCOPES]
+    for what, given, inside in (("scope", scope, scopes), ("pattern", pattern, patterns)):
+        if given is not None and inside and inside != [given]:
+            raise SettingError(f"{what} came as {given!r} with {name}", allowed="one of the two", fix=f"write {base}+{given}")
     if len(scopes) > 1 or len(patterns) > 1:
         raise SettingError(
             f"mask method came as {name!r}",
@@ -136,5 +143,5 @@ def method_of(name: str | Method) -> Method:
             fix=f"write {base}+erk+2:4, for example",
         )
     for word in patterns:
-        pattern(word)
+        pattern_of(word)
     return replace(row, scope=[row.scope, *scopes][-1], pattern=[row.pattern, *patterns][-1])

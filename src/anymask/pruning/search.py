@@ -107,7 +107,7 @@ def prune(
         >>> anymask.prune(net, "magnitude+2:4")
         Mask(2 parameters, 320 of 640 kept, sparsity 0.5000, magnitude)
     """
-    row = method_of(method)
+    row = method_of(method, scope=scope, pattern=pattern)
     _check_needs(row, data=data, example=example, train=train, rewind_step=rewind_step)
     scope, pattern, seed = scope or row.scope, pattern or row.pattern, seed_of(seed)
     rounds = row.rounds if rounds is None else rounds

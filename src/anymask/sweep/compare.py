@@ -23,6 +23,7 @@ from anymask.config import Bench, Experiment
 from anymask.connectivity import reachable
 from anymask.errors import SettingError
 from anymask.mask import Mask
+from anymask.pruning.budget import seed_of
 from anymask.ranks import by_rank_0, leads, ranks
 from anymask.runlog import Ledger, file_hash, processor, settings_id
 from anymask.sweep.claims import claimed
@@ -77,6 +78,9 @@ class Cell:
     sparsity: float
     recipe: str
     seed: int
+
+    def __post_init__(self) -> None:
+        seed_of(self.seed, least=0)
 
     def __str__(self) -> str:
         what = DENSE if self.mask == DENSE else f"{self.mask} {self.sparsity:g}"

@@ -1,14 +1,11 @@
 """Errors after which nothing that is left can be trained: they end the sweep, instead of failing one training after the other."""
 
-import errno
 from pathlib import Path
 
 import torch
 
-from anymask.errors import AnymaskError
+from anymask.errors import FULL, AnymaskError
 from anymask.train.graphs import NotRecordedError
-
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 def check_disk(error: Exception, folder: Path) -> None:
@@ -18,7 +15,7 @@ def check_disk(error: Exception, folder: Path) -> None:
         AnymaskError: naming the file.
     """
     cause: BaseException | None = error
-    while cause is not None and not (isinstance(cause, OSError) and cause.errno in _FULL):
+    while cause is not None and not (isinstance(cause, OSError) and cause.errno in FULL):
         cause = cause.__cause__ or cause.__context__
     if isinstance(cause, OSError):
         raise AnymaskError(

@@ -159,7 +159,8 @@ class Masks:
         return Mask(made, info=made.info | {"method": method_of(mask).name, "network": self._network()})
 
     def _ticket(self, mask: str, *, sparsity: float | None, seed: int, model: nn.Module, **how: Any) -> Mask:
-        row, file = method_of(mask), self.file_of(mask, sparsity or 0.0, seed)
+        row = method_of(mask, scope=how.get("scope"), pattern=how.get("pattern"))
+        file = self.file_of(mask, sparsity or 0.0, seed)
         steps = self.bench.total_steps(seed)
         how = {"rounds": row.rounds, "scope": row.scope, "pattern": row.pattern} | how
         ticket: Ticket = lottery_ticket(

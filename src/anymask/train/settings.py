@@ -71,9 +71,11 @@ class Protocol:
         lookup(dict.fromkeys(PRECISIONS), self.precision, what="precision")
         Duration.parse(self.warmup)
         for name, least in {"epochs": 1, "batch_size": 1, "accumulate": 1, "weight_decay": 0, "clip": 0}.items():
-            if not getattr(self, name) >= least:
-                raise SettingError(f"{name} came as {getattr(self, name)}", allowed=f"a number >= {least}", fix=f"set {name} higher")
-        if not self.lr > 0:
+            value = getattr(self, name)
+            if not least <= value < math.inf:  # a ledger takes no infinity
+                fix = f"set {name} higher" if not value >= least else f"set {name} lower" + (", or 0 for none" if name == "clip" else "")
+                raise SettingError(f"{name} came as {value}", allowed=f"a number >= {least}", fix=fix)
+        if not 0 < self.lr < math.inf:
             raise SettingError(f"lr came as {self.lr}", allowed="a number > 0", fix="0.1 suits SGD, 0.001 AdamW")
         if not 0 <= self.momentum < 1:
             raise SettingError(f"momentum came as {self.momentum}", allowed="a number in [0, 1)", fix="0.9 is usual")
