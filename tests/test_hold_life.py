@@ -1,13 +1,15 @@
 """What a held mask means for gradients, scaling, clipping, copies, checkpoints and moves; and that it comes off without a trace."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from anymask import Mask, hold
+from anymask import Mask, Recipe, hold
 from anymask.errors import MaskError
 from anymask.holding import held
 from anymask.surgery import fingerprint
@@ -44,6 +46,54 @@ def test_clipping_sees_the_norm_of_the_masked_gradients():
     by_hand = torch.cat([gradient.flatten() for gradient in masked]).norm()
     torch.testing.assert_close(nn.utils.clip_grad_norm_(model.parameters(), 1.0), by_hand)
     assert nn.utils.clip_grad_norm_(plain.parameters(), 1.0) > by_hand * 1.01
+
+
+@pytest.mark.parametrize("first", ["backward", "nothing"])
+def test_a_gradient_that_is_assigned_is_masked_as_the_step_begins(first):
+    """As loops of gradient surgery or torch.func do: no hook of autograd runs then."""
+    model, mask, optimizer, _, x = held_net(torch.optim.Adafactor)
+    for _ in range(2):
+        if first == "backward":
+            model(x).square().sum().backward()
+        gradients = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        assert_zero_where_masked(mask, model)
+        for name in mask:
+            gradient = model.get_parameter(name).grad
+            assert not gradient[~mask[name]].any()
+            assert gradient[mask[name]].any()
+
+
+def test_what_nobody_has_any_more_is_freed_and_a_model_keeps_its_masked_gradients():
+    model, mask, optimizer, holding, x = held_net()
+    models, holds = weakref.ref(model), weakref.ref(holding)
+    del optimizer, holding
+    gc.collect()
+    assert holds() is None
+    model(x).square().sum().backward()
+    assert_zero_where_masked(mask, model)
+    assert all(not model.get_parameter(name).grad[~mask[name]].any() for name in mask)
+    del model
+    gc.collect()
+    assert models() is None
+
+
+def test_the_optimiser_within_the_wrapper_of_accelerate_is_held():
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = nn.Linear(6, 3)
+    mask = Mask({"weight": torch.arange(18).reshape(3, 6) % 2 == 0})
+    model, wrapped = accelerate.Accelerator(cpu=True).prepare(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    holding = hold(mask, model, wrapped)
+    running = Recipe.preset("best:density_lr").attach(model, wrapped, total_steps=2)
+    for _ in range(2):
+        running.loss(model(torch.randn(4, 6)), torch.arange(4) % 3).backward()
+        wrapped.step()
+        assert_zero_where_masked(mask, model)
+        running.step()
+    assert held(wrapped) is holding
+    running.finish()
 
 
 def test_an_infinite_gradient_is_zero_where_masked_and_stays_where_kept():

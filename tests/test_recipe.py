@@ -255,6 +255,18 @@ def test_label_smoothing_is_the_papers_formula_and_torchs_with_another_eps() -> 
     assert float(F.cross_entropy(output, target, label_smoothing=eps * classes / (classes - 1))) == pytest.approx(by_hand, rel=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 3)])
+def test_label_smoothing_takes_probabilities_of_classes(shape: tuple[int, ...]) -> None:
+    """Of mixup, say: of certain ones the loss is that of their classes, and of all others the mean over these."""
+    model, optimizer = net()
+    running = Recipe((LabelSmoothing(eps=0.1),)).attach(model, optimizer, total_steps=1)
+    output, target = torch.randn(shape, dtype=torch.float64), torch.randint(5, (shape[0], *shape[2:]))
+    certain = F.one_hot(target, 5).movedim(-1, 1).to(output.dtype)
+    torch.testing.assert_close(running.loss(output, certain), running.loss(output, target))
+    mixed = running.loss(output, 0.7 * certain + 0.3 * certain.flip(1))
+    torch.testing.assert_close(mixed, 0.7 * running.loss(output, target) + 0.3 * running.loss(output, 4 - target))
+
+
 def test_label_smoothing_refuses_another_loss() -> None:
     model, optimizer = net()
     with pytest.raises(TechniqueError, match="cross_entropy"):

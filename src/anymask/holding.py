@@ -1,5 +1,6 @@
 """Keeping pruned weights at exactly 0 while somebody else trains."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -31,12 +32,14 @@ class Hold:
         self.parameters = mask.check(model)
         _check_slots(model, optimizer)
         self._kept = self._ones(mask)
+        self._masked: dict[str, int] = {}  # which gradient of each weight has been masked since the last step
         self._handles: list[Any] = []
         try:
             with uninterrupted():
                 for name, parameter in self.parameters.items():
                     self._handles.append(self._hold_gradient(name, parameter))
                 self._handles += [optimizer.register_step_post_hook(self), optimizer.register_load_state_dict_post_hook(self)]
+                self._handles.append(optimizer.register_step_pre_hook(self._mask_assigned))
             self(optimizer)
         except BaseException:
             self.release()
@@ -49,6 +52,7 @@ class Hold:
         Most optimisers keep zeros by themselves once the gradients are masked. Those that mix the entries of a tensor
         (Muon) or begin their slots with other values (Rprop, Adagrad) do not.
         """
+        self._masked.clear()
         together: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
         alone = len({id(parameter) for parameter in self.parameters.values()}) == len(self.parameters)  # no weight has two names
         for name, parameter in self.parameters.items():
@@ -101,22 +105,33 @@ class Hold:
             handle.remove()
 
     def _hold_gradient(self, name: str, parameter: Tensor) -> Any:
+        # Python's garbage collector does not see what the hook of a parameter holds: with this hold, which has the model, both would stay.
+        here, everywhere = weakref.ref(self), self._kept
+
         # After accumulation and before clipping, scaling or all-reduce: nobody sees an unmasked gradient.
         def mask_gradient(parameter: Tensor) -> None:
-            self._mask_gradient(name, parameter)
+            if (hold := here()) is not None:
+                hold._mask_gradient(name, parameter)
+            else:  # it went with its optimiser; the weights are still pruned
+                _mask_gradient(parameter, everywhere[name].to(parameter.device))
 
-        mask_gradient(parameter)
+        self._mask_gradient(name, parameter)
         trains = parameter.requires_grad
         handle = parameter.requires_grad_(True).register_post_accumulate_grad_hook(mask_gradient)  # refused on a frozen one
         parameter.requires_grad_(trains)  # which may be thawed later
         return handle
 
     def _mask_gradient(self, name: str, parameter: Tensor) -> None:
-        if parameter.grad is not None and parameter.grad.is_sparse:
-            parameter.grad = _masked_rows(parameter.grad, self._where(name, parameter))
-        elif parameter.grad is not None:
-            sharded = hasattr(parameter.grad, "to_local")
-            _zero(local(parameter.grad) if sharded else parameter.grad, self._where(name, parameter))
+        if parameter.grad is not None:
+            _mask_gradient(parameter, self._where(name, parameter))
+            self._masked[name] = id(parameter.grad)
+
+    @torch.no_grad()
+    def _mask_assigned(self, *_: Any) -> None:
+        """Mask the gradients that no backward pass has left: `parameter.grad = g` calls no hook."""
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None and self._masked.get(name) != id(parameter.grad):
+                self._mask_gradient(name, parameter)
 
     def _ones(self, mask: Mask) -> dict[str, Tensor]:
         """1 where kept: see `_zero`; of a sharded parameter the part of this rank."""
@@ -137,16 +152,16 @@ class Hold:
 def hold(mask: Mask, model: nn.Module, optimizer: Optimizer) -> Hold:
     """Keep the pruned weights of `model` at exactly 0 while any loop trains it with `optimizer`.
 
-    At once the weights are masked; from then on each gradient is masked as soon as it is accumulated (so clipping and
-    all-reduce see zeros), and after each step of the optimiser the weights and every slot of their shape (momentum,
-    moments ...) are zeroed where masked. No parameter is renamed or replaced. A live weight that reaches 0 stays live.
+    At once the weights are masked; from then on each gradient is masked as soon as it is accumulated (so clipping and all-reduce see
+    zeros; one that is assigned by hand, as a step begins), and after each step of the optimiser the weights and every slot of their shape
+    (momentum, moments ...) are zeroed where masked. No parameter is renamed or replaced. A live weight that reaches 0 stays live.
     A model may come within torch.compile or DistributedDataParallel, or cut by `fully_shard`: hold it after that.
     LBFGS alone stores what it knows in another shape: hold the mask before its first step.
 
     Args:
         mask: which weights are kept; must fit `model`.
         model: trained in place; may be moved to another device later. The mask has the names of the model inside wrappers.
-        optimizer: any `torch.optim.Optimizer` that holds the parameters of `model`.
+        optimizer: any `torch.optim.Optimizer` that holds the parameters of `model`, also within Accelerate's wrapper.
 
     Raises:
         MaskError: when the mask is none or does not fit, or `optimizer` holds a mask already or none of the masked parameters, or has slots
@@ -161,6 +176,7 @@ def hold(mask: Mask, model: nn.Module, optimizer: Optimizer) -> Hold:
         >>> int((model.weight == 0).sum()), int((model.weight.grad == 0).sum())
         (2, 2)
     """
+    optimizer = innermost(optimizer)
     if not isinstance(mask, Mask):  # formats, which would read a path, is beside this layer
         raise MaskError(
             f"mask came as {type(mask).__name__}",
@@ -183,9 +199,16 @@ def hold(mask: Mask, model: nn.Module, optimizer: Optimizer) -> Hold:
     return Hold(mask, model, optimizer)
 
 
+def innermost(optimizer: Any) -> Any:
+    """The optimiser that makes the steps: Accelerate's and Lightning's wrappers step the one inside, and so call its hooks."""
+    while getattr(optimizer, "optimizer", None) is not None:
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 def held(optimizer: Optimizer | None) -> Hold | None:
     """The hold that `optimizer` carries, if any."""
-    hooks = () if optimizer is None else optimizer._optimizer_step_post_hooks.values()
+    hooks = () if optimizer is None else innermost(optimizer)._optimizer_step_post_hooks.values()
     return next((hook for hook in hooks if isinstance(hook, Hold)), None)
 
 
@@ -205,6 +228,14 @@ def _zero(tensor: Tensor, kept: Tensor) -> None:
         tensor.masked_fill_(kept == 0, 0)
     else:
         tensor.view(bits).mul_(kept)
+
+
+def _mask_gradient(parameter: Tensor, kept: Tensor) -> None:
+    gradient = parameter.grad
+    if gradient is not None and gradient.is_sparse:
+        parameter.grad = _masked_rows(gradient, kept)
+    elif gradient is not None:
+        _zero(local(gradient) if hasattr(gradient, "to_local") else gradient, kept)
 
 
 def _masked_rows(gradient: Tensor, kept: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The mask: which weights of a network are kept."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -190,6 +191,15 @@ class Mask(Mapping[str, Tensor]):
         from anymask import formats  # below: formats needs Mask
 
         formats.save(self, path, format=format, weights=weights)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Twelve digits of names, shapes and values."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:12]
 
 
 def local(tensor: Tensor) -> Tensor:

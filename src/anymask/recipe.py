@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from anymask import toml
 from anymask.errors import FileFormatError, SettingError, TechniqueError
-from anymask.holding import held
+from anymask.holding import held, innermost
 from anymask.mask import Mask
 from anymask.prunables import bare
 from anymask.registry import lookup, same_type, unknown
@@ -200,6 +200,7 @@ class Recipe:
             )
         vars(inner).pop(MARK, None)  # it is the copy of one that carried a recipe
         shed(inner)
+        optimizer = innermost(optimizer)
         carried = held(optimizer)
         mask = mask if mask is not None else (carried.mask if carried is not None else None)
         steps: dict[str, Any] = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch, "start": start}

@@ -80,6 +80,37 @@ def test_swa_counts_from_where_the_training_begins() -> None:
         Recipe((Averaging(kind="swa", start="100%"),)).attach(model, optimizer, total_steps=10)
 
 
+@pytest.mark.parametrize("how", [{}, {"start": 4}])
+def test_swa_that_goes_on_from_a_state_averages_the_steps_that_it_would_have(how: dict[str, int]) -> None:
+    def begin(**more) -> tuple:
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return model, optimizer, Recipe((Averaging(kind="swa", start="50%"),)).attach(model, optimizer, total_steps=12, **more)
+
+    whole, first = begin(), begin()
+    train(*whole, steps=4)
+    train(*first, steps=4)
+    again = begin(state=first[2].state_dict(), **how)
+    again[0].load_state_dict(first[0].state_dict())
+    train(*whole, steps=8)
+    train(*again, steps=8)
+    ours, theirs = again[2].finish().state_dict(), whole[2].finish().state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_statistics_are_averaged_of_a_model_that_was_moved_after_attach() -> None:
+    left = []
+    for moved in (False, True):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        running = Recipe((Averaging(decay=0.9),)).attach(model, optimizer, total_steps=5)
+        if moved:
+            model._apply(torch.clone)  # what .to("cuda") does: other buffers, other data of the same parameters
+        train(model, optimizer, running, steps=5)
+        left.append(running.finish().state_dict())
+    assert all(torch.equal(left[1][name], value) for name, value in left[0].items())
+
+
 def test_settings_that_came_later_name_a_training_only_where_they_are_used() -> None:
     assert set(Recipe((Averaging(),)).settings()[0]) == {"name", "schedule", "decay"}
     assert Recipe((Averaging(kind="swa"),)).settings()[0]["kind"] == "swa"

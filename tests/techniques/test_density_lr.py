@@ -230,6 +230,18 @@ def test_a_mask_that_moves_is_followed_and_its_zeros_stay(method, first):
     started["recipe"].finish()
 
 
+def test_dense_weights_that_are_loaded_after_it_was_attached_are_zero_after_a_step():
+    """What a step and the hold take away from a pruned weight is no update to be scaled: it came back, and grew with each step."""
+    model = net()
+    optimizer, mask = torch.optim.SGD(model.parameters(), lr=0.01), mask_of(model)
+    dense = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+    running = attached(DensityLR(), model, optimizer)
+    model.load_state_dict(dense)
+    for _ in range(2):
+        train(model, optimizer, 1, running=running)
+        assert all(not model.get_parameter(name)[~mask[name]].any() for name in mask)
+
+
 def test_after_a_move_the_factors_are_those_of_the_new_mask():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)

@@ -89,6 +89,16 @@ def test_a_learned_shortcut_learns_and_leaves(case):
     assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_learned_shortcut_is_of_the_kind_of_its_layer(dtype):
+    forward, modules, x, _ = next(iter(CASES.values()))
+    model = Flow(forward, **modules).to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attached = GhostSkip(kind="learned").attach(Context(model, optimizer, F.cross_entropy, example=x.to(dtype)))
+    assert model(x.to(dtype)).dtype == dtype
+    attached.detach()
+
+
 def test_guests_of_a_fused_optimiser_that_has_made_steps_take_theirs():
     model = Flow("b(a(h(x)))", a=conv(4, 4), b=nn.BatchNorm2d(4), h=nn.Tanh())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)

@@ -3,6 +3,7 @@
 import multiprocessing
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anymask import Mask
 from anymask.errors import FileFormatError, SettingError
 from anymask.surgery import fingerprint
 from anymask.train import checkpoint
 from anymask.train.sparsity import slots_loaded, slots_stored
-from tests.train.trainings import MOVING, RECIPE, Net, train_and_save, train_once
+from tests.train.trainings import MOVING, PROTOCOL, RECIPE, Net, mask_of, train_and_save, train_once
 
 KILLS = 10
 
@@ -89,6 +91,21 @@ def test_stopped_after_any_step_is_bit_equal_in_every_phase(
     assert result.mask == expected.mask
     for key, value in whole.state_dict().items():
         assert torch.equal(model.state_dict()[key], value), key
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
+    """A loop over masks or seeds that forgot to name the file by them would get the first training's weights for each."""
+    train_once(Net(), file=tmp_path / "c.pt")
+    before = (tmp_path / "c.pt").read_bytes()
+    other = Mask({name: ~kept for name, kept in mask_of(Net()).items()})
+    for how, named in (({"mask": other}, "mask"), ({"protocol": replace(PROTOCOL, lr=0.04)}, "protocol"), ({"seed": 1}, "seed")):
+        with pytest.raises(SettingError, match=f"of a training with another {named}\\. Allowed"):
+            train_once(Net(), file=tmp_path / "c.pt", **how)
+    assert (tmp_path / "c.pt").read_bytes() == before
+    old = torch.load(tmp_path / "c.pt", weights_only=True)
+    del old["begun"]
+    torch.save(old, tmp_path / "c.pt")
+    train_once(Net(), file=tmp_path / "c.pt", protocol=replace(PROTOCOL, lr=0.04))  # files of before do not say
 
 
 class Stopping(nn.Module):

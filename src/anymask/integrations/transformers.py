@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from anymask.errors import FileFormatError, SettingError
+from anymask.holding import innermost
 from anymask.integrations.shared import Batch, Session, Wanted, taken
 from anymask.mask import Mask
 from anymask.recipe import Recipe
@@ -94,7 +94,7 @@ class AnyMask(TrainerCallback):
         self.session = Session(
             self.wanted,
             model,
-            _innermost(kwargs["optimizer"]),
+            innermost(kwargs["optimizer"]),
             total_steps=state.max_steps,
             steps_per_epoch=max(1, -(-len(loader) // args.gradient_accumulation_steps)) if hasattr(loader, "__len__") else None,
             batches=taken(base, self.wanted.batches, split=self._split, move=partial(send_to_device, device=args.device)),
@@ -164,12 +164,6 @@ def without_labels(batch: Any) -> Batch:
             fix="tell which is which: AnyMask(..., split=lambda batch: (inputs, target))",
         )
     return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
-
-
-def _innermost(optimizer: Any) -> Optimizer:
-    while not isinstance(getattr(optimizer, "optimizer", None), type(None)):  # Accelerate's wrapper steps the one inside
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:

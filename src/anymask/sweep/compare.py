@@ -22,12 +22,12 @@ import anymask
 from anymask.config import Bench, Experiment
 from anymask.connectivity import reachable
 from anymask.errors import SettingError
-from anymask.mask import Mask
+from anymask.mask import Mask, digest
 from anymask.pruning.budget import seed_of
 from anymask.ranks import by_rank_0, leads, ranks
 from anymask.runlog import Ledger, file_hash, processor, settings_id
 from anymask.sweep.claims import claimed
-from anymask.sweep.masks import DENSE, Masks, Start, check_mask, digest, digests, file_name, file_sparsity, is_dynamic, is_mask_file
+from anymask.sweep.masks import DENSE, Masks, Start, check_mask, digests, file_name, file_sparsity, is_dynamic, is_mask_file
 from anymask.sweep.pace import Pace
 from anymask.sweep.teachers import Teachers
 from anymask.sweep.variants import variant

@@ -1,13 +1,11 @@
 """The masks of a grid: by a method, from a file, or moving as it trains; and where a training begins."""
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
@@ -16,7 +14,7 @@ from anymask.config import Bench
 from anymask.durations import Duration
 from anymask.errors import FileFormatError, SettingError
 from anymask.formats import load_mask
-from anymask.mask import Mask
+from anymask.mask import Mask, digest
 from anymask.pruning import DYNAMIC, METHODS, Dynamic, Ticket, lottery_ticket, prune
 from anymask.pruning.budget import density_of
 from anymask.pruning.lottery import Train
@@ -228,15 +226,6 @@ def digests(start: Start) -> dict[str, str]:
     """What tells two starts apart: of the mask, and of the weights where they are not the initialisation."""
     parts: dict[str, Mapping[str, Tensor] | None] = {"digest": start.mask, "weights": start.weights}
     return {name: digest(tensors) for name, tensors in parts.items() if tensors is not None}
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Twelve digits of names, shapes and values."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()[:12]
 
 
 def weights_file(mask_file: Path) -> Path:

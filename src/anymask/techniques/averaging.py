@@ -85,20 +85,29 @@ class Averaging(Technique):
                 allowed="a start before it",
                 fix='give start="75%", or leave averaging out of the recipe',
             )
-        return _Average(self, context, start=max(0, start - context.start))
+        return _Average(self, context, start=start)
 
 
 class _Average(Attached):
     def __init__(self, settings: Averaging, context: Context, *, start: int | None) -> None:
         model = self.model = context.model
         self.optimizer, self.decay, self.start = context.needs_optimizer(settings.name), settings.decay, start
-        self.strength, self.steps = 1.0, 0
+        self.strength, self.steps, self.since = 1.0, 0, context.start  # steps of the training before and since it was attached first
         self._of: Mask | None = None  # the mask that the averages have: none yet, because it may be held after this
-        self.live = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if b.is_floating_point()}}
-        self.averages = {name: tensor.detach().clone() for name, tensor in self.live.items()}
+        self._parameters = dict(model.named_parameters())
+        floats = [name.rpartition(".") for name, buffer in model.named_buffers() if buffer.is_floating_point()]
+        self._buffers = {f"{place}{dot}{key}": (model.get_submodule(place), key) for place, dot, key in floats}
+        self.averages = {name: self._live(name).detach().clone() for name in (*self._parameters, *self._buffers)}
         self._aside: dict[str, Tensor] = {}  # what is trained, while the average is in its place
-        how = f"decay {self.decay:g}" if start is None else f"the mean from step {context.start + start} on"
-        self.found = f"{len(self.live)} parameters and buffers, {how}"
+        how = f"decay {self.decay:g}" if start is None else f"the mean from step {max(start, context.start)} on"
+        self.found = f"{len(self.averages)} parameters and buffers, {how}"
+
+    def _live(self, name: str) -> Tensor:
+        """What is averaged under this name. A model that is moved gets other buffers."""
+        if name in self._parameters:
+            return self._parameters[name]
+        module, key = self._buffers[name]
+        return module.get_buffer(key)
 
     def set_strength(self, strength: float) -> None:
         # Where the schedule ends, 0 comes right before `detach`, which leaves what the last step had.
@@ -108,15 +117,15 @@ class _Average(Attached):
     def after_update(self) -> None:
         self.steps += 1
         self._follow()
-        for name, tensor in self.live.items():
+        for name in self.averages:
             average = local(self._average(name))
-            average.lerp_(local(tensor), 1 - self._share())
+            average.lerp_(local(self._live(name)), 1 - self._share())
 
     def _share(self) -> float:
         """How much of the average stays."""
         if self.start is None:
             return min(self.decay, self.steps / (self.steps + 9))
-        after = max(0, self.steps - self.start)
+        after = max(0, self.since + self.steps - self.start)
         return after / (after + 1)
 
     @torch.no_grad()
@@ -126,7 +135,7 @@ class _Average(Attached):
     @torch.no_grad()
     def unsettle(self) -> None:
         for name, value in self._aside.items():
-            local(self.live[name]).copy_(local(value))
+            local(self._live(name)).copy_(local(value))
         self._aside = {}
 
     def detach(self) -> None:
@@ -136,25 +145,25 @@ class _Average(Attached):
     def state_dict(self) -> dict[str, Any]:
         layers = compact(self.model)  # dense, as in the checkpoints of `fit`: any machine can go on, sparse or not
         dense = {name: layers[name].dense(value) if name in layers else value for name, value in self.averages.items()}
-        return {"steps": self.steps, "averages": dense}
+        return {"steps": self.steps, "since": self.since, "averages": dense}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         layers = compact(self.model)
-        self.steps = int(state["steps"])
+        self.steps, self.since = int(state["steps"]), int(state.get("since", self.since))  # states of before have none
         for name, value in state["averages"].items():
             self.averages[name].copy_(layers[name].stored(value) if name in layers else value)
 
     def _leave(self, strength: float) -> None:
         """Put the average into the model, and keep aside what was there."""
         self._follow()
-        self._aside = {name: tensor.detach().clone() for name, tensor in self.live.items()} if strength else {}
+        self._aside = {name: self._live(name).detach().clone() for name in self.averages} if strength else {}
         for name in self._aside:
-            here, average = local(self.live[name]), local(self._average(name))
+            here, average = local(self._live(name)), local(self._average(name))
             here.copy_(average if strength == 1 else torch.lerp(here, average, strength))
 
     def _average(self, name: str) -> Tensor:
         """The average of a tensor that may have moved to another device since, or was converted to other storage (then it begins anew)."""
-        average, live = self.averages[name], self.live[name].detach()
+        average, live = self.averages[name], self._live(name).detach()
         if average.shape != live.shape:
             average = self.averages[name] = live.clone()
         elif average.device != live.device:
@@ -169,5 +178,5 @@ class _Average(Attached):
         self._of, stored = hold.mask, hold.mask.as_stored(self.model)
         for name, parameter in hold.parameters.items():
             kept = shard(stored[name], parameter)
-            average = local(self._average(next(n for n, tensor in self.live.items() if tensor is parameter)))
+            average = local(self._average(next(n for n, tensor in self._parameters.items() if tensor is parameter)))
             average.masked_fill_(~kept.to(average.device), 0)

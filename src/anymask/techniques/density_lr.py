@@ -150,7 +150,7 @@ class _Scaling(Attached):
             if here.shape == old.shape and not (self._moved and old.shape != self._mask[name].shape):
                 here.add_(torch.sub(here, old, out=old), alpha=self.strength * (self._factors[name] - 1))
         hold = held(self._optimizer)
-        if self._moved and hold is not None:  # before this hook: what went was 0, and has been brought back
+        if before and hold is not None:  # what it set to 0 just now (loaded dense weights, a mask that moved) is there again
             hold(self._optimizer)
 
     def state_dict(self) -> dict[str, Any]:

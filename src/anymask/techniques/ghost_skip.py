@@ -124,7 +124,8 @@ class _Skip(Ghost):
         self.entry_dim, self.exit_dim = unit.entry_dim, unit.exit_dim
         self.branch: nn.Module | None = None
         if settings.kind == "learned":
-            self.branch = _learned(unit.input_shape[1], self.channels, dims=len(self.size)).to(device)
+            self.branch = _learned(unit.input_shape[1], self.channels, dims=len(self.size))
+            self.branch.to(device, next(unit.layer.parameters()).dtype)
 
     def enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.gone:

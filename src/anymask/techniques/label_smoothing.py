@@ -83,8 +83,13 @@ class _Smoothing(Attached):
 
 
 def _others(output: Tensor, target: Tensor) -> Tensor:
-    """Mean of -l_c over the classes c other than the true one; output (N, C, ...), target (N, ...), -100 ignored."""
+    """Mean of -l_c over the classes c other than the true one; output (N, C, ...), target (N, ...), -100 ignored.
+
+    Where the target is the probabilities of classes, (N, C, ...), the mean over which one the true one is.
+    """
     logs = F.log_softmax(output, dim=1)
+    if target.is_floating_point():
+        return ((logs * target).sum(1) - logs.sum(1)).mean() / (output.shape[1] - 1)
     true = logs.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1)
     each = (true - logs.sum(1)) / (output.shape[1] - 1)
     valid = target != -100

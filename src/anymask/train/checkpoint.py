@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from anymask.errors import FileFormatError
+from anymask.errors import FileFormatError, SettingError
 from anymask.pauses import aside
 from anymask.ranks import by_rank_0, together
 from anymask.runlog import atomic
@@ -39,11 +39,12 @@ def _off_the_gpu(tensor: Tensor) -> Tensor:
     return tensor.cpu() if tensor.is_cuda else tensor
 
 
-def load(path: Path, *, device: str) -> dict[str, Any] | None:
+def load(path: Path, *, device: str, begun: dict[str, Any] | None = None) -> dict[str, Any] | None:
     """Read what `save` wrote; None where no file is. Nothing in it is run. Of several ranks the first one reads it for all.
 
     Raises:
         FileFormatError: when the file is damaged or another kind of file.
+        SettingError: when it is of a training that was not `begun` with these.
     """
     if not by_rank_0(path.exists):
         return None
@@ -54,6 +55,13 @@ def load(path: Path, *, device: str) -> dict[str, Any] | None:
         raise _bad(path) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise _bad(path)
+    before = state.get("begun", {})  # files of before do not say
+    if other := [name for name, now in (begun or {}).items() if before.get(name, now) != now]:
+        raise SettingError(
+            f"the checkpoint {path} is of a training with another {' and another '.join(other)}",
+            allowed="the training that it was begun by",
+            fix="give each training a file of its own, or remove this one to train from the start",
+        )
     return state
 
 

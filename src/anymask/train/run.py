@@ -14,7 +14,7 @@ from anymask.data.batches import Batches, Fixed
 from anymask.diagnostics import Diagnostics, sharpness
 from anymask.errors import SettingError, TechniqueError
 from anymask.holding import hold
-from anymask.mask import Mask
+from anymask.mask import Mask, digest
 from anymask.pauses import arrive
 from anymask.prunables import bare
 from anymask.pruning import rewiring
@@ -108,7 +108,8 @@ class Run:
         """Convert the layers, attach the recipe, and go on from the checkpoint, if there is one. Within `leaving`."""
         moves, diagnose, p = moving is not None, computing.diagnose, self.protocol
         computing.check(device=self.device, precision=p.precision, accumulate=p.accumulate, masked=self.hold is not None, moves=moves)
-        saved = None if self.file is None else checkpoint.load(self.file, device=self.device)
+        self.begun = {"mask": None if self.hold is None else digest(self.hold.mask), "seed": seed, "protocol": p.plain()}
+        saved = None if self.file is None else checkpoint.load(self.file, device=self.device, begun=self.begun)
         # Before the recipe: its ghosts would hide which ReLU follows which norm, and LRsI makes the layers dense by itself.
         self._convert(computing.sparse, moves=moves, known=saved.get("sparse") if saved else None)
         self.remembered = _remembered(recipe, teacher, train)
@@ -308,7 +309,7 @@ class Run:
             parts["diagnostics"] = self.watch
         state = {name: part.state_dict() for name, part in parts.items()}
         state["optimizer"] = slots_stored(self.model, self.optimizer)
-        how = {"sparse": self.layers.names, "diagnose": self.diagnose}
+        how = {"sparse": self.layers.names, "diagnose": self.diagnose, "begun": self.begun}
         checkpoint.save(self.file, {**state, "loss": self.loss, "progress": self.progress, **how})
         self.saved = time.monotonic(), time.monotonic() - began, self.step
 
