@@ -298,11 +298,24 @@ def test_a_ticket_that_starts_from_other_weights_leaves_them_beside_its_mask(any
     assert load_file(tmp_path / "l.safetensors").keys() >= set(load_mask(tmp_path / "l.mask"))
 
 
-@pytest.mark.parametrize("words", [("lottery-rewind", "l.safetensors", "the weights of its ticket"), ("lottery", "l.rounds", "its rounds")])
-def test_a_ticket_does_not_write_over_what_lies_beside_it(anymask, small, tmp_path, words):
-    method, out, what = words
-    check(anymask("prune", method, "--sparsity", "0.3", "--epochs", "12", "--out", tmp_path / out, *small), f"{method} keeps {what}")
-    assert not list(tmp_path.iterdir())
+def test_a_ticket_writes_over_a_file_beside_it_only_when_told_so_and_never_over_the_weights_it_begins_with(anymask, small, tmp_path):
+    there, command = tmp_path / "l.safetensors", ["prune", "lottery-lr", "--sparsity", "0.3", "--epochs", "1", *small]
+    there.write_text("mine")
+    check(anymask(*command, "--out", tmp_path / "l.mask"), "l.safetensors is there already", "--force")
+    for out in ("l.mask", "l.safetensors"):
+        said = anymask(*command, "--out", tmp_path / out, "--weights", there, "--force")
+        check(said, f"{out}, which would replace {there}, the weights that this begins with")
+    assert there.read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["l.safetensors"]
+    assert anymask(*command, "--out", tmp_path / "l.mask", "--force").code == 0
+    assert load_file(there).keys() >= set(load_mask(tmp_path / "l.mask"))
+
+
+def test_tickets_whose_names_have_a_point_share_no_weights(anymask, small, tmp_path):
+    for name in ("l-0.3", "l-0.4"):
+        said = anymask("prune", "lottery-lr", "--sparsity", name[2:], "--epochs", "1", "--out", tmp_path / name, *small)
+        assert said.code == 0, said.err
+    assert {path.name for path in tmp_path.iterdir()} == {"l-0.3", "l-0.3.safetensors", "l-0.4", "l-0.4.safetensors"}
 
 
 def test_a_number_of_rounds_that_there_cannot_be_is_not_taken_for_none(anymask, small, tmp_path):

@@ -15,7 +15,7 @@ from anymask.pruning.methods import method_of
 from anymask.ranks import by_rank_0, leads, ranks
 from anymask.sweep.claims import claimed
 from anymask.sweep.compare import Cell, Grid, Runner, Trained, Watcher
-from anymask.sweep.masks import DENSE, Masks, check_mask, file_sparsity, is_dynamic, is_mask_file, weights_file
+from anymask.sweep.masks import DENSE, Masks, check_mask, file_sparsity, is_dynamic, is_mask_file, rounds_folder, weights_file
 from anymask.sweep.teachers import write_weights
 from anymask.techniques.refitting import reconstruct
 from anymask.train import Computing, Protocol, accuracy
@@ -148,6 +148,7 @@ def prune_to(
     experiment: Experiment | None = None,
     protocol: Protocol | None = None,
     refit: str | Path | None = None,
+    force: bool = False,
     **how: Any,
 ) -> tuple[Mask, dict[str, float]]:
     """Write the mask that `compare` makes for `seed` to `out`: by `method`, on the initialisation of that seed or on weights.
@@ -158,6 +159,7 @@ def prune_to(
 
     Args:
         refit: where to write the network of the experiment's weights, pruned by the mask and refitted (`anymask.reconstruct`).
+        force: replace files that are there; never the experiment's weights.
         how: other settings of `anymask.prune`: rounds, exclude, floor ...
 
     Returns:
@@ -165,8 +167,8 @@ def prune_to(
 
     Raises:
         UnknownName: for a method that is not in `METHODS`.
-        SettingError: for a sparsity out of range, a method whose mask moves, an `out` that is the place of what lies beside a ticket, or
-            `refit` without weights.
+        SettingError: for a sparsity out of range, a method whose mask moves, files that are there where there is no `force`,
+            weights that would be replaced, or `refit` without weights.
     """
     if is_dynamic(method):
         raise SettingError(
@@ -175,32 +177,30 @@ def prune_to(
             fix=f"`anymask train --mask {method} --out DIR` ends with its mask in DIR/mask.mask",
         )
     check_mask(method, sparsity=sparsity)
-    out = Path(out)
-    _check_out(out, method)
+    out, row = Path(out), method_of(method)
+    written = [out, *([weights_file(out)] if "rewind_step" in row.needs or not row.rewinds else [])]
+    for path in (*written, *([] if refit is None else [Path(refit)])):
+        if path.exists() and not force:
+            raise SettingError(f"{path} is there already", allowed="a new file", fix="choose another, or add --force to replace it")
     out.parent.mkdir(parents=True, exist_ok=True)  # fails now, not after the work
     bench = Bench(experiment or Experiment(), protocol or Protocol())
+    _check_written(written, bench.checkpoint(seed))
     if refit is not None:
-        started = [weights_file(out)] if "train" in method_of(method).needs else []  # which a ticket may start from
-        _check_refit(Path(refit), [out, *started], bench.checkpoint(seed))
+        _check_refit(Path(refit), written, bench.checkpoint(seed))
     masks = Masks(bench, lambda *_: out)
     mask = masks.make(method, sparsity=sparsity, seed=seed, model=bench.model(seed), **how)
     accuracies = {} if refit is None else _refit_to(Path(refit), mask, bench, seed)
     mask.save(out)
-    shutil.rmtree(out.with_suffix(".rounds"), ignore_errors=True)
+    shutil.rmtree(rounds_folder(out), ignore_errors=True)
     return mask, accuracies
 
 
-def _check_out(out: Path, method: str) -> None:
-    """Refuse the place of what lies beside a ticket: one of the two would be written over, after all the training."""
-    row = method_of(method)
-    beside = {out.with_suffix(".rounds")} if "train" in row.needs else set()
-    if "rewind_step" in row.needs or not row.rewinds:
-        beside.add(weights_file(out))
-    if out in beside:
+def _check_written(written: list[Path], checkpoint: Path | None) -> None:
+    if checkpoint is not None and checkpoint.resolve() in {path.resolve() for path in written}:
         raise SettingError(
-            f"out came as {out}, where {method} keeps " + ("the weights of its ticket" if out == weights_file(out) else "its rounds"),
-            allowed="a file that ends otherwise",
-            fix=f"choose another --out, {out.with_suffix('.mask')} say",
+            f"out came as {written[0]}, which would replace {checkpoint}, the weights that this begins with",
+            allowed="a mask file elsewhere; the weights of a ticket are beside it, under its name",
+            fix="choose another --out",
         )
 
 
