@@ -21,6 +21,7 @@ from anymask import load_mask
 from anymask.cli import main
 from anymask.cli.progress import watching
 from anymask.config import Bench, Experiment
+from anymask.pruning.lottery_folder import LotteryFolder
 from anymask.sweep import Cell
 from anymask.sweep.claims import claimed
 from anymask.train import Protocol, accuracy
@@ -309,6 +310,30 @@ def test_a_ticket_writes_over_a_file_beside_it_only_when_told_so_and_never_over_
     assert [path.name for path in tmp_path.iterdir()] == ["l.safetensors"]
     assert anymask(*command, "--out", tmp_path / "l.mask", "--force").code == 0
     assert load_file(there).keys() >= set(load_mask(tmp_path / "l.mask"))
+
+
+def test_rounds_of_a_ticket_are_gone_on_with_by_the_same_training_alone_and_removed_by_no_other_method(
+    anymask, small, tmp_path, monkeypatch
+):
+    whole, parts = tmp_path / "whole.mask", tmp_path / "parts.mask"
+    command = ["prune", "lottery", "--sparsity", "0.5", *small, "--epochs"]
+    assert anymask(*command, "1", "--out", whole).code == 0
+    with monkeypatch.context() as patch:
+
+        def stopped(folder, number, mask, *, trained):
+            mask.save(folder.path / f"round-0{number}.mask")
+            raise KeyboardInterrupt
+
+        patch.setattr(LotteryFolder, "write_round", stopped)
+        assert anymask(*command, "1", "--out", parts).code == 130
+    rounds = tmp_path / "parts.rounds"
+    said = anymask(*command, "2", "--out", parts)
+    check(said, f"{rounds} was made with training epochs=1, not 2", "remove this one")
+    assert anymask("prune", "random", "--sparsity", "0.5", "--out", parts, *small).code == 0
+    assert (rounds / "round-01.mask").exists()
+    assert anymask(*command, "1", "--out", parts, "--force").code == 0
+    assert load_mask(parts) == load_mask(whole)
+    assert not rounds.exists()
 
 
 def test_tickets_whose_names_have_a_point_share_no_weights(anymask, small, tmp_path):

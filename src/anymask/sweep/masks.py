@@ -180,7 +180,7 @@ class Masks:
     def trainer(self, seed: int, *, folder: Path) -> Train:
         """What trains the rounds of a lottery ticket: the default recipe on the training images; one that stopped goes on."""
         train, _, _ = self.bench.batches(seed)
-        # Of the round that is not there yet; the folder of `anymask prune` knows nothing of data and protocol.
+        # Of the round that is not there yet. The settings in its name are of a time when such folders did not hold them.
         unfinished = folder / f"unfinished-{settings_id(self.bench.settings(seed))}.pt"
 
         def trainer(model: nn.Module, mask: Mask | None, first: int, last: int | None) -> None:

@@ -168,7 +168,7 @@ def prune_to(
     Raises:
         UnknownName: for a method that is not in `METHODS`.
         SettingError: for a sparsity out of range, a method whose mask moves, files that are there where there is no `force`,
-            weights that would be replaced, or `refit` without weights.
+            weights that would be replaced, rounds of other settings, or `refit` without weights.
     """
     if is_dynamic(method):
         raise SettingError(
@@ -187,11 +187,14 @@ def prune_to(
     _check_written(written, bench.checkpoint(seed))
     if refit is not None:
         _check_refit(Path(refit), written, bench.checkpoint(seed))
+    if "train" in row.needs:
+        how["training"] = bench.settings(seed)  # which the names of folders in a run folder have
     masks = Masks(bench, lambda *_: out)
     mask = masks.make(method, sparsity=sparsity, seed=seed, model=bench.model(seed), **how)
     accuracies = {} if refit is None else _refit_to(Path(refit), mask, bench, seed)
     mask.save(out)
-    shutil.rmtree(rounds_folder(out), ignore_errors=True)
+    if "train" in row.needs:
+        shutil.rmtree(rounds_folder(out), ignore_errors=True)
     return mask, accuracies
 
 
