@@ -181,13 +181,23 @@ def test_train_stopped_by_ctrl_c_and_resumed_ends_bit_equal_to_one_undisturbed(a
     refused = anymask(*common, "--out", out)
     assert refused.code == 2
     assert "add --resume" in refused.err
-    assert anymask(*common, "--lr", "0.5", "--out", out, "--resume").code == 2  # other settings
+    check(anymask(*common, "--momentum", "0.5", "--out", out, "--resume"), "a training that was stopped with other settings")
 
     assert anymask(*common, "--out", out, "--resume").code == 0
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert load_mask(out / "mask.mask") == load_mask(tmp_path / "whole" / "mask.mask")
     assert rows(out)[0]["accuracy"] == rows(tmp_path / "whole")[0]["accuracy"]
     assert not (out / "unfinished").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "mask.mask"])
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_train_does_not_replace_what_no_training_there_has_made(anymask, small, tmp_path, name, more):
+    (tmp_path / name).write_text("mine")
+    said = anymask("train", "--mask", "random", "--epochs", 1, "--out", tmp_path, *more, *small)
+    check(said, f"{tmp_path} holds {name} of no training here", "choose another --out")
+    assert (tmp_path / name).read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_train_does_not_begin_where_another_process_is_at_it(anymask, small, tmp_path):

@@ -54,8 +54,8 @@ def train_one(
         watcher: told of progress.
 
     Raises:
-        SettingError: when `folder` holds a training that is not to be resumed, one of other settings, or one that another process is at, or
-            sparse="on" cannot be.
+        SettingError: when `folder` holds a training that is not to be resumed, one of other settings, one that another process is at, or
+            weights or a mask of none, or sparse="on" cannot be.
     """
     Grid(masks=() if cell.mask == DENSE else (cell.mask,), sparsity=(cell.sparsity,), recipes=(cell.recipe,))  # checks the names
     bench = Bench(experiment or Experiment(), protocol or Protocol())
@@ -121,7 +121,15 @@ def _check_folder(runner: Runner, cell: Cell, name: str, *, finished: Mapping[st
     """Refuse a folder whose training would be mixed with this one."""
     unfinished = [path.stem for path in (runner.folder / "unfinished").glob("*.pt")]
     if not finished and not unfinished:
-        if resume and not (runner.folder / "unfinished").exists():  # which may hold rounds of a ticket, or of a teacher
+        if (runner.folder / "unfinished").exists():  # which may hold rounds of a ticket, or of a teacher
+            return
+        if others := [file for file in ("model.safetensors", "mask.mask") if (runner.folder / file).exists()]:
+            raise SettingError(
+                f"{runner.folder} holds {' and '.join(others)} of no training here, which this one would replace",
+                allowed="a new folder",
+                fix="choose another --out",
+            )
+        if resume:
             warnings.warn(f"{runner.folder} holds nothing yet: beginning anew", stacklevel=2)
         return
     what = "a finished training" if finished else "a training that was stopped"
