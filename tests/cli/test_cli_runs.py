@@ -22,7 +22,7 @@ from anymask.cli import main
 from anymask.cli.progress import watching
 from anymask.config import Bench, Experiment
 from anymask.pruning.lottery_folder import LotteryFolder
-from anymask.sweep import Cell
+from anymask.sweep import Cell, cell_of
 from anymask.sweep.claims import claimed
 from anymask.train import Protocol, accuracy
 from tests.cli.test_cli_mistakes import check
@@ -152,6 +152,12 @@ def test_train_keeps_the_weights_that_it_reports(anymask, small, tmp_path):
     assert accuracy(model, bench.batches(0)[2]) == row["accuracy"]["test"]
     assert all(not weights[name][~mask[name]].any() for name in mask)
     assert row["density"]["overall"] == mask.density
+
+
+@pytest.mark.parametrize(("mask", "sparsity"), [("snip+1:4", 0.75), ("snip+channel", 0.98), ("rigl+er", 0.98)])
+def test_train_takes_the_sparsity_that_a_pattern_has(mask, sparsity):
+    assert cell_of(mask, sparsity=None, recipe=None, seed=0).sparsity == sparsity
+    assert cell_of(mask, sparsity=0.5, recipe=None, seed=0).sparsity == 0.5  # which `train_one` checks
 
 
 def test_train_takes_a_mask_file_and_its_sparsity(anymask, small, tmp_path):

@@ -12,6 +12,7 @@ from anymask.config import Bench, Experiment
 from anymask.errors import SettingError
 from anymask.mask import Mask
 from anymask.pruning.methods import method_of
+from anymask.pruning.patterns import pattern
 from anymask.ranks import by_rank_0, leads, ranks
 from anymask.sweep.claims import claimed
 from anymask.sweep.compare import Cell, Grid, Runner, Trained, Watcher
@@ -89,16 +90,19 @@ def _keep(done: Trained, runner: Runner) -> None:
 def cell_of(mask: str, *, sparsity: float | None, recipe: str | None, seed: int) -> Cell:
     """The training of `mask` (a method, a mask file or "dense"); what is None is as it is where nothing is told.
 
-    A file knows its sparsity, a method takes 0.98; the recipe is "best", or "default" for "dense".
+    A file knows its sparsity, and so does an N:M pattern; other methods take 0.98. The recipe is "best", or "default" for "dense".
 
     Raises:
-        SettingError: when a sparsity is given for a mask file or a dense network.
+        UnknownName, SettingError: for a mask that there is not, and a sparsity that is given for a mask file or a dense network.
     """
     if recipe is None:
         recipe = "default" if mask == DENSE else "best"
     fixed = 0.0 if mask == DENSE else file_sparsity(mask) if is_mask_file(mask) else None
     if fixed is None:
-        return Cell(mask, 0.98 if sparsity is None else sparsity, recipe, seed)
+        check_mask(mask)
+        density = None if is_dynamic(mask) else pattern(method_of(mask).pattern).density
+        usual = 0.98 if density is None else 1 - density
+        return Cell(mask, usual if sparsity is None else sparsity, recipe, seed)
     if sparsity is not None:
         raise SettingError(
             f"sparsity came as {sparsity} with mask {mask}",
