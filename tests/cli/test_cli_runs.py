@@ -160,6 +160,15 @@ def test_train_takes_the_sparsity_that_a_pattern_has(mask, sparsity):
     assert cell_of(mask, sparsity=0.5, recipe=None, seed=0).sparsity == 0.5  # which `train_one` checks
 
 
+def test_a_recipe_file_that_was_changed_is_named(anymask, small, tmp_path):
+    recipe, command = tmp_path / "r.toml", ["train", "--mask", "dense", "--epochs", "1", "--out", tmp_path / "t", *small]
+    recipe.write_text('[[technique]]\nname = "label_smoothing"\neps = 0.1\n')
+    assert anymask(*command, "--recipe", recipe).code == 0
+    assert anymask(*command, "--recipe", recipe, "--resume").code == 0
+    recipe.write_text(recipe.read_text().replace("0.1", "0.2"))
+    check(anymask(*command, "--recipe", recipe, "--resume"), f"with other settings: what is in the recipe {recipe} has changed")
+
+
 def test_train_takes_a_mask_file_and_its_sparsity(anymask, small, tmp_path):
     anymask("prune", "random", "--sparsity", "0.75", "--out", tmp_path / "my.mask", *small)
     said = anymask("train", "--mask", tmp_path / "my.mask", "--recipe", "default", "--epochs", "1", "--out", tmp_path / "t", *small)

@@ -14,6 +14,7 @@ from anymask.mask import Mask
 from anymask.pruning.methods import method_of
 from anymask.pruning.patterns import pattern
 from anymask.ranks import by_rank_0, leads, ranks
+from anymask.runlog import settings_id
 from anymask.sweep.claims import claimed
 from anymask.sweep.compare import Cell, Grid, Runner, Trained, Watcher
 from anymask.sweep.masks import DENSE, Masks, check_mask, file_sparsity, is_dynamic, is_mask_file, rounds_folder, weights_file
@@ -141,11 +142,13 @@ def _check_folder(runner: Runner, cell: Cell, name: str, *, finished: Mapping[st
         fix = "choose another --out" if finished else "add --resume to go on with it, or choose another --out"
         raise SettingError(f"{runner.folder} holds {what}", allowed="a new folder, or --resume", fix=fix)
     if name not in finished and name not in unfinished:
-        there: dict[str, Any] = next((row["settings"] for row in finished.values()), {})
-        here = runner.settings(cell)
-        other = ", ".join(f"{key} {there.get(key)!r} there, {here[key]!r} here" for key in here if there and there.get(key) != here[key])
+        row: Mapping[str, Any] = next(iter(finished.values()), {})
+        there, here = row.get("settings", {}), runner.settings(cell)
+        other = [f"{key} {there.get(key)!r} there, {here[key]!r} here" for key in here if there and there.get(key) != here[key]]
+        if there.get("recipe") == cell.recipe and settings_id({**here, "techniques": row.get("techniques")}) != name:
+            other.append(f"what is in the recipe {cell.recipe} has changed")
         raise SettingError(
-            f"{runner.folder} holds {what} with other settings" + (f": {other}" if other else ""),
+            f"{runner.folder} holds {what} with other settings" + (f": {', '.join(other)}" if other else ""),
             allowed="the settings, data and version of anymask that it was begun with",
             fix="give those, or choose another --out",
         )
