@@ -104,6 +104,13 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(anymask, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["a.toml"]
 
 
+@pytest.mark.parametrize("command", ["sweep a.toml", "study a.toml", "compare", "train --mask snip", "prune snip", "report"])
+def test_an_out_that_is_empty_is_not_taken_for_the_current_folder(anymask, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    check(anymask(*command.split(), "--out", ""), "--out came empty")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_can_be_made_is_left_to_whoever_writes(tmp_path):
     writable(tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []

@@ -21,7 +21,8 @@ from anymask import load_mask
 from anymask.cli import main
 from anymask.cli.progress import watching
 from anymask.config import Bench, Experiment
-from anymask.sweep import Cell
+from anymask.pruning.lottery_folder import LotteryFolder
+from anymask.sweep import Cell, cell_of
 from anymask.sweep.claims import claimed
 from anymask.train import Protocol, accuracy
 from tests.cli.test_cli_mistakes import check
@@ -153,6 +154,21 @@ def test_train_keeps_the_weights_that_it_reports(anymask, small, tmp_path):
     assert row["density"]["overall"] == mask.density
 
 
+@pytest.mark.parametrize(("mask", "sparsity"), [("snip+1:4", 0.75), ("snip+channel", 0.98), ("rigl+er", 0.98)])
+def test_train_takes_the_sparsity_that_a_pattern_has(mask, sparsity):
+    assert cell_of(mask, sparsity=None, recipe=None, seed=0).sparsity == sparsity
+    assert cell_of(mask, sparsity=0.5, recipe=None, seed=0).sparsity == 0.5  # which `train_one` checks
+
+
+def test_a_recipe_file_that_was_changed_is_named(anymask, small, tmp_path):
+    recipe, command = tmp_path / "r.toml", ["train", "--mask", "dense", "--epochs", "1", "--out", tmp_path / "t", *small]
+    recipe.write_text('[[technique]]\nname = "label_smoothing"\neps = 0.1\n')
+    assert anymask(*command, "--recipe", recipe).code == 0
+    assert anymask(*command, "--recipe", recipe, "--resume").code == 0
+    recipe.write_text(recipe.read_text().replace("0.1", "0.2"))
+    check(anymask(*command, "--recipe", recipe, "--resume"), f"with other settings: what is in the recipe {recipe} has changed")
+
+
 def test_train_takes_a_mask_file_and_its_sparsity(anymask, small, tmp_path):
     anymask("prune", "random", "--sparsity", "0.75", "--out", tmp_path / "my.mask", *small)
     said = anymask("train", "--mask", tmp_path / "my.mask", "--recipe", "default", "--epochs", "1", "--out", tmp_path / "t", *small)
@@ -180,13 +196,23 @@ def test_train_stopped_by_ctrl_c_and_resumed_ends_bit_equal_to_one_undisturbed(a
     refused = anymask(*common, "--out", out)
     assert refused.code == 2
     assert "add --resume" in refused.err
-    assert anymask(*common, "--lr", "0.5", "--out", out, "--resume").code == 2  # other settings
+    check(anymask(*common, "--momentum", "0.5", "--out", out, "--resume"), "a training that was stopped with other settings")
 
     assert anymask(*common, "--out", out, "--resume").code == 0
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert load_mask(out / "mask.mask") == load_mask(tmp_path / "whole" / "mask.mask")
     assert rows(out)[0]["accuracy"] == rows(tmp_path / "whole")[0]["accuracy"]
     assert not (out / "unfinished").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "mask.mask"])
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_train_does_not_replace_what_no_training_there_has_made(anymask, small, tmp_path, name, more):
+    (tmp_path / name).write_text("mine")
+    said = anymask("train", "--mask", "random", "--epochs", 1, "--out", tmp_path, *more, *small)
+    check(said, f"{tmp_path} holds {name} of no training here", "choose another --out")
+    assert (tmp_path / name).read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_train_does_not_begin_where_another_process_is_at_it(anymask, small, tmp_path):
@@ -298,11 +324,48 @@ def test_a_ticket_that_starts_from_other_weights_leaves_them_beside_its_mask(any
     assert load_file(tmp_path / "l.safetensors").keys() >= set(load_mask(tmp_path / "l.mask"))
 
 
-@pytest.mark.parametrize("words", [("lottery-rewind", "l.safetensors", "the weights of its ticket"), ("lottery", "l.rounds", "its rounds")])
-def test_a_ticket_does_not_write_over_what_lies_beside_it(anymask, small, tmp_path, words):
-    method, out, what = words
-    check(anymask("prune", method, "--sparsity", "0.3", "--epochs", "12", "--out", tmp_path / out, *small), f"{method} keeps {what}")
-    assert not list(tmp_path.iterdir())
+def test_a_ticket_writes_over_a_file_beside_it_only_when_told_so_and_never_over_the_weights_it_begins_with(anymask, small, tmp_path):
+    there, command = tmp_path / "l.safetensors", ["prune", "lottery-lr", "--sparsity", "0.3", "--epochs", "1", *small]
+    there.write_text("mine")
+    check(anymask(*command, "--out", tmp_path / "l.mask"), "l.safetensors is there already", "--force")
+    for out in ("l.mask", "l.safetensors"):
+        said = anymask(*command, "--out", tmp_path / out, "--weights", there, "--force")
+        check(said, f"{out}, which would replace {there}, the weights that this begins with")
+    assert there.read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["l.safetensors"]
+    assert anymask(*command, "--out", tmp_path / "l.mask", "--force").code == 0
+    assert load_file(there).keys() >= set(load_mask(tmp_path / "l.mask"))
+
+
+def test_rounds_of_a_ticket_are_gone_on_with_by_the_same_training_alone_and_removed_by_no_other_method(
+    anymask, small, tmp_path, monkeypatch
+):
+    whole, parts = tmp_path / "whole.mask", tmp_path / "parts.mask"
+    command = ["prune", "lottery", "--sparsity", "0.5", *small, "--epochs"]
+    assert anymask(*command, "1", "--out", whole).code == 0
+    with monkeypatch.context() as patch:
+
+        def stopped(folder, number, mask, *, trained):
+            mask.save(folder.path / f"round-0{number}.mask")
+            raise KeyboardInterrupt
+
+        patch.setattr(LotteryFolder, "write_round", stopped)
+        assert anymask(*command, "1", "--out", parts).code == 130
+    rounds = tmp_path / "parts.rounds"
+    said = anymask(*command, "2", "--out", parts)
+    check(said, f"{rounds} was made with training epochs=1, not 2", "remove this one")
+    assert anymask("prune", "random", "--sparsity", "0.5", "--out", parts, *small).code == 0
+    assert (rounds / "round-01.mask").exists()
+    assert anymask(*command, "1", "--out", parts, "--force").code == 0
+    assert load_mask(parts) == load_mask(whole)
+    assert not rounds.exists()
+
+
+def test_tickets_whose_names_have_a_point_share_no_weights(anymask, small, tmp_path):
+    for name in ("l-0.3", "l-0.4"):
+        said = anymask("prune", "lottery-lr", "--sparsity", name[2:], "--epochs", "1", "--out", tmp_path / name, *small)
+        assert said.code == 0, said.err
+    assert {path.name for path in tmp_path.iterdir()} == {"l-0.3", "l-0.3.safetensors", "l-0.4", "l-0.4.safetensors"}
 
 
 def test_a_number_of_rounds_that_there_cannot_be_is_not_taken_for_none(anymask, small, tmp_path):

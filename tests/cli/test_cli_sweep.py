@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from anymask.runlog import Ledger
+from tests.cli.test_cli_mistakes import check
 from tests.report.made_rows import made_row, made_rows
 from tests.sweep.plans import FAILING, PLAN, write_plan
 
@@ -40,6 +41,16 @@ def test_sweep_trains_the_plan_once_and_says_what_it_did(anymask, plan, tmp_path
     assert lines[-2:] == ["3 of 3 trainings are finished, 0 failed, 0 are left.", f"Tables: anymask report {out}"]
     assert len(ids(out)) == 3
     assert anymask("sweep", plan, "--out", out).err.splitlines()[0] == "3 trainings, 3 finished already"
+
+
+def test_many_are_not_trained_into_the_folder_of_one_where_ship_would_not_find_it(anymask, plan, small, tmp_path):
+    out = tmp_path / "t"
+    command = ["--epochs", "1", "--out", out, *small]
+    assert anymask("train", "--mask", "dense", *command).code == 0
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    for said in (anymask("compare", "--masks", "random", *command), anymask("sweep", plan, "--out", out)):
+        check(said, f"--out came as {out}, which holds the network of `anymask train`", "choose another --out")
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_a_dry_run_shows_what_would_run_and_writes_nothing(anymask, plan, tmp_path):

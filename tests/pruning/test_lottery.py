@@ -119,12 +119,14 @@ def test_sparsity_0_trains_nothing_and_keeps_everything():
         ({"rewind_step": 4}, "rewind_step=0, not 4"),
         ({"seed": 9}, "seed=0, not 9"),
         ({"exclude": ["3"]}, "exclude="),
+        ({"training": {"epochs": 3, "lr": 0.2}}, r"made with training lr=0\.1, not 0\.2"),
     ],
 )
 def test_a_folder_of_other_settings_is_refused(tmp_path, other, says):
-    lottery_ticket(make(), sparsity=0.6, train=Training(), folder=tmp_path)
+    how = {"sparsity": 0.6, "training": {"epochs": 3, "lr": 0.1}, "folder": tmp_path}
+    lottery_ticket(make(), train=Training(), **how)
     with pytest.raises(SettingError, match=says):
-        lottery_ticket(make(), **{"sparsity": 0.6, "train": Training(dies=1), "folder": tmp_path, **other})
+        lottery_ticket(make(), **{**how, "train": Training(dies=1), **other})
 
 
 def test_a_folder_of_another_initialisation_is_refused(tmp_path):

@@ -6,7 +6,7 @@ from typing import Any
 from cyclopts import App, Parameter
 
 import anymask
-from anymask.cli.settings import check_whole_numbers, expand_home, read_config, split_commas
+from anymask.cli.settings import check_out, check_whole_numbers, expand_home, read_config, split_commas
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,7 @@ def make_app() -> App:
         help_format="plaintext",
         version=anymask.__version__,
         default_parameter=Parameter(consume_multiple=1, negative_iterable=(), show_default=_shown),
-        config=[split_commas, read_config, expand_home, check_whole_numbers],
+        config=[split_commas, read_config, expand_home, check_whole_numbers, check_out],
         suppress_keyboard_interrupt=False,  # `main` answers Ctrl-C, and commands say what is kept
         result_action="return_value",
     )

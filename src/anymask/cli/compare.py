@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from anymask import sweep
-from anymask.cli.outcome import LEDGER, show_table, writable, write_outcome
+from anymask.cli.outcome import LEDGER, for_many, show_table, write_outcome
 from anymask.cli.progress import watching
 from anymask.cli.settings import EXPERIMENT, GRID, PROTOCOL, RUN, Compile, ConfigFile, Deterministic, Diagnose, Preset, Sparse
 from anymask.config import Bench, Experiment
@@ -42,7 +42,7 @@ def compare(
     computing = Computing(sparse, compile, diagnose, deterministic)
     if dry_run:
         return _show_plan(grid, Runner(Bench(experiment, protocol), out, computing))
-    writable(out)
+    for_many(out)
     ledger, code = Ledger(out / LEDGER), 0
     try:
         with watching() as watcher:

@@ -66,6 +66,18 @@ def writable(out: Path) -> None:
     by_rank_0(lambda: _try_to_write(out))
 
 
+def for_many(out: Path) -> None:
+    """Refuse what is not `writable`, and the folder of a single training: of several rows `ship` would not know which has the weights."""
+    writable(out)
+    there = by_rank_0(lambda: {path.name for path in out.glob("*")})
+    if {"model.safetensors", LEDGER} <= there and "claims" not in there:  # which the first training of many makes
+        raise SettingError(
+            f"--out came as {out}, which holds the network of `anymask train`",
+            allowed="a folder of `anymask compare` or `anymask sweep`, or a new one",
+            fix="choose another --out; `anymask report` puts the rows of both together",
+        )
+
+
 def _try_to_write(out: Path) -> None:
     there = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
     try:

@@ -11,7 +11,6 @@ from anymask.cli.inspect import show_mask
 from anymask.cli.outcome import writable
 from anymask.cli.settings import EXPERIMENT, METHOD, PROTOCOL, RUN, ConfigFile
 from anymask.config import Experiment
-from anymask.errors import SettingError
 from anymask.pruning import CollapseWarning
 from anymask.sweep import prune_to
 from anymask.train import Protocol
@@ -41,15 +40,13 @@ def prune(
 ) -> int:
     """Make a mask on the initialisation of a seed, or a trained network, and save it."""
     for path in (out, refit):
-        if path is not None and path.exists() and not force:
-            raise SettingError(f"{path} is there already", allowed="a new file", fix="choose another, or add --force to replace it")
         if path is not None:
             writable(path.parent)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CollapseWarning)  # shown below
         how = {"scope": scope, "pattern": pattern, "rounds": rounds, "floor": floor, "exclude": exclude}
         given: dict[str, Any] = {name: value for name, value in how.items() if value is not None}
-        given |= {"experiment": experiment, "protocol": protocol, "refit": refit}
+        given |= {"experiment": experiment, "protocol": protocol, "refit": refit, "force": force}
         mask, accuracies = prune_to(out, method, sparsity=sparsity, seed=seed, **given)
     show_mask(mask, title=str(out))
     if accuracies:

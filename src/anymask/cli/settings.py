@@ -132,6 +132,12 @@ def check_whole_numbers(app: App, commands: tuple[str, ...], arguments: Argument
                 raise SettingError(f"{argument.name} came as {token.value!r}", allowed="a whole number", fix="write 3, for example")
 
 
+def check_out(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse an empty --out, as "$OUT" is where there is no OUT: it would be the current folder. Called by cyclopts."""
+    if any(not token.value for argument in _named(arguments, ("--out",)) for token in argument.tokens):
+        raise SettingError("--out came empty", allowed="a path", fix="name one; the current folder is .")
+
+
 def _holds_int(hint: Any) -> bool:
     """Whether `hint` is int, or has it within, as `int | None` and `tuple[int, int, int]` do."""
     return hint is int or any(map(_holds_int, get_args(hint)))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from anymask import sweep as sweeping
-from anymask.cli.outcome import LEDGER, writable
+from anymask.cli.outcome import LEDGER, for_many
 from anymask.cli.progress import watching
 from anymask.cli.settings import RUN, Budget, Compile, Deterministic, Device, Diagnose, Sparse
 from anymask.errors import SettingError
@@ -50,7 +50,7 @@ def sweep(
     wanted, computing = read_plan(plan).on(device), Computing(sparse, compile, diagnose, deterministic)
     if dry_run:
         return _show(sweeping.tasks(wanted, out, computing, device=None if ray is None else "cpu"), finished=Ledger(out / LEDGER).ids())
-    writable(out)
+    for_many(out)
     if masks_only and (workers, streams, ray, budget) != (1, 1, None, None):
         raise SettingError(
             "--masks-only came with --workers, --streams, --ray or --budget",

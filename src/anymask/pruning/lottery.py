@@ -52,6 +52,7 @@ def lottery_ticket(
     scope: str = "global",
     pattern: str = "unstructured",
     folder: str | PathLike[str] | None = None,
+    training: Mapping[str, Any] | None = None,
     seed: int = 0,
     floor: int = 0,
     kinds: Iterable[str] = ("conv", "linear"),
@@ -85,6 +86,7 @@ def lottery_ticket(
         scope, pattern, floor: as in `prune`.
         folder: each finished round is kept there (`rewind.safetensors`, `round-01.mask`, ...), and a second call with the
             same settings and model goes on with the next round. A round cut off is trained again from its start.
+        training: what decides how `train` trains (epochs, learning rate, data ...), as plain values; rounds of others are not gone on with.
         seed: of ties and of the global random state in `train`.
         kinds, exclude, on_collapse: as in `prune`.
 
@@ -124,7 +126,8 @@ def lottery_ticket(
     }
     info |= {"rounds": len(plan), "rate": rate, "rewind_step": at_least("rewind_step", rewind_step, 0), "rewinds": rewinds}
     info |= {"floor": least, "kinds": list(kinds), "exclude": list(exclude)}
-    place = LotteryFolder(folder, info | {"on_collapse": on_collapse, "model": hashlib.sha256(to_bytes(start)).hexdigest()})
+    made_by = {f"training {key}": value for key, value in (training or {}).items()}
+    place = LotteryFolder(folder, info | made_by | {"on_collapse": on_collapse, "model": hashlib.sha256(to_bytes(start)).hexdigest()})
     info |= made_with(model)
 
     weights = place.weights()

@@ -53,7 +53,7 @@ class LotteryFolder:
                 f"{file.parent} was made with "
                 + ", ".join("another model" if key == "model" else f"{key}={there.get(key)!r}, not {settings.get(key)!r}" for key in other),
                 allowed="a new folder, or the settings and the initial weights the folder was made with",
-                fix="use another folder",
+                fix="use another folder, or remove this one",
             )
 
     def weights(self) -> dict[str, Tensor] | None:

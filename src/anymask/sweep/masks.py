@@ -164,7 +164,7 @@ class Masks:
         ticket: Ticket = lottery_ticket(
             model,
             sparsity=sparsity,
-            train=self.trainer(seed, folder=(folder := file.with_suffix(".rounds"))),
+            train=self.trainer(seed, folder=(folder := rounds_folder(file))),
             rewind_step=Duration.parse(REWIND).steps(total=steps) if "rewind_step" in row.needs else 0,
             rewinds=row.rewinds,
             seed=seed,
@@ -179,7 +179,7 @@ class Masks:
     def trainer(self, seed: int, *, folder: Path) -> Train:
         """What trains the rounds of a lottery ticket: the default recipe on the training images; one that stopped goes on."""
         train, _, _ = self.bench.batches(seed)
-        # Of the round that is not there yet; the folder of `anymask prune` knows nothing of data and protocol.
+        # Of the round that is not there yet. The settings in its name are of a time when such folders did not hold them.
         unfinished = folder / f"unfinished-{settings_id(self.bench.settings(seed))}.pt"
 
         def trainer(model: nn.Module, mask: Mask | None, first: int, last: int | None) -> None:
@@ -230,7 +230,16 @@ def digests(start: Start) -> dict[str, str]:
 
 def weights_file(mask_file: Path) -> Path:
     """Where the weights are that trainings of a mask begin with, where that is not the initialisation."""
-    return mask_file.with_suffix(".safetensors")
+    return _beside(mask_file, ".safetensors")
+
+
+def rounds_folder(mask_file: Path) -> Path:
+    """Where the finished rounds of a lottery ticket are until it is found."""
+    return _beside(mask_file, ".rounds")
+
+
+def _beside(mask_file: Path, ending: str) -> Path:
+    return mask_file.with_name(mask_file.name.removesuffix(".mask") + ending)  # with_suffix makes one of ticket-0.50 and ticket-0.60
 
 
 def file_name(mask: str, *, sparsity: float, seed: int, settings: str) -> str:

@@ -12,10 +12,12 @@ from anymask.config import Bench, Experiment
 from anymask.errors import SettingError
 from anymask.mask import Mask
 from anymask.pruning.methods import method_of
+from anymask.pruning.patterns import pattern
 from anymask.ranks import by_rank_0, leads, ranks
+from anymask.runlog import settings_id
 from anymask.sweep.claims import claimed
 from anymask.sweep.compare import Cell, Grid, Runner, Trained, Watcher
-from anymask.sweep.masks import DENSE, Masks, check_mask, file_sparsity, is_dynamic, is_mask_file, weights_file
+from anymask.sweep.masks import DENSE, Masks, check_mask, file_sparsity, is_dynamic, is_mask_file, rounds_folder, weights_file
 from anymask.sweep.teachers import write_weights
 from anymask.techniques.refitting import reconstruct
 from anymask.train import Computing, Protocol, accuracy
@@ -54,8 +56,8 @@ def train_one(
         watcher: told of progress.
 
     Raises:
-        SettingError: when `folder` holds a training that is not to be resumed, one of other settings, or one that another process is at, or
-            sparse="on" cannot be.
+        SettingError: when `folder` holds a training that is not to be resumed, one of other settings, one that another process is at, or
+            weights or a mask of none, or sparse="on" cannot be.
     """
     Grid(masks=() if cell.mask == DENSE else (cell.mask,), sparsity=(cell.sparsity,), recipes=(cell.recipe,))  # checks the names
     bench = Bench(experiment or Experiment(), protocol or Protocol())
@@ -89,16 +91,19 @@ def _keep(done: Trained, runner: Runner) -> None:
 def cell_of(mask: str, *, sparsity: float | None, recipe: str | None, seed: int) -> Cell:
     """The training of `mask` (a method, a mask file or "dense"); what is None is as it is where nothing is told.
 
-    A file knows its sparsity, a method takes 0.98; the recipe is "best", or "default" for "dense".
+    A file knows its sparsity, and so does an N:M pattern; other methods take 0.98. The recipe is "best", or "default" for "dense".
 
     Raises:
-        SettingError: when a sparsity is given for a mask file or a dense network.
+        UnknownName, SettingError: for a mask that there is not, and a sparsity that is given for a mask file or a dense network.
     """
     if recipe is None:
         recipe = "default" if mask == DENSE else "best"
     fixed = 0.0 if mask == DENSE else file_sparsity(mask) if is_mask_file(mask) else None
     if fixed is None:
-        return Cell(mask, 0.98 if sparsity is None else sparsity, recipe, seed)
+        check_mask(mask)
+        density = None if is_dynamic(mask) else pattern(method_of(mask).pattern).density
+        usual = 0.98 if density is None else 1 - density
+        return Cell(mask, usual if sparsity is None else sparsity, recipe, seed)
     if sparsity is not None:
         raise SettingError(
             f"sparsity came as {sparsity} with mask {mask}",
@@ -121,7 +126,15 @@ def _check_folder(runner: Runner, cell: Cell, name: str, *, finished: Mapping[st
     """Refuse a folder whose training would be mixed with this one."""
     unfinished = [path.stem for path in (runner.folder / "unfinished").glob("*.pt")]
     if not finished and not unfinished:
-        if resume and not (runner.folder / "unfinished").exists():  # which may hold rounds of a ticket, or of a teacher
+        if (runner.folder / "unfinished").exists():  # which may hold rounds of a ticket, or of a teacher
+            return
+        if others := [file for file in ("model.safetensors", "mask.mask") if (runner.folder / file).exists()]:
+            raise SettingError(
+                f"{runner.folder} holds {' and '.join(others)} of no training here, which this one would replace",
+                allowed="a new folder",
+                fix="choose another --out",
+            )
+        if resume:
             warnings.warn(f"{runner.folder} holds nothing yet: beginning anew", stacklevel=2)
         return
     what = "a finished training" if finished else "a training that was stopped"
@@ -129,11 +142,13 @@ def _check_folder(runner: Runner, cell: Cell, name: str, *, finished: Mapping[st
         fix = "choose another --out" if finished else "add --resume to go on with it, or choose another --out"
         raise SettingError(f"{runner.folder} holds {what}", allowed="a new folder, or --resume", fix=fix)
     if name not in finished and name not in unfinished:
-        there: dict[str, Any] = next((row["settings"] for row in finished.values()), {})
-        here = runner.settings(cell)
-        other = ", ".join(f"{key} {there.get(key)!r} there, {here[key]!r} here" for key in here if there and there.get(key) != here[key])
+        row: Mapping[str, Any] = next(iter(finished.values()), {})
+        there, here = row.get("settings", {}), runner.settings(cell)
+        other = [f"{key} {there.get(key)!r} there, {here[key]!r} here" for key in here if there and there.get(key) != here[key]]
+        if there.get("recipe") == cell.recipe and settings_id({**here, "techniques": row.get("techniques")}) != name:
+            other.append(f"what is in the recipe {cell.recipe} has changed")
         raise SettingError(
-            f"{runner.folder} holds {what} with other settings" + (f": {other}" if other else ""),
+            f"{runner.folder} holds {what} with other settings" + (f": {', '.join(other)}" if other else ""),
             allowed="the settings, data and version of anymask that it was begun with",
             fix="give those, or choose another --out",
         )
@@ -148,6 +163,7 @@ def prune_to(
     experiment: Experiment | None = None,
     protocol: Protocol | None = None,
     refit: str | Path | None = None,
+    force: bool = False,
     **how: Any,
 ) -> tuple[Mask, dict[str, float]]:
     """Write the mask that `compare` makes for `seed` to `out`: by `method`, on the initialisation of that seed or on weights.
@@ -158,6 +174,7 @@ def prune_to(
 
     Args:
         refit: where to write the network of the experiment's weights, pruned by the mask and refitted (`anymask.reconstruct`).
+        force: replace files that are there; never the experiment's weights.
         how: other settings of `anymask.prune`: rounds, exclude, floor ...
 
     Returns:
@@ -165,8 +182,8 @@ def prune_to(
 
     Raises:
         UnknownName: for a method that is not in `METHODS`.
-        SettingError: for a sparsity out of range, a method whose mask moves, an `out` that is the place of what lies beside a ticket, or
-            `refit` without weights.
+        SettingError: for a sparsity out of range, a method whose mask moves, files that are there where there is no `force`,
+            weights that would be replaced, rounds of other settings, or `refit` without weights.
     """
     if is_dynamic(method):
         raise SettingError(
@@ -175,32 +192,33 @@ def prune_to(
             fix=f"`anymask train --mask {method} --out DIR` ends with its mask in DIR/mask.mask",
         )
     check_mask(method, sparsity=sparsity)
-    out = Path(out)
-    _check_out(out, method)
+    out, row = Path(out), method_of(method)
+    written = [out, *([weights_file(out)] if "rewind_step" in row.needs or not row.rewinds else [])]
+    for path in (*written, *([] if refit is None else [Path(refit)])):
+        if path.exists() and not force:
+            raise SettingError(f"{path} is there already", allowed="a new file", fix="choose another, or add --force to replace it")
     out.parent.mkdir(parents=True, exist_ok=True)  # fails now, not after the work
     bench = Bench(experiment or Experiment(), protocol or Protocol())
+    _check_written(written, bench.checkpoint(seed))
     if refit is not None:
-        started = [weights_file(out)] if "train" in method_of(method).needs else []  # which a ticket may start from
-        _check_refit(Path(refit), [out, *started], bench.checkpoint(seed))
+        _check_refit(Path(refit), written, bench.checkpoint(seed))
+    if "train" in row.needs:
+        how["training"] = bench.settings(seed)  # which the names of folders in a run folder have
     masks = Masks(bench, lambda *_: out)
     mask = masks.make(method, sparsity=sparsity, seed=seed, model=bench.model(seed), **how)
     accuracies = {} if refit is None else _refit_to(Path(refit), mask, bench, seed)
     mask.save(out)
-    shutil.rmtree(out.with_suffix(".rounds"), ignore_errors=True)
+    if "train" in row.needs:
+        shutil.rmtree(rounds_folder(out), ignore_errors=True)
     return mask, accuracies
 
 
-def _check_out(out: Path, method: str) -> None:
-    """Refuse the place of what lies beside a ticket: one of the two would be written over, after all the training."""
-    row = method_of(method)
-    beside = {out.with_suffix(".rounds")} if "train" in row.needs else set()
-    if "rewind_step" in row.needs or not row.rewinds:
-        beside.add(weights_file(out))
-    if out in beside:
+def _check_written(written: list[Path], checkpoint: Path | None) -> None:
+    if checkpoint is not None and checkpoint.resolve() in {path.resolve() for path in written}:
         raise SettingError(
-            f"out came as {out}, where {method} keeps " + ("the weights of its ticket" if out == weights_file(out) else "its rounds"),
-            allowed="a file that ends otherwise",
-            fix=f"choose another --out, {out.with_suffix('.mask')} say",
+            f"out came as {written[0]}, which would replace {checkpoint}, the weights that this begins with",
+            allowed="a mask file elsewhere; the weights of a ticket are beside it, under its name",
+            fix="choose another --out",
         )
 
 
