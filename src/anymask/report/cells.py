@@ -76,14 +76,14 @@ def cells(rows: Iterable[Row]) -> list[Cell]:
     shared: dict[str, dict[str, Any]] = {}
     runs: dict[str, dict[tuple[str, Any], Row]] = {}
     for row in latest(rows):
-        settings = {key: value for key, value in row["settings"].items() if key not in _of_a_run(row["settings"])}
+        settings = {key: value for key, value in row["settings"].items() if key not in of_a_run(row["settings"])}
         key = settings_id(settings)
         shared[key] = settings
         runs.setdefault(key, {})[row["settings"]["recipe"], row["settings"]["seed"]] = row
     return [Cell(shared[key], runs[key]) for key in sorted(shared, key=lambda key: (*_place(shared[key]), key))]
 
 
-def _of_a_run(settings: Mapping[str, Any]) -> tuple[str, ...]:
+def of_a_run(settings: Mapping[str, Any]) -> tuple[str, ...]:
     """What runs of one cell may differ in: their seeds may have checkpoints of their own to begin with."""
     return ("recipe", "seed", "weights_hash") if "{seed}" in str(settings.get("weights")) else ("recipe", "seed")
 

@@ -224,7 +224,11 @@ class Runner:
 
     def name(self, cell: Cell) -> str:
         """The id of the row of `cell`; equal for equal settings."""
-        return settings_id({**self.settings(cell), "techniques": variant(cell.recipe).recipe.settings()})
+        return settings_id(self.named_by(cell))
+
+    def named_by(self, cell: Cell) -> dict[str, Any]:
+        """All that the id of the row of `cell` is made of."""
+        return {**self.settings(cell), "techniques": variant(cell.recipe).recipe.settings()}
 
     def settings(self, cell: Cell) -> dict[str, Any]:
         """What decides the numbers of `cell`, apart from what its recipe's name stands for."""
