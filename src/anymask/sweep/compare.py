@@ -22,6 +22,7 @@ import anymask
 from anymask.config import Bench, Experiment
 from anymask.connectivity import reachable
 from anymask.errors import SettingError
+from anymask.formats.opening import files_of
 from anymask.mask import Mask
 from anymask.ranks import by_rank_0, leads, ranks
 from anymask.runlog import Ledger, file_hash, processor, settings_id
@@ -232,7 +233,7 @@ class Runner:
 
     def settings(self, cell: Cell) -> dict[str, Any]:
         """What decides the numbers of `cell`, apart from what its recipe's name stands for."""
-        file = {"mask_hash": file_hash(cell.mask)} if is_mask_file(cell.mask) else {}
+        file = {"mask_hash": file_hash(*files_of(Path(cell.mask)))} if is_mask_file(cell.mask) else {}
         here = {"mask": cell.mask, "sparsity": cell.sparsity, "recipe": cell.recipe, "seed": cell.seed}
         return {**self.bench.settings(cell.seed), **here, **file}
 
