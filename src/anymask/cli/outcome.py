@@ -15,6 +15,7 @@ from anymask.report import table, write_page
 from anymask.report.cells import Row, newest
 from anymask.report.table import Table
 from anymask.runlog import Ledger, atomic
+from anymask.sweep.study import REPORT, STUDY
 
 LEDGER, FAILURES = "ledger.jsonl", "failures.jsonl"
 
@@ -55,7 +56,15 @@ def write_files(rows: Sequence[Row], text: str, folder: Path, *, baseline: str, 
 
 
 def ledger_of(path: Path) -> Ledger | None:
-    """The ledger that `path`, a run folder or the file itself, stands for; None when it is another file."""
+    """The ledger that `path`, a run folder or the file itself, stands for; None when it is another file.
+
+    Raises:
+        SettingError: for the folder of a study, whose ledgers lie within.
+    """
+    if (path / STUDY).is_file() and not (path / LEDGER).is_file():
+        confirmed = f"name {path / 'confirm'}, or read {path / REPORT}"
+        fix = confirmed if (path / REPORT).is_file() else "call this again when the study is finished"
+        raise SettingError(f"{path} came as a run folder", allowed="a folder of trainings; this is a study's", fix=fix)
     if path.is_dir():
         return Ledger(path / LEDGER)
     return Ledger(path) if path.suffix == ".jsonl" else None
