@@ -112,6 +112,21 @@ def test_inspect_shows_the_table_of_a_run_folder_and_of_its_ledger(finished, any
     assert anymask("inspect", folder).out == anymask("inspect", folder / "ledger.jsonl").out == out
 
 
+def test_a_baseline_that_was_not_run_and_a_table_of_somebody_else_are_told_before_anything_is_written(finished, anymask, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(finished[0] / "ledger.jsonl", folder)
+    (folder / "table.md").write_text("before")
+    said = anymask("inspect", folder, "--page", "--baseline", "defualt")
+    assert (said.code, said.out) == (2, "")
+    assert "unknown recipe in these ledgers: 'defualt'" in said.err
+    (folder / "ledger.jsonl").unlink()
+    said = anymask("compare", "--out", folder)
+    assert (said.code, said.out) == (2, "")
+    assert f"{folder / 'table.md'} is there already" in said.err
+    assert (folder / "table.md").read_text() == "before"
+
+
 def test_prune_saves_the_mask_that_compare_uses(finished, anymask, small, tmp_path):
     out = tmp_path / "new" / "snip.mask"
     said = anymask("prune", "snip", "--sparsity", "0.9", "--seed", "1", "--out", out, *small)

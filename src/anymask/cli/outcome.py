@@ -17,7 +17,7 @@ from anymask.report.table import Table
 from anymask.runlog import Ledger, atomic
 from anymask.sweep.study import REPORT, STUDY
 
-LEDGER, FAILURES = "ledger.jsonl", "failures.jsonl"
+LEDGER, FAILURES, TABLE, PAGE = "ledger.jsonl", "failures.jsonl", "table.md", "report.html"
 
 
 def show_table(ledger: Ledger, *, baseline: str) -> None:
@@ -44,15 +44,15 @@ def write_outcome(ledger: Ledger, *, baseline: str) -> None:
 
 def write_files(rows: Sequence[Row], text: str, folder: Path, *, baseline: str, first: Mapping[str, Sequence[Table]] | None = None) -> None:
     """Write `text` to table.md and the page to report.html in `folder`, and say where; without plotly, what to install."""
-    with atomic(folder / "table.md", "w") as file:
+    with atomic(folder / TABLE, "w") as file:
         file.write(text)
-    print(f"Table: {folder / 'table.md'}", file=sys.stderr)
+    print(f"Table: {folder / TABLE}", file=sys.stderr)
     try:
-        write_page(rows, folder / "report.html", title=f"anymask: {folder.resolve().name}", baseline=baseline, first=first)
+        write_page(rows, folder / PAGE, title=f"anymask: {folder.resolve().name}", baseline=baseline, first=first)
     except AnymaskError as error:
         print(explain(error), file=sys.stderr)
     else:
-        print(f"Page:  {folder / 'report.html'}", file=sys.stderr)
+        print(f"Page:  {folder / PAGE}", file=sys.stderr)
 
 
 def ledger_of(path: Path) -> Ledger | None:
