@@ -15,6 +15,7 @@ from anymask import data, models
 from anymask.data import Augment, Batches, Dataset
 from anymask.errors import FileFormatError, MissingFile, SettingError
 from anymask.formats import load_weights
+from anymask.formats.opening import files_of
 from anymask.formats.reading import load_into
 from anymask.onednn import memory_format
 from anymask.pruning.budget import seed_of
@@ -172,10 +173,10 @@ class Bench:
         return {**here, **begun, **self.protocol.plain(), **untested}
 
     def _hash_of(self, checkpoint: Path) -> str:
-        stat = _there(checkpoint).stat()
-        now = checkpoint, stat.st_mtime_ns, stat.st_size
+        files = files_of(_there(checkpoint))
+        now = tuple((file, (stat := file.stat()).st_mtime_ns, stat.st_size) for file in files)
         if now not in self._hashes:
-            self._hashes[now] = file_hash(checkpoint)
+            self._hashes[now] = file_hash(*files)
         return self._hashes[now]
 
     def _load(self, download: bool) -> Dataset:

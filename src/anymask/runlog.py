@@ -72,9 +72,12 @@ def settings_id(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def file_hash(path: str | os.PathLike[str]) -> str:
-    """What tells two files of the same name apart."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+def file_hash(*paths: str | os.PathLike[str]) -> str:
+    """What tells two files of the same name apart, or two checkpoints of several files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()[:12]
 
 
 class Ledger:

@@ -23,7 +23,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     text = path.read_bytes()
     try:
-        return loads(text.decode("utf-8"))
+        return loads(text.decode("utf-8-sig"))  # some editors begin a file with a mark of UTF-8
     except ValueError as error:  # damaged TOML and text that is not UTF-8
         why = str(error).splitlines()[0]
         raise FileFormatError(f"{path} cannot be read ({why})", allowed="whole TOML, in UTF-8", fix="mend that line") from error

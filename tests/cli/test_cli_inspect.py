@@ -176,6 +176,15 @@ def test_the_page_lies_beside_the_first_mask_or_where_it_is_told(anymask, here):
     assert (here / "new" / "my.html").is_file()
 
 
+def test_a_page_that_is_there_is_only_replaced_when_told_so(anymask, here):
+    (here / "one.html").write_text("mine")
+    for words in (["one.mask", "--page"], ["two.mask", "--out", "one.html"]):
+        check(anymask("inspect", *words), "one.html is there already", "--force")
+    assert (here / "one.html").read_text() == "mine"
+    assert anymask("inspect", "one.mask", "--page", "--force").code == 0
+    assert (here / "one.html").read_text() != "mine"
+
+
 def test_without_plotly_the_masks_are_shown_and_what_to_install_is_said(anymask, here, monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     said = anymask("inspect", "one.mask", "--page")

@@ -31,6 +31,8 @@ def test_a_toml_and_a_yaml_file_of_the_same_settings_are_equal(plan):
         ["dense, default, seed 0", *(f"snip 0.9, {recipe}, seed 0" for recipe in ("default", "tost", "best"))],
         "4 of 4 trainings would run, 5 epochs each.",
     )
+    marked = "\ufeff"  # as some editors begin a file
+    assert plan("a.toml", GRID) == plan("a.toml", marked + GRID) == plan("a.yaml", marked + yaml)
 
 
 def test_the_home_folder_is_meant_where_no_shell_says_so(anymask, tmp_path, monkeypatch):

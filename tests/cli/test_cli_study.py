@@ -32,6 +32,8 @@ def test_a_study_shows_its_report_and_where_the_winner_is(anymask, file, tmp_pat
     assert lines[-1] == f"Report: {out / 'study.md'}"
     report = anymask("report", out / "confirm", "--baseline", _baseline(out))
     assert report.code == 0, report.err
+    for command in ("report", "inspect"):
+        assert f"name {out / 'confirm'}, or read {out / 'study.md'}" in anymask(command, out).err
     assert "confirmation's" in anymask("report", out / "tune", "--baseline", _baseline(out)).err
     trained = anymask(
         "train", "--mask", "random", "--recipe", out / "winner.toml", "--epochs", "1", "--out", tmp_path / "best", *small_of(file)

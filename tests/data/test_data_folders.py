@@ -49,6 +49,15 @@ def test_a_fifth_of_every_class_is_held_out_where_there_is_no_test(tmp_path, tra
     assert data.test.images.tolist() == again.test.images.tolist()
 
 
+@pytest.mark.parametrize(("used", "held"), [([], ", and 20% of train are held out as test images"), (["val"], "")])
+def test_folders_beside_train_that_are_not_used_are_told(tmp_path, recwarn, used, held):
+    for number, part in enumerate(("train", "Test", "eval", *used)):
+        write_classes(tmp_path / part, each=10, last=number)
+    (tmp_path / "runs" / "1").mkdir(parents=True)  # holds no class
+    load("folder", dir=tmp_path)
+    assert [str(warning.message).partition(";")[0] for warning in recwarn] == [f"Test, eval in {tmp_path} are not used{held}"]
+
+
 def test_a_test_class_that_has_no_training_images_is_refused(tmp_path):
     write_classes(tmp_path / "train")
     write_classes(tmp_path / "test", classes=("ant", "wasp"))

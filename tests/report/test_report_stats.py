@@ -200,3 +200,20 @@ def test_settings_that_cannot_be_put_in_order_are_refused(wrong, says):
     row = made_row("snip", "default", 0, 0.8)
     with pytest.raises(FileFormatError, match=rf"row 2 has {says}.*a share of zeros, and a whole number"):
         paired([row, {**row, "id": "b", "settings": row["settings"] | wrong}])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({name: "abc"} for name in ("settings", "accuracy", "techniques", "versions", "machine", "density", "curves", "time")),
+        {"id": ["a"]},
+        {"techniques": [{"x": 1}]},
+        {"techniques": 3},
+        *({"settings": {key: value}} for key, value in (("recipe", 3), ("sparsity", math.nan), ("sparsity", math.inf), ("seed", 0.5))),
+    ],
+)
+def test_values_of_other_kinds_are_refused_and_named(wrong):
+    row = made_row("snip", "default", 0, 0.8)
+    ((name, value),) = wrong.items()
+    with pytest.raises(FileFormatError, match=rf"row 2 has {'settings.' if isinstance(value, dict) else name}"):
+        paired([row, {**row, "id": "b", name: row["settings"] | value if isinstance(value, dict) else value}])

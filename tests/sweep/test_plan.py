@@ -26,6 +26,7 @@ def test_one_value_stands_for_a_list_of_one_and_what_is_left_out_is_as_compare_h
     assert (plan.retries, part.grid.masks, part.grid.sparsity, part.grid.recipes) == (1, ("snip",), (0.0,), ("default", "tost", "best"))
     assert (part.experiment.data, part.experiment.model, part.seeds) == ("fashion-mnist-5k", "demonet", (0, 1, 2))
     assert part.protocol == Protocol()
+    assert read(tmp_path, '\ufeff[[block]]\nmasks = "snip"\nsparsity = 0\n') == plan  # as some editors begin a file
 
 
 def test_a_block_has_its_own_protocol_over_the_shared_one_or_another_preset_instead_of_it(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A study: real searches with tiny trainings. The halves are apart, and whatever stops it, it ends with the same winner."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -16,7 +17,7 @@ import pytest
 
 from anymask.data import load
 from anymask.data.apart import digests
-from anymask.errors import AnymaskError, SettingError, TechniqueError, UnknownName
+from anymask.errors import AnymaskError, FileFormatError, SettingError, TechniqueError, UnknownName
 from anymask.recipe import Recipe
 from anymask.runlog import Ledger
 from anymask.sweep import Cell, Studied, Watcher, read_study, study
@@ -304,6 +305,20 @@ def test_a_folder_belongs_to_one_study(file: Path, whole: Any, tmp_path: Path) -
     for pair in (("seeds = 3", "seeds = 4"), ("trials = 12", "trials = 13")):
         with pytest.raises(SettingError, match=r"holds a study with another .*whose winner is chosen.*choose another --out"):
             study(read_study(changed(file, tmp_path, pair)), folder)
+
+
+def test_a_study_with_plugins_goes_on_and_a_damaged_note_of_it_is_named(file: Path, whole: Any, tmp_path: Path) -> None:
+    shutil.copytree(whole[0], tmp_path / "run")
+    note, table = tmp_path / "run" / "study.json", json.loads((whole[0] / "study.json").read_text())
+    note.write_text(json.dumps({**table, "plugins": ["json"]}))
+    assert (
+        study(read_study(changed(file, tmp_path, ("[protocol]", 'plugins = ["json"]\n[protocol]'))), tmp_path / "run").winner
+        == whole[1].winner
+    )
+    for damage in ("", "{", "[3]", "3"):
+        note.write_text(damage)
+        with pytest.raises(FileFormatError, match=r"study\.json cannot be read"):
+            study(read_study(file), tmp_path / "run")
 
 
 def test_a_winner_that_was_changed_by_hand_is_not_confirmed(file: Path, whole: Any, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from anymask.config import Bench
 from anymask.errors import SettingError
-from anymask.runlog import Ledger
+from anymask.runlog import Ledger, settings_id
 from anymask.sweep import Cell, Outcome, Runner, Watcher, make_masks, read_plan, sweep, tasks
 from anymask.sweep.claims import claimed, make_once
 from anymask.sweep.masks import Masks
@@ -211,6 +211,7 @@ def test_what_fails_is_tried_again_at_the_end_and_then_reported_with_its_reason(
     assert log.why == [failed.reason] * (1 + retries)  # told at once
     lines = [json.loads(line) for line in (tmp_path / "run" / "failures.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [failed.task.name] * (1 + retries)
+    assert settings_id(lines[0]["settings"]) == failed.task.name
     assert lines[0]["type"] == "TechniqueError"
     assert "plan.toml" in lines[0]["block"]
     assert sweep(read_plan(path), tmp_path / "run", computing=DENSELY).failed[0].tries == 1 + retries  # a later sweep begins anew

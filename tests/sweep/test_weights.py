@@ -1,5 +1,6 @@
 """Trainings that begin with a trained network: which it is, what is made of it, and what is refused."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,18 @@ def test_another_file_at_the_same_path_is_another_training(place: Path, tmp_path
         bench = Bench(replace(experiment(place, ""), weights=tmp_path / "net.safetensors"), STILL)
         names.append(Runner(bench, tmp_path).name(Cell("magnitude", 0.5, "default", 0)))
     assert len(set(names)) == 2
+
+
+def test_other_shards_of_the_same_index_are_other_weights_and_another_mask(place: Path, tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(load_file(place / "net0.safetensors"), "shard.safetensors")}))
+    bench, plain = Bench(replace(experiment(place, ""), weights=index), STILL), Bench(replace(experiment(place, ""), weights=None), STILL)
+    hashes = []
+    for source in ("net0", "net1"):
+        (tmp_path / "shard.safetensors").write_bytes((place / f"{source}.safetensors").read_bytes())
+        begun, masked = bench.settings(0), Runner(plain, tmp_path).settings(Cell(str(index), 0.5, "default", 0))
+        hashes += [begun["weights_hash"], masked["mask_hash"]]
+    assert hashes[0] == hashes[1] != hashes[2] == hashes[3]
 
 
 def test_a_plan_has_it_in_a_block(place: Path, tmp_path: Path) -> None:

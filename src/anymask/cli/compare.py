@@ -7,12 +7,12 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from anymask import sweep
-from anymask.cli.outcome import LEDGER, for_many, show_table, write_outcome
+from anymask.cli.outcome import LEDGER, PAGE, TABLE, for_many, show_table, write_outcome
 from anymask.cli.progress import watching
 from anymask.cli.settings import EXPERIMENT, GRID, PROTOCOL, RUN, Compile, ConfigFile, Deterministic, Diagnose, Preset, Sparse
 from anymask.config import Bench, Experiment
 from anymask.errors import SettingError
-from anymask.ranks import leads
+from anymask.ranks import by_rank_0, leads
 from anymask.runlog import Ledger
 from anymask.sweep import Grid, Runner
 from anymask.sweep.masks import is_mask_file
@@ -43,6 +43,7 @@ def compare(
     if dry_run:
         return _show_plan(grid, Runner(Bench(experiment, protocol), out, computing))
     for_many(out)
+    by_rank_0(lambda: _check_tables(out))
     ledger, code = Ledger(out / LEDGER), 0
     try:
         with watching() as watcher:
@@ -56,6 +57,15 @@ def compare(
             show_table(ledger, baseline=grid.recipes[0])
             write_outcome(ledger, baseline=grid.recipes[0])
     return code
+
+
+def _check_tables(out: Path) -> None:
+    """Refuse a folder whose table or page is not that of a ledger beside it, which is written again each time."""
+    there = [out / name for name in (TABLE, PAGE) if (out / name).exists()]
+    if there and not (out / LEDGER).exists():
+        raise SettingError(
+            f"{there[0]} is there already, without a {LEDGER}", allowed="a run folder, or a new one", fix="choose another --out"
+        )
 
 
 def _show_plan(grid: Grid, runner: Runner) -> int:

@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
@@ -19,12 +19,15 @@ from anymask.errors import SettingError
 from anymask.formats.opening import file_in
 from anymask.mask import Mask
 from anymask.overlaps import Overlap, overlap, whole
+from anymask.registry import unknown
+from anymask.report.cells import latest, newest
 from anymask.report.mask_page import write_mask_page
 from anymask.report.seen import Seen
 from anymask.runlog import Ledger
 from anymask.sweep import look, look_at
 
 PAGE_SUFFIX = ".html"
+BASELINE = "default"
 CHANNELS = ("outputs", "inputs", "dead")
 WIDE, UNBOUNDED = 110, 160  # columns: of a terminal that has room for all, and of what is no terminal
 
@@ -44,7 +47,8 @@ def inspect(
     shape: Annotated[
         tuple[int, int, int] | None, Parameter(name="--input", group=RUN, help="Its input: channels, height and width, such as 3 32 32.")
     ] = None,
-    baseline: Annotated[str, Parameter(group=RUN, help="The recipe that others are compared with.")] = "default",
+    baseline: Annotated[str, Parameter(group=RUN, help="The recipe that others are compared with.")] = BASELINE,
+    force: Annotated[bool, Parameter(group=RUN, negative=(), help="Replace the page of masks if it is there.")] = False,
 ) -> int:
     """Show masks and run folders."""
     if not files:
@@ -52,6 +56,10 @@ def inspect(
     ledgers = {path: ledger for path in files if (ledger := _ledger(path)) is not None}
     paths = [path for path in files if path not in ledgers]
     _check_options(paths, out=out, model=model, shape=shape)
+    _check_baseline(ledgers.values(), baseline)
+    target = out or (paths[0].with_suffix(PAGE_SUFFIX) if page and paths else None)
+    if target is not None and target.exists() and not force:
+        raise SettingError(f"{target} is there already", allowed="a new file", fix="choose another --out, or add --force to replace it")
     seen = [look_at(path, name=name, model=model, shape=shape) for path, name in zip(paths, names_of(paths), strict=True)]
     shared = {(a.name, b.name): overlap(a.mask, b.mask) for a, b in combinations(seen, 2)}  # refuses before anything is shown
     for ledger in ledgers.values():
@@ -61,8 +69,8 @@ def inspect(
     for member in seen:
         _show(member)
     _show_shared([member.name for member in seen], shared)
-    if seen and (page or out):
-        _write_page(seen, out or paths[0].with_suffix(PAGE_SUFFIX))
+    if target is not None:
+        _write_page(seen, target)
     return 0
 
 
@@ -97,6 +105,14 @@ def _check_options(masks: Sequence[Path], *, out: Path | None, model: str | None
     twice = [str(path) for path, times in Counter(masks).items() if times > 1]
     if twice:
         raise SettingError(f"{twice[0]} came twice", allowed="each mask once", fix="leave one out")
+
+
+def _check_baseline(ledgers: Iterable[Ledger], baseline: str) -> None:
+    """Refuse a baseline that was named and is in none of these; many a run folder lacks `default`."""
+    every = [rows for ledger in ledgers if (rows := ledger.rows())]
+    recipes = {row["settings"]["recipe"] for rows in every for row in latest(rows)}
+    if recipes and baseline != BASELINE and not any(newest(rows, baseline) in recipes for rows in every):
+        raise unknown(baseline, sorted(recipes), what="recipe in these ledgers:")
 
 
 def _ledger(path: Path) -> Ledger | None:

@@ -15,8 +15,9 @@ from anymask.report import table, write_page
 from anymask.report.cells import Row, newest
 from anymask.report.table import Table
 from anymask.runlog import Ledger, atomic
+from anymask.sweep.study import REPORT, STUDY
 
-LEDGER, FAILURES = "ledger.jsonl", "failures.jsonl"
+LEDGER, FAILURES, TABLE, PAGE = "ledger.jsonl", "failures.jsonl", "table.md", "report.html"
 
 
 def show_table(ledger: Ledger, *, baseline: str) -> None:
@@ -43,19 +44,27 @@ def write_outcome(ledger: Ledger, *, baseline: str) -> None:
 
 def write_files(rows: Sequence[Row], text: str, folder: Path, *, baseline: str, first: Mapping[str, Sequence[Table]] | None = None) -> None:
     """Write `text` to table.md and the page to report.html in `folder`, and say where; without plotly, what to install."""
-    with atomic(folder / "table.md", "w") as file:
+    with atomic(folder / TABLE, "w") as file:
         file.write(text)
-    print(f"Table: {folder / 'table.md'}", file=sys.stderr)
+    print(f"Table: {folder / TABLE}", file=sys.stderr)
     try:
-        write_page(rows, folder / "report.html", title=f"anymask: {folder.resolve().name}", baseline=baseline, first=first)
+        write_page(rows, folder / PAGE, title=f"anymask: {folder.resolve().name}", baseline=baseline, first=first)
     except AnymaskError as error:
         print(explain(error), file=sys.stderr)
     else:
-        print(f"Page:  {folder / 'report.html'}", file=sys.stderr)
+        print(f"Page:  {folder / PAGE}", file=sys.stderr)
 
 
 def ledger_of(path: Path) -> Ledger | None:
-    """The ledger that `path`, a run folder or the file itself, stands for; None when it is another file."""
+    """The ledger that `path`, a run folder or the file itself, stands for; None when it is another file.
+
+    Raises:
+        SettingError: for the folder of a study, whose ledgers lie within.
+    """
+    if (path / STUDY).is_file() and not (path / LEDGER).is_file():
+        confirmed = f"name {path / 'confirm'}, or read {path / REPORT}"
+        fix = confirmed if (path / REPORT).is_file() else "call this again when the study is finished"
+        raise SettingError(f"{path} came as a run folder", allowed="a folder of trainings; this is a study's", fix=fix)
     if path.is_dir():
         return Ledger(path / LEDGER)
     return Ledger(path) if path.suffix == ".jsonl" else None

@@ -27,7 +27,7 @@ def report(
     rows = latest(row for ledger in found for row in _rows(ledger))
     failed = failed_table([row for ledger in found for row in _failures(ledger).rows()], rows)
     recipes = sorted({row["settings"]["recipe"] for row in rows})
-    if rows and baseline not in recipes and not any(line[0].endswith(f", {baseline}") for member in failed for line in member.lines):
+    if rows and baseline not in recipes and not any(f", {baseline} (" in f"{line[0]} (" for member in failed for line in member.lines):
         raise unknown(baseline, recipes, what="recipe in these ledgers:")
     first = {"Failed": failed, "Over all cells": overviews(rows, baseline=baseline)}
     text = "\n".join([*(markdown(tables) for tables in first.values() if tables), table(rows, baseline=baseline)])

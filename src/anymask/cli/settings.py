@@ -154,7 +154,7 @@ def load_table(path: Path) -> dict[str, Any]:
         raise SettingError(f"{path} came as a file of settings", allowed=", ".join(_PARSERS), fix="name the file by its format")
     text = path.read_bytes()
     try:
-        table = _PARSERS[path.suffix.lower()](text.decode("utf-8"))
+        table = _PARSERS[path.suffix.lower()](text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # damaged TOML and text that is not UTF-8 are ValueErrors
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileFormatError(f"{path} cannot be read ({why})", allowed="whole TOML or YAML, in UTF-8", fix="mend that line") from error

@@ -1,5 +1,6 @@
 """Data sets of image files: Tiny-ImageNet as published, and any folder with one folder a class."""
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,12 +34,24 @@ def read_folder(folder: Path) -> Dataset:
         unknown = [name for name in _classes(other) if name not in classes]
         if unknown:
             raise DataError(f"{other} has the classes {unknown}, {train} has not", allowed=f"the classes of {train}", fix="name both alike")
+    _tell_unused(folder, classes, [train, *others])
     held = [_split(other, classes) for other in others]
     found = Dataset("folder", classes, *([whole, *held] if held else split_validation(whole, share=HELD_OUT, seed=0)))
     for what, split in (("training", found.train), ("validation", found.validation)):
         if split is not None and (seen := int((~absent(digests(found.test), digests(split))).sum())):
             warnings.warn(f"{seen} of {len(found.test)} test images in {folder} are {what} images, too", stacklevel=2)
     return found
+
+
+def _tell_unused(folder: Path, classes: Sequence[str], used: Sequence[Path]) -> None:
+    """Warn of folders such as Test or eval beside train: their images are neither trained on nor tested with."""
+    if used[0] == folder:
+        return  # what lies in it are classes
+    beside = [path for path in folder.iterdir() if any(os.path.isdir(path / name) for name in classes)]  # False in lost+found, too
+    if unused := sorted(path.name for path in beside if not any(path.samefile(one) for one in used)):
+        instead = "" if used[1:] else f", and {HELD_OUT:.0%} of train are held out as test images"
+        words = f"{', '.join(unused)} in {folder} {'is' if len(unused) == 1 else 'are'} not used{instead}"
+        warnings.warn(f"{words}; the names that are used are test and {', '.join(_VALIDATION)}", stacklevel=3)
 
 
 def read_tiny_imagenet(folder: Path) -> Dataset:

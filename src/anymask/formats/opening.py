@@ -3,13 +3,13 @@
 import json
 import zipfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
-from anymask.errors import MissingFile
+from anymask.errors import AnymaskError, MissingFile
 from anymask.formats.arrays import read_arrays
 from anymask.formats.leaves import Contents, Leaf, Leaves
 from anymask.formats.packed import read_packed
@@ -73,6 +73,14 @@ def file_in(folder: Path) -> Path:
     raise MissingFile(f"no mask file at {folder}", allowed=f"a file, or a folder with {', '.join(IN_A_FOLDER)}", fix="name the file")
 
 
+def files_of(path: Path) -> list[Path]:
+    """All files that are read for `path`: of an index its shards, too."""
+    with suppress(AnymaskError), refusing(path):  # reading what is damaged tells it
+        if kind_of(path) == INDEX:
+            return [path, *(path.parent / shard for shard in sorted(set(_places(path).values())))]
+    return [path]
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[Contents]:
     """The tensors of a file of another project; they can be read inside the block.
@@ -108,16 +116,20 @@ def _safetensors(path: Path, stack: ExitStack) -> Leaves:
 
 def _sharded(path: Path, stack: ExitStack) -> Contents:
     """The checkpoint that the index `path` describes, as Hugging Face writes it: {"weight_map": {name: file}}."""
-    places: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
-    shards = {}
-    for shard in sorted(set(places.values())):
-        if Path(shard).name != shard:  # an index may not lead out of its folder
-            raise refusal(path, f"a shard at {shard!r}, which is no file beside it")
-        shards[shard] = _shard(path.parent / shard, stack)
+    places = _places(path)
+    shards = {shard: _shard(path.parent / shard, stack) for shard in sorted(set(places.values()))}
     lost = [name for name, shard in places.items() if (name,) not in shards[shard]]
     if lost:
         raise refusal(path, f"{len(lost)} tensors that its shards do not hold, such as {lost[0]}", fix="fetch the shards again")
     return Contents("safetensors", {(name,): shards[shard][name,] for name, shard in places.items()})
+
+
+def _places(path: Path) -> dict[str, str]:
+    places: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
+    for shard in places.values():
+        if Path(shard).name != shard:  # an index may not lead out of its folder
+            raise refusal(path, f"a shard at {shard!r}, which is no file beside it")
+    return places
 
 
 def _shard(path: Path, stack: ExitStack) -> Leaves:

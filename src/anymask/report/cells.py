@@ -1,6 +1,6 @@
 """Ledger rows sorted into cells: runs that share every setting but the recipe and the seed."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -10,6 +10,7 @@ from anymask.report.contents import told_apart
 from anymask.runlog import settings_id
 
 Row = Mapping[str, Any]
+TABLES = ("settings", "accuracy", "versions", "machine", "density", "curves", "time")  # of a row, where they are there
 NEEDED = ("data", "model", "mask", "sparsity", "recipe", "seed")
 
 
@@ -76,14 +77,14 @@ def cells(rows: Iterable[Row]) -> list[Cell]:
     shared: dict[str, dict[str, Any]] = {}
     runs: dict[str, dict[tuple[str, Any], Row]] = {}
     for row in latest(rows):
-        settings = {key: value for key, value in row["settings"].items() if key not in _of_a_run(row["settings"])}
+        settings = {key: value for key, value in row["settings"].items() if key not in of_a_run(row["settings"])}
         key = settings_id(settings)
         shared[key] = settings
         runs.setdefault(key, {})[row["settings"]["recipe"], row["settings"]["seed"]] = row
     return [Cell(shared[key], runs[key]) for key in sorted(shared, key=lambda key: (*_place(shared[key]), key))]
 
 
-def _of_a_run(settings: Mapping[str, Any]) -> tuple[str, ...]:
+def of_a_run(settings: Mapping[str, Any]) -> tuple[str, ...]:
     """What runs of one cell may differ in: their seeds may have checkpoints of their own to begin with."""
     return ("recipe", "seed", "weights_hash") if "{seed}" in str(settings.get("weights")) else ("recipe", "seed")
 
@@ -196,7 +197,18 @@ def _order(value: Any) -> tuple[int, float, str]:
     return (0, float(value), "") if isinstance(value, Real) else (1, 0.0, str(value))
 
 
+_FITS: Mapping[str, Callable[[Any], bool]] = {
+    "id": lambda value: isinstance(value, (str, int)),
+    "settings.recipe": lambda value: isinstance(value, str),
+    "settings.sparsity": lambda value: isinstance(value, Real) and 0 <= float(value) <= 1,
+    "settings.seed": lambda value: isinstance(value, Integral),
+    "techniques": lambda value: isinstance(value, Sequence) and all(isinstance(each, Mapping) and "name" in each for each in value),
+}
+
+
 def _check(number: int, row: Row) -> None:
+    """Refuse a row that this package did not write, as ledgers have that were made or merged by hand."""
+    _refuse(number, {name: row.get(name) for name in TABLES if not isinstance(row.get(name) or {}, Mapping)})
     settings: Mapping[str, Any] = row.get("settings") or {}
     test: Any = (row.get("accuracy") or {}).get("test")
     lacks = [f"settings.{name}" for name in NEEDED if name not in settings]
@@ -208,10 +220,16 @@ def _check(number: int, row: Row) -> None:
             allowed="rows that the trainer of anymask wrote",
             fix="remove that row, or give another ledger: of a study the confirmation's, since its tuning has no test accuracies",
         )
-    kinds = {"sparsity": Real, "seed": Integral}  # they are put in order
-    if odd := [f"settings.{name} {settings[name]!r}" for name, kind in kinds.items() if not isinstance(settings[name], kind)]:
-        raise FileFormatError(f"row {number} has {', '.join(odd)}", allowed="a share of zeros, and a whole number", fix="mend that row")
+    values = {**row, **{f"settings.{name}": value for name, value in settings.items()}, "techniques": row.get("techniques") or []}
+    _refuse(number, {name: values[name] for name, fits in _FITS.items() if not fits(values[name])})
     if not 0 <= test <= 1:  # NaN is not, either
         raise FileFormatError(
             f"row {number} has accuracy.test {test}", allowed="a share in [0, 1]", fix="remove that row; the same sweep trains it again"
         )
+
+
+def _refuse(number: int, odd: Mapping[str, Any]) -> None:
+    if odd:
+        allowed = "tables, a text for a recipe, a share of zeros, and a whole number for a seed, as the trainer of anymask writes them"
+        came = ", ".join(f"{name} {value!r:.60}" for name, value in odd.items())
+        raise FileFormatError(f"row {number} has {came}", allowed=allowed, fix="mend that row")

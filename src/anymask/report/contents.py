@@ -18,12 +18,12 @@ def told_apart(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     held: dict[str, dict[str, Contents]] = {}
     for row in rows:
         if row.get("techniques") is not None:
-            held.setdefault(row["settings"]["recipe"], {})[repr(row["techniques"])] = _contents(row["techniques"])
+            held.setdefault(row["settings"]["recipe"], {})[repr(row["techniques"])] = contents(row["techniques"])
     return [_named(row, list(held.get(row["settings"]["recipe"], {}).values())) for row in rows]
 
 
 def _named(row: Mapping[str, Any], several: Sequence[Contents]) -> Mapping[str, Any]:
-    if row.get("techniques") is None or not (words := ", ".join(_differing(_contents(row["techniques"]), several))):
+    if row.get("techniques") is None or not (words := ", ".join(_differing(contents(row["techniques"]), several))):
         return row
     return {**row, "settings": {**row["settings"], "recipe": f"{row['settings']['recipe']} ({words})"}}
 
@@ -39,14 +39,15 @@ def _differing(one: Contents, several: Sequence[Contents]) -> Iterator[str]:
                 yield f"{name}.{key}={settings.get(key)}"
 
 
-def _contents(techniques: Sequence[Mapping[str, Any]]) -> Contents:
-    return {each["name"]: dict(_flat(each)) for each in techniques}
+def contents(techniques: Sequence[Mapping[str, Any]]) -> Contents:
+    """The settings of each technique, by its name."""
+    return {each["name"]: dict(flat(each)) for each in techniques}
 
 
-def _flat(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def flat(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Its values by their dotted names."""
     for key, value in table.items():
         if isinstance(value, Mapping):
-            yield from ((f"{key}.{inner}", what) for inner, what in _flat(value))
+            yield from ((f"{key}.{inner}", what) for inner, what in flat(value))
         else:
             yield key, value

@@ -1,11 +1,13 @@
 """What failed: a recipe that diverges is not to vanish from a report, nor to be judged by the seeds that it survived without a word."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-from anymask.report.cells import Row
+from anymask.report.cells import Row, differing, of_a_run
+from anymask.report.contents import contents, flat
 from anymask.report.table import NONE, Table
 
-SURVIVORS = "What failed is in no average: those of a recipe that is here are over the seeds that finished alone."
+SURVIVORS = "What failed is in no average: where others with the same settings finished, it is over the seeds that finished alone."
 _LONGEST = 120  # characters of a reason
 
 
@@ -14,32 +16,54 @@ def failed_table(failures: Iterable[Row], rows: Sequence[Row]) -> list[Table]:
 
     Example:
         >>> said = {"type": "TechniqueError", "message": "the training loss became nan. Allowed: a finite loss. To do: lower lr."}
+        >>> said["settings"] = {"data": "d", "model": "m", "mask": "snip", "sparsity": 0.9, "recipe": "tost", "lr": 9}
         >>> failures = [{"id": str(seed), "training": f"d, m, snip 0.9, tost, seed {seed}", **said} for seed in (0, 0, 1, 2)]
-        >>> settings = {"data": "d", "model": "m", "mask": "snip", "sparsity": 0.9, "recipe": "tost", "seed": 2}
-        >>> [table] = failed_table(failures, [{"id": "2", "settings": settings}])
+        >>> [table] = failed_table(failures, [{"id": "2", "settings": said["settings"] | {"seed": 2}}])
         >>> table.lines
         [['d, m, snip 0.9, tost', '0, 1', '2', 'TechniqueError: the training loss became nan']]
     """
     done = {row["id"] for row in rows}
+    lost: dict[str, dict[str, Row]] = {}  # by a name that says neither learning rate nor epochs, and by id: the last of several tries
+    for row in failures:
+        if row["id"] not in done:
+            lost.setdefault(row["training"].rpartition(", seed ")[0], {})[row["id"]] = row
     seeds: dict[tuple[str, str, str], list[str]] = {}
-    blocks: dict[str, set[str]] = {}  # of a training's name, which says neither learning rate nor epochs
-    for row in {row["id"]: row for row in failures if row["id"] not in done}.values():  # the last of several tries
-        training, _, seed = row["training"].rpartition(", seed ")
-        block = row.get("block", "")
-        blocks.setdefault(training, set()).add(block)
-        seeds.setdefault((training, block, f"{row['type']}: {_short(row['message'])}"), []).append(seed)
-    lines = [
-        [what, ", ".join(members), _finished(what, rows), reason]
-        if len(blocks[what]) == 1
-        else [f"{what} ({block})", ", ".join(members), NONE, reason]
-        for (what, block, reason), members in seeds.items()
-    ]
+    for training, tried in lost.items():
+        # A row may have words behind the name of its recipe.
+        finished = [row for row in rows if f"{_training(row)} (".startswith(f"{training} (")]
+        for row in tried.values():
+            words, others = _beside(row, list(tried.values()), finished)
+            line = f"{training}{words}", others, f"{row['type']}: {_short(row['message'])}"
+            seeds.setdefault(line, []).append(_seed(row))
+    lines = [[what, ", ".join(members), others, reason] for (what, others, reason), members in seeds.items()]
     return [Table("Failed trainings", ["training", "seeds that failed", "that finished", "reason"], lines, [SURVIVORS])] if lines else []
 
 
-def _finished(training: str, rows: Sequence[Row]) -> str:
-    """The seeds of `training` that finished, whatever is told behind the name of its recipe."""
-    return ", ".join(str(row["settings"]["seed"]) for row in rows if f"{_training(row)} (".startswith(f"{training} (")) or NONE
+def _beside(row: Row, tried: Sequence[Row], finished: Sequence[Row]) -> tuple[str, str]:
+    """In what `row` differs from trainings of its name, and the seeds of those `finished` that differ from it in the seed alone."""
+    if "settings" in row:
+        every = [_shared(other) for other in (*tried, *finished) if "settings" in other]
+        return differing(_shared(row), every), _listed(other for other in finished if _shared(other) == _shared(row))
+    if len({other.get("block", "") for other in tried}) > 1:
+        return f" ({row.get('block', '')})", NONE
+    # A row of before failures said their settings: where a seed is there twice, some are of another learning rate, or the like.
+    each = [_seed(other) for other in tried] + [str(other["settings"]["seed"]) for other in finished]
+    return "", _listed(finished) if len(each) == len(set(each)) else NONE
+
+
+def _shared(row: Row) -> dict[str, Any]:
+    """What decides the numbers of `row` beside its seed and its recipe's name; of a failure it is all in its settings."""
+    settings = {"techniques": row.get("techniques"), **row["settings"]}
+    held = dict(flat(contents(settings.pop("techniques") or [])))
+    return {key: value for key, value in settings.items() if key not in of_a_run(settings)} | held
+
+
+def _listed(rows: Iterable[Row]) -> str:
+    return ", ".join(str(row["settings"]["seed"]) for row in rows) or NONE
+
+
+def _seed(failure: Row) -> str:
+    return str(failure["training"].rpartition(", seed ")[2])
 
 
 def _training(row: Row) -> str:

@@ -22,6 +22,7 @@ import anymask
 from anymask.config import Bench, Experiment
 from anymask.connectivity import reachable
 from anymask.errors import SettingError
+from anymask.formats.opening import files_of
 from anymask.mask import Mask, digest
 from anymask.pruning.budget import seed_of
 from anymask.ranks import by_rank_0, leads, ranks
@@ -228,11 +229,15 @@ class Runner:
 
     def name(self, cell: Cell) -> str:
         """The id of the row of `cell`; equal for equal settings."""
-        return settings_id({**self.settings(cell), "techniques": variant(cell.recipe).recipe.settings()})
+        return settings_id(self.named_by(cell))
+
+    def named_by(self, cell: Cell) -> dict[str, Any]:
+        """All that the id of the row of `cell` is made of."""
+        return {**self.settings(cell), "techniques": variant(cell.recipe).recipe.settings()}
 
     def settings(self, cell: Cell) -> dict[str, Any]:
         """What decides the numbers of `cell`, apart from what its recipe's name stands for."""
-        file = {"mask_hash": file_hash(cell.mask)} if is_mask_file(cell.mask) else {}
+        file = {"mask_hash": file_hash(*files_of(Path(cell.mask)))} if is_mask_file(cell.mask) else {}
         here = {"mask": cell.mask, "sparsity": cell.sparsity, "recipe": cell.recipe, "seed": cell.seed}
         return {**self.bench.settings(cell.seed), **here, **file}
 

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from anymask.config import Bench, Experiment
 from anymask.data import Dataset
 from anymask.errors import SettingError, naming
 from anymask.ranks import ranks
-from anymask.runlog import Ledger
+from anymask.runlog import Ledger, settings_id
 from anymask.sweep.claims import Busy, clear_halves
 from anymask.sweep.compare import Cell, Runner, Watcher, cells, now, once
 from anymask.sweep.hopeless import check_disk, check_gpu
@@ -51,6 +51,7 @@ class Task:
     name: str
     cell: Placed
     part: Part
+    settings: Mapping[str, Any] = field(compare=False, repr=False)  # what its name is the hash of
     mask: Path | None = None  # where the mask that it begins with is kept; None where it begins dense, or with a file of the user's
 
 
@@ -235,9 +236,10 @@ def make_masks(plan: Plan, folder: str | Path, computing: Computing | None = Non
 
 
 def _task(runner: Runner, part: Part, cell: Cell) -> Task:
-    where = {"data": part.experiment.data, "model": part.experiment.model, "task": runner.name(cell)}
+    settings = runner.named_by(cell)
+    where = {"data": part.experiment.data, "model": part.experiment.model, "task": settings_id(settings)}
     file = runner.masks.file(cell.mask, sparsity=cell.sparsity, seed=cell.seed)
-    return Task(where["task"], Placed(cell.mask, cell.sparsity, cell.recipe, cell.seed, **where), part, file)
+    return Task(where["task"], Placed(cell.mask, cell.sparsity, cell.recipe, cell.seed, **where), part, settings, file)
 
 
 class Benches:
@@ -355,7 +357,8 @@ class Worker:
     def note(self, task: Task, error: BaseException) -> str:
         """Remember that a try of `task` failed; why."""
         reason = {"type": type(error).__name__, "message": str(error)}
-        self.failures.append({"id": task.name, "training": str(task.cell), "block": task.part.block, **reason, "time": now()})
+        what = {"training": str(task.cell), "block": task.part.block, "settings": task.settings}
+        self.failures.append({"id": task.name, **what, **reason, "time": now()})
         return f"{type(error).__name__}: {error}"
 
     def failed(self) -> Mapping[str, list[str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from anymask.errors import AnymaskError, SettingError, TechniqueError
+from anymask.errors import AnymaskError, FileFormatError, SettingError, TechniqueError
 from anymask.report import failed_table, markdown, overviews, table
 from anymask.runlog import Ledger, atomic, settings_id
 from anymask.sweep.claims import claimed
@@ -102,7 +102,11 @@ def _same_study(wanted: Study, folder: Path) -> None:
     """Refuse a folder of other settings; before there is a winner, more trials are welcome."""
     if not (folder / STUDY).exists():
         return
-    there = json.loads((folder / STUDY).read_text())
+    try:
+        there = dict(json.loads((folder / STUDY).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        fix = "remove it if the study is as it was, or choose another --out"
+        raise FileFormatError(f"{folder / STUDY} cannot be read ({error})", allowed="the study that was begun here", fix=fix) from error
     open_ = () if (folder / WINNER).exists() else ("trials",)
     names = sorted({*there, *wanted.table} - {"about"})
     differing = [name for name in names if _settled(there.get(name), open_) != _settled(wanted.table.get(name), open_)]
@@ -114,8 +118,8 @@ def _same_study(wanted: Study, folder: Path) -> None:
         )
 
 
-def _settled(table: Mapping[str, Any] | None, left_out: Sequence[str]) -> dict[str, Any]:
-    return {key: value for key, value in (table or {}).items() if key not in left_out}
+def _settled(value: Any, left_out: Sequence[str]) -> Any:
+    return {key: inner for key, inner in value.items() if key not in left_out} if isinstance(value, Mapping) else value
 
 
 def _optuna() -> Any:
