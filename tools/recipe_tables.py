@@ -294,10 +294,10 @@ def which() -> str:
         f"- **If you have a trained dense network, use it as a teacher** (`best-slow`). {_all('best-slow', 'default')} {_behind()} "
         f"**Without one**, more epochs give more for less: {longer()}",
         f"- **Tune the learning rate of the baseline first.** Of 0.1, 0.2, 0.4 and 0.8, `default` does best at 0.4 on the tuning images, "
-        f"four times the protocol's rate (on a ResNet-18 0.8 is as good; [lab.md](lab.md)). That is a part of what recipes gain. `default` "
-        f"at 0.4 against `default`: {_all(TUNED, 'default')} `best` (at the protocol's rate) against `default` at 0.4: {_all('best', TUNED)} "
-        f"`tost` against it: {_all('tost', TUNED)} `best-slow` against it: {_all('best-slow', TUNED)} On others, `best` against `default` "
-        f"at 0.4: {_others('best', TUNED)}",
+        f"four times the protocol's rate (on a ResNet-18 0.8 is as good; [lab.md](lab.md)). That is a part of what recipes gain. "
+        f"`default` at 0.4 against `default`: {_all(TUNED, 'default')} "
+        f"`best` (at the protocol's rate) against `default` at 0.4: {_all('best', TUNED)} `tost` against it: {_all('tost', TUNED)} "
+        f"`best-slow` against it: {_all('best-slow', TUNED)} On others, `best` against `default` at 0.4: {_others('best', TUNED)}",
         f"- **Other networks, images and lengths**, against `default`: {_others('best')}",
         f"- **On a small network that fits its images no gain was measurable**: on Fashion-MNIST-5k `tost` won {wins.count('won')}, "
         f"tied {wins.count('tied')} and lost {wins.count('lost')} of {len(wins)} masks and sparsities.",
