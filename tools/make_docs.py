@@ -179,6 +179,7 @@ def costs() -> dict[tuple[str, float], dict]:
 
 PARTS: dict[str, Callable[[], str]] = {
     "methods-table": lambda: method_tables.methods(ledger("methods"), costs()),
+    "methods-luck": lambda: method_tables.luck(ledger("methods")),
     "growth": lambda: method_tables.growth(json.loads((ROOT / "results" / "methods.json").read_text())["results"]),
     "moving-default": lambda: method_tables.moving(ledger("methods"), recipe="default", against="default"),
     "moving-tost": lambda: method_tables.moving(ledger("methods"), recipe="tost", against="tost"),

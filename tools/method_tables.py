@@ -7,11 +7,20 @@ from typing import Any
 from tables import table
 
 from anymask.report.cells import Cell, cells, percent
-from anymask.report.stats import compare
+from anymask.report.stats import compare, paired
 from anymask.report.table import grid, interval, spread
 
 HEADER = ("sparsity", "mask", "seconds", "MiB", "effective sparsity", "default", "tost", "tost - default, points [95% CI]", "n")
 STATIC = "random-erk"
+
+
+def luck(rows: list[dict]) -> str:
+    """One sentence: how many intervals of `tost` - `default` lie to one side of 0."""
+    found = [comparison.verdict for comparison in paired(rows) if comparison.recipe == "tost"]
+    return (
+        f"Of {len(found)} masks and sparsities, the interval of `tost` - `default` lies above 0 in {found.count('won')} and below 0 in "
+        f"{found.count('lost')}; by luck alone about {0.05 * len(found):.0f} would not hold it.\n"
+    )
 
 
 def methods(rows: list[dict], costs: Mapping[tuple[str, float], Mapping[str, Any]]) -> str:

@@ -441,6 +441,13 @@ def long_short() -> str:
     return f"{_with_interval(found)} points at 98% over 1 mask, n = {found.n}"
 
 
+def bounded_steps() -> str:
+    """What `density_lr`, bounded, adds to `best` where weights settle: the largest weight decay of results/long."""
+    every = (c for c in paired(ledger("long"), baseline="best:-density_lr") if c.recipe == "best" and c.n)
+    found = max(every, key=lambda c: float(c.settings["weight_decay"]))
+    return f"`best` - `best:-density_lr`, c of about 2: {_with_interval(found)} points, n = {found.n}.\n"
+
+
 def kept_decay() -> str:
     """What `best` lost in 15 epochs where the weight decay was divided by c."""
     rows = [row for row in ledger("best") if row["settings"]["recipe"] == "best"]
@@ -466,6 +473,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "ghosts-reported": ghosts_reported,
     "ticket": ticket,
     "long": long,
+    "bounded-steps": bounded_steps,
     "kept-decay": kept_decay,
     **{f"alone-{name.replace('_', '-')}": partial(alone, name) for name in TECHNIQUES},
 }
