@@ -1,6 +1,5 @@
-"""Imports go down only, and optional packages are imported where they are used: one module each, inside a function."""
+"""Imports go down only, and an optional package is imported in one module; that it is inside a function ruff sees (TID253)."""
 
-import ast
 import shutil
 import subprocess
 import sys
@@ -12,22 +11,6 @@ import anymask
 
 SOURCE = Path(anymask.__file__).parent
 PROJECT = Path(__file__).parents[1]
-OPTIONAL = {  # package: the one module that may import it
-    "plotly": "report/page.py",
-    "PIL": "data/images.py",
-    "pooch": "data/download.py",
-    "msgpack": "formats/packed.py",
-    "torch.utils.tensorboard": "train/loop.py",
-    "tensorboard": None,
-    "lightning": "integrations/lightning.py!",  # whose class is one of theirs, so at the top
-    "pytorch_lightning": None,
-    "transformers": "integrations/transformers.py!",
-    "torchvision": None,
-    "onnx": "shipping/onnxfile.py",
-    "onnxscript": "shipping/onnxfile.py",
-    "onnxruntime": "shipping/onnxfile.py",
-    "ray": "sweep/on_ray.py",
-}
 
 
 def lint(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -68,40 +51,3 @@ def test_a_broken_layer_is_reported(copied, file, text, says):
     said = lint(copied)
     assert said.returncode == 1, said.stdout + said.stderr
     assert says in " ".join(said.stdout.split())
-
-
-# -- optional packages -------------------------------------------------------------------------------------------------
-
-
-def imported(nodes: list[ast.AST]) -> set[str]:
-    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
-
-
-def is_of(name: str, package: str) -> bool:
-    return name == package or name.startswith(package + ".")
-
-
-def where(package: str, source: Path) -> list[str]:
-    """The files that import `package`, with "!" after the name of one that does so outside its functions."""
-    found = []
-    for file in sorted(source.rglob("*.py")):
-        tree = ast.parse(file.read_text())
-        functions = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef)]
-        inside = {node for function in functions for node in ast.walk(function)}
-        everywhere = list(ast.walk(tree))
-        if any(is_of(name, package) for name in imported(everywhere)):
-            outside = any(is_of(name, package) for name in imported([node for node in everywhere if node not in inside]))
-            found.append(file.relative_to(source).as_posix() + "!" * outside)
-    return found
-
-
-@pytest.mark.parametrize("package", OPTIONAL)
-def test_an_optional_package_is_imported_in_one_module_inside_a_function(package):
-    assert where(package, SOURCE) == ([OPTIONAL[package]] if OPTIONAL[package] else [])
-
-
-def test_an_import_elsewhere_or_at_the_top_would_be_seen(copied):
-    add(copied / "anymask" / "data/images.py", "\nimport PIL.Image\n")
-    add(copied / "anymask" / "mask.py", "\ndef later():\n    from PIL import Image\n")
-    assert where("PIL", copied / "anymask") == ["data/images.py!", "mask.py"]
