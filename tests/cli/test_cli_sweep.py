@@ -236,7 +236,8 @@ def test_a_baseline_whose_name_stands_for_several_recipes_is_asked_for_by_what_i
 
 def failure(recipe, seed, name):
     reason = {"type": "TechniqueError", "message": "the loss became nan. Allowed: a finite loss. To do: lower lr."}
-    return {"id": name, "training": f"fashion-mnist-5k, demonet, snip 0.98, {recipe}, seed {seed}", "block": "block 1", **reason}
+    where = {"training": f"fashion-mnist-5k, demonet, snip 0.98, {recipe}, seed {seed}", "block": "block 1"}
+    return {"id": name, **where, **reason, "settings": made_row("snip", recipe, seed, 0.8)["settings"]}
 
 
 def test_what_failed_is_in_the_report_with_its_reason_and_no_empty_table_before_it(anymask, tmp_path):

@@ -29,13 +29,6 @@ def test_info_that_is_no_json_ends_no_training_at_its_first_checkpoint():
     assert held(begun(None, begun(mask).state_dict()).optimizer).mask.info == {"score": "0.5"}
 
 
-def test_a_state_from_before_masks_kept_their_info_is_read():
-    mask = anymask.prune(begun(None).network, "magnitude", sparsity=0.5)
-    bits = {name: (tuple(kept.shape), torch.from_numpy(np.packbits(kept.numpy().reshape(-1)))) for name, kept in mask.items()}
-    session = begun(None, begun(mask).state_dict() | {"mask": bits})
-    assert held(session.optimizer).mask == mask
-
-
 def test_looking_at_data_asks_nothing_of_gpus_that_nobody_uses(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # of which torch warns where it is to keep the numbers of all
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)

@@ -152,10 +152,10 @@ def test_names_cannot_break_the_table_or_become_html():
     assert "| a\\|b &lt;script> |" in text
 
 
-def test_one_training_that_failed_in_two_blocks_has_a_line_for_each():
+def test_one_training_that_failed_with_two_learning_rates_has_a_line_for_each():
     said = {"type": "TechniqueError", "message": "nan", "training": "d, m, snip 0.9, tost, seed 0"}
-    [failed] = failed_table([{"id": "a", "block": "block 1", **said}, {"id": "b", "block": "block 2", **said}], [])
-    assert [line[0] for line in failed.lines] == ["d, m, snip 0.9, tost (block 1)", "d, m, snip 0.9, tost (block 2)"]
+    [failed] = failed_table([{"id": str(lr), **said, "settings": made_row("snip", "tost", 0, 0.8, lr=lr)["settings"]} for lr in (1, 2)], [])
+    assert [line[0] for line in failed.lines] == ["d, m, snip 0.9, tost (lr=1)", "d, m, snip 0.9, tost (lr=2)"]
 
 
 def test_a_training_that_failed_and_finished_with_other_settings_is_not_said_to_have_done_both():
@@ -163,12 +163,11 @@ def test_a_training_that_failed_and_finished_with_other_settings_is_not_said_to_
     said = {"type": "TechniqueError", "message": "nan", "block": "block 1"}
     held = {"techniques": [{"name": "label_smoothing", "eps": 0.1}]}
     rows = [row | held for row in (*(made_row("snip", "best", seed, 0.8) for seed in (0, 1)), made_row("snip", "best", 2, 0.8, lr=9.0))]
-    old = [{"id": str(seed), "training": f"fashion-mnist-5k, demonet, snip 0.98, best, seed {seed}", **said} for seed in (0, 1)]
-    lost = [row | {"settings": made_row("snip", "best", seed, 0.8, lr=9.0)["settings"] | held} for seed, row in enumerate(old)]
+    lost = [
+        {"id": str(seed), "training": f"fashion-mnist-5k, demonet, snip 0.98, best, seed {seed}", **said}
+        | {"settings": made_row("snip", "best", seed, 0.8, lr=9.0)["settings"] | held}
+        for seed in (0, 1)
+    ]
     [failed] = failed_table(lost, rows)
     assert failed.lines == [["fashion-mnist-5k, demonet, snip 0.98, best (lr=9.0)", "0, 1", "2", "TechniqueError: nan"]]
     assert failed_table([row | {"id": rows[2]["id"]} for row in lost], rows) == []
-    [failed] = failed_table(old, rows)  # rows of before, that do not say their settings
-    assert [line[1:3] for line in failed.lines] == [["0, 1", "-"]]
-    [failed] = failed_table(old, rows[2:])
-    assert [line[1:3] for line in failed.lines] == [["0, 1", "2"]]

@@ -195,17 +195,6 @@ def test_where_kernels_are_missing_a_sparse_training_goes_on_dense(tmp_path: Pat
     assert train_once(Net(), file=tmp_path / "c.pt").sparse_layers == 0
 
 
-@needs_kernels
-def test_a_checkpoint_of_before_there_were_sparse_layers_is_read(tmp_path: Path) -> None:
-    state = stopped(tmp_path / "c.pt", after=9, sparse="off")
-    del state["sparse"]
-    torch.save(state, tmp_path / "c.pt")
-    model, dense = Net(), Net()
-    train_once(model, file=tmp_path / "c.pt", sparse="on")
-    train_once(dense, sparse="off")
-    close(model, dense)
-
-
 def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 

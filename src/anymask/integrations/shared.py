@@ -1,6 +1,5 @@
 """What every trainer's callback does: hold, attach, count steps, stay out of checkpoints, resume, leave."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -9,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -104,7 +102,7 @@ class Session:
         self._keys = set(network.state_dict())
         self._own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._plain, self._watched = ExitStack(), ExitStack()
-        mask = wanted.mask_for(network) if state is None or state["mask"] is None else _mask_of(state["mask"])
+        mask = wanted.mask_for(network) if state is None or state["mask"] is None else unpacked(state["mask"])
         self._hold = None
         if mask is not None and held(optimizer) is None:
             self._hold = hold(mask, network, optimizer)
@@ -236,13 +234,6 @@ class Session:
             lists = {key: saved[key] for key in ("params", "param_names") if key in saved}
             groups.append({**saved, **{key: [x for x, mine in zip(xs, own, strict=True) if mine] for key, xs in lists.items()}})
         return {**state, "state": slots, "param_groups": groups}
-
-
-def _mask_of(saved: Mapping[str, Any]) -> Mask:
-    if "info" not in saved:  # of before masks kept their info: (shape, bits) for each name
-        flat = {name: np.unpackbits(bits.cpu().numpy(), count=math.prod(shape)) for name, (shape, bits) in saved.items()}
-        return Mask({name: torch.from_numpy(flat[name]).reshape(tuple(saved[name][0])) for name in saved})
-    return unpacked(saved)
 
 
 # -- looking at data without being seen ----------------------------------------------------------------------------------

@@ -32,23 +32,13 @@ def failed_table(failures: Iterable[Row], rows: Sequence[Row]) -> list[Table]:
         # A row may have words behind the name of its recipe.
         finished = [row for row in rows if f"{_training(row)} (".startswith(f"{training} (")]
         for row in tried.values():
-            words, others = _beside(row, list(tried.values()), finished)
+            words = differing(_shared(row), [_shared(other) for other in (*tried.values(), *finished)])
+            # The seeds of those that differ from it in the seed alone.
+            others = ", ".join(str(other["settings"]["seed"]) for other in finished if _shared(other) == _shared(row)) or NONE
             line = f"{training}{words}", others, f"{row['type']}: {_short(row['message'])}"
             seeds.setdefault(line, []).append(_seed(row))
     lines = [[what, ", ".join(members), others, reason] for (what, others, reason), members in seeds.items()]
     return [Table("Failed trainings", ["training", "seeds that failed", "that finished", "reason"], lines, [SURVIVORS])] if lines else []
-
-
-def _beside(row: Row, tried: Sequence[Row], finished: Sequence[Row]) -> tuple[str, str]:
-    """In what `row` differs from trainings of its name, and the seeds of those `finished` that differ from it in the seed alone."""
-    if "settings" in row:
-        every = [_shared(other) for other in (*tried, *finished) if "settings" in other]
-        return differing(_shared(row), every), _listed(other for other in finished if _shared(other) == _shared(row))
-    if len({other.get("block", "") for other in tried}) > 1:
-        return f" ({row.get('block', '')})", NONE
-    # A row of before failures said their settings: where a seed is there twice, some are of another learning rate, or the like.
-    each = [_seed(other) for other in tried] + [str(other["settings"]["seed"]) for other in finished]
-    return "", _listed(finished) if len(each) == len(set(each)) else NONE
 
 
 def _shared(row: Row) -> dict[str, Any]:
@@ -56,10 +46,6 @@ def _shared(row: Row) -> dict[str, Any]:
     settings = {"techniques": row.get("techniques"), **row["settings"]}
     held = dict(flat(contents(settings.pop("techniques") or [])))
     return {key: value for key, value in settings.items() if key not in of_a_run(settings)} | held
-
-
-def _listed(rows: Iterable[Row]) -> str:
-    return ", ".join(str(row["settings"]["seed"]) for row in rows) or NONE
 
 
 def _seed(failure: Row) -> str:

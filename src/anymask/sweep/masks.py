@@ -202,8 +202,6 @@ def _read(file: Path, mask: str, *, sparsity: float, seed: int) -> Start:
     """Where a mask that was made leads to, with the weights beside it; a file of another mask is refused, whatever its name."""
     found, weights, row = load_mask(file), weights_file(file), method_of(mask)
     asked = {"method": row.name, "scope": row.scope, "pattern": row.pattern, "sparsity": sparsity, "seed": seed}
-    if mask == "lottery-rewind" and found.info.get("rewind_step") == 0:
-        asked["method"] = found.info.get("method")  # older files of short trainings say "lottery", which it is
     other = [f"{key} {found.info.get(key)!r}, not {value!r}" for key, value in asked.items() if found.info.get(key) != value]
     if other:
         raise FileFormatError(

@@ -149,7 +149,7 @@ class _Average(Attached):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         layers = compact(self.model)
-        self.steps, self.since = int(state["steps"]), int(state.get("since", self.since))  # states of before have none
+        self.steps, self.since = int(state["steps"]), int(state["since"])
         for name, value in state["averages"].items():
             self.averages[name].copy_(layers[name].stored(value) if name in layers else value)
 
