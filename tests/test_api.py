@@ -56,12 +56,6 @@ def test_every_name_is_right_whatever_was_imported_before():
     assert python(code) == "['__version__']"
 
 
-def test_the_version_is_the_packages():
-    from importlib.metadata import version
-
-    assert anymask.__version__ == version("anymask")
-
-
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'prun'"):
         _ = anymask.prun

@@ -23,14 +23,12 @@ class Duration:
     unit: str  # "%", "ep" or "it"
 
     @classmethod
-    def parse(cls, text: "str | Duration") -> "Duration":
+    def parse(cls, text: str) -> "Duration":
         """Read "60%" (of the whole training), "90ep" (epochs) or "500it" (optimiser steps).
 
         Raises:
             SettingError: for any other text, and for more than 100%.
         """
-        if isinstance(text, Duration):
-            return text
         match = _FORM.fullmatch(str(text).strip())
         if match is None or (match[2] == "%" and float(match[1]) > 100):
             raise SettingError(

@@ -46,11 +46,6 @@ def test_other_text_is_refused(text):
         Duration.parse(text)
 
 
-def test_a_duration_passes_through():
-    duration = Duration(3.0, "ep")
-    assert Duration.parse(duration) is duration
-
-
 def test_epochs_need_the_length_of_an_epoch():
     with pytest.raises(SettingError, match="duration 90ep counts epochs"):
         Duration.parse("90ep").steps(total=1000)

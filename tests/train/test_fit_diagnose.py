@@ -11,7 +11,7 @@ from anymask import Diagnostics, fit
 from anymask.diagnostics import sharpness
 from anymask.errors import SettingError, UnknownName
 from anymask.kernels import available
-from anymask.train import Protocol, Result, checkpoint
+from anymask.train import Protocol, Result
 from tests.train.trainings import MOVING, PROTOCOL, RECIPE, Net, batches, mask_of, train_once
 
 native = pytest.mark.skipif(not available(), reason="the native kernels were not built here (no C compiler)")
@@ -67,26 +67,6 @@ def test_what_is_measured_is_the_plain_network_on_the_first_training_batch_while
     assert found["dead_relus"] == [last["dead_relus"]]
     assert found["effective_rank"] == [last["effective_rank"]]
     assert found["sharpness"] == pytest.approx([sharpness(model, x, y, mask=result.mask)], rel=1e-4)
-
-
-@pytest.mark.parametrize("steps", [1, 3, 4, 11])
-def test_stopped_after_any_step_the_diagnostics_go_on_bit_equal(tmp_path: Path, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = train_once(Net(), diagnose="on")
-    kept, saves = checkpoint.save, 0
-
-    def stop_after(path: Path, state: dict) -> None:
-        nonlocal saves
-        kept(path, state)
-        saves += 1
-        if saves == steps:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", stop_after)
-        with pytest.raises(KeyboardInterrupt):
-            train_once(Net(), file=tmp_path / "c.pt", every=1, diagnose="on")
-    result = train_once(Net(seed=99), file=tmp_path / "c.pt", every=1, diagnose="on")
-    assert result.curves == expected.curves
 
 
 @pytest.mark.parametrize(("begun", "came"), [("off", "on"), ("on", "off"), ("on", "sharpness")])

@@ -64,13 +64,13 @@ def _same(ours: dict, theirs: dict) -> None:
             assert torch.equal(ours[part][key], value), key
 
 
-@pytest.mark.parametrize("moving", MOVING)
+@pytest.mark.parametrize("how", [*({"moving": name} for name in MOVING), {"diagnose": "on"}], ids=lambda how: next(iter(how.values())))
 @pytest.mark.parametrize("steps", [1, 3, 4, 7, 11, 17])
 def test_stopped_after_any_step_is_bit_equal_in_every_phase(
-    tmp_path: Path, steps: int, moving: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, steps: int, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = Net()
-    expected = train_once(whole, moving=moving)
+    expected = train_once(whole, **how)
     kept = checkpoint.save
     saves = 0
 
@@ -84,9 +84,9 @@ def test_stopped_after_any_step_is_bit_equal_in_every_phase(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", stop_after)
         with pytest.raises(KeyboardInterrupt):
-            train_once(Net(), file=tmp_path / "c.pt", every=1, moving=moving)
+            train_once(Net(), file=tmp_path / "c.pt", every=1, **how)
     model = Net(seed=99)  # its weights must come from the checkpoint
-    result = train_once(model, file=tmp_path / "c.pt", every=1, moving=moving)
+    result = train_once(model, file=tmp_path / "c.pt", every=1, **how)
     assert result.curves == expected.curves
     assert result.mask == expected.mask
     for key, value in whole.state_dict().items():
