@@ -36,9 +36,7 @@ setup(
         Extension(
             "anymask.kernels._native",
             [f"{KERNELS}/{name}.c" for name in NAMES],
-            depends=[
-                f"{KERNELS}/{name}" for name in ("core.h", "blocks.inc", "gather.inc", "norm.inc", "normpool.inc", "pool.inc", "soft.inc")
-            ],
+            depends=[f"{KERNELS}/core.h", *(f"{KERNELS}/{part}.inc" for part in PARTS)],
             optional=True,
         )
     ],

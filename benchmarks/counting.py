@@ -114,9 +114,9 @@ def peaks(*, channels: int = 512, images: int = 128, megabytes: int = 256, threa
     }
 
 
-def _best(call: Callable[[], object], *, repeats: int = 9) -> float:
+def _best(call: Callable[[], object]) -> float:
     best = float("inf")
-    for _ in range(repeats):
+    for _ in range(9):
         began = time.perf_counter()
         call()
         best = min(best, time.perf_counter() - began)

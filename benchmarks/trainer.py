@@ -190,7 +190,7 @@ def _one_of(name: str, plan: Plan, barrier: Barrier, queue: Any) -> None:
     queue.put(sum(by_fit(name, plan, **(cuda if plan.device == "cuda" else {"sparse": "auto"}), after=barrier.wait)[1:]))
 
 
-def in_streams(name: str, plan: Plan, number: int, *, precision: str = "bfloat16", compile: str = "graph") -> float:
+def in_streams(name: str, plan: Plan, number: int) -> float:
     """Images a second of `number` trainings in this process, which take turns, after the first epoch of the last."""
     begun: list[float] = []
     ended: list[float] = []
@@ -201,7 +201,7 @@ def in_streams(name: str, plan: Plan, number: int, *, precision: str = "bfloat16
             while len(begun) < number:
                 turns.rest(0.001)
 
-        by_fit(name, plan, compile=compile, precision=precision, after=wait, on_step=turns.step)
+        by_fit(name, plan, compile="graph", precision="bfloat16", after=wait, on_step=turns.step)
         ended.append(time.perf_counter())
 
     taking_turns(work, number, device=plan.device)

@@ -22,7 +22,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, Trainer, Tr
 
 from anymask import data, prune  # noqa: E402
 from anymask.integrations.transformers import AnyMask  # noqa: E402
-from anymask.runlog import atomic  # noqa: E402
+from anymask.runlog import Ledger, atomic  # noqa: E402
 
 FILE = Path(__file__).resolve().parent.parent / "results" / "fine_tuning.jsonl"
 RECIPES = {"default": None, "tost:-lrsi": "tost:-lrsi", "tost:label_smoothing": "tost:label_smoothing"}
@@ -96,7 +96,7 @@ def one_seed(seed: int) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    known = [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
+    known = Ledger(FILE).rows()
     for seed in SEEDS:
         if not any(row["seed"] == seed for row in known):
             known += one_seed(seed)

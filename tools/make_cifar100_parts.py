@@ -13,7 +13,7 @@ import pickle
 import sys
 from pathlib import Path
 
-import torch
+from make_fashion_mnist_5k import of_each_class
 
 from anymask.data.catalog import load
 from anymask.data.splits import Dataset, Split
@@ -45,16 +45,11 @@ def parts(dataset: Dataset) -> dict[str, dict[str, Split]]:
     """The splits "train" and "test" of each part, in published order."""
     return {
         name: {
-            "train": _of_each_class(dataset.train, train),
-            "test": dataset.test if test is None else _of_each_class(dataset.train, test),
+            "train": of_each_class(dataset.train, train),
+            "test": dataset.test if test is None else of_each_class(dataset.train, test),
         }
         for name, (train, test) in PARTS.items()
     }
-
-
-def _of_each_class(split: Split, which: slice) -> Split:
-    chosen = [torch.nonzero(split.labels == label)[which, 0] for label in split.labels.unique()]
-    return split.take(torch.cat(chosen).sort().values)
 
 
 def _write(path: Path, record: dict[str, object]) -> None:

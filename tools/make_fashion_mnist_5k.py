@@ -33,12 +33,13 @@ FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3,
 def build(source: Path, *, part: str) -> bytes:
     """The file of `part`, from the folder that holds the published idx files."""
     data = load("fashion-mnist", dir=source)
-    splits = [_of_each_class(split, which) for split, which in zip((data.train, data.test), PARTS[part], strict=True)]
+    splits = [of_each_class(split, which) for split, which in zip((data.train, data.test), PARTS[part], strict=True)]
     arrays = [array for split in splits for array in (split.images[:, 0], split.labels.to(torch.uint8))]
     return lzma.compress(b"".join(_idx(array) for array in arrays), filters=FILTERS)
 
 
-def _of_each_class(split: Split, which: slice) -> Split:
+def of_each_class(split: Split, which: slice) -> Split:
+    """These of the images of each class, in published order."""
     chosen = [torch.nonzero(split.labels == label)[which, 0] for label in split.labels.unique()]
     return split.take(torch.cat(chosen).sort().values)
 

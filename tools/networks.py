@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from anymask import Mask, Recipe, hold, prunable
 from anymask.errors import TechniqueError
-from anymask.runlog import atomic
+from anymask.runlog import Ledger, atomic
 from anymask.schedules import Schedule
 from anymask.surgery import fingerprint, logits_of, run
 from anymask.techniques import GhostActivation, GhostSkip, LabelSmoothing, LRsI, RescaleSettings, Technique
@@ -138,7 +138,7 @@ def try_all(networks: list[Network], *, known: dict[tuple[str, str], dict]) -> N
 
 def rows() -> list[dict[str, Any]]:
     """What is in the file."""
-    return [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
+    return Ledger(FILE).rows()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@
 Beside it, what is usually done first: the statistics of the norms measured anew on as many images. Nothing is chosen on test images.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import nn
 from anymask import Mask, prune, reconstruct
 from anymask.config import Bench, Experiment
 from anymask.data import Batches
-from anymask.runlog import atomic
+from anymask.runlog import Ledger
 from anymask.sweep.compare import versions
 from anymask.train import Protocol, accuracy
 
@@ -64,8 +63,8 @@ def one(here: Bench, mask: Mask, seed: int) -> dict[str, float]:
 
 
 def main() -> None:
-    text = FILE.read_text() if FILE.exists() else ""
-    done = [json.loads(line) for line in text.splitlines()]
+    file = Ledger(FILE)
+    done = file.rows()
     for model in MODELS:
         here = bench(model)
         for seed in SEEDS:
@@ -75,10 +74,9 @@ def main() -> None:
                     if any(what.items() <= row.items() for row in done):
                         continue
                     mask = prune(here.model(seed), method, sparsity=sparsity, data=here.batches(seed)[0], seed=seed)
-                    done.append(what | one(here, mask, seed) | {"commit": versions()["commit"]})
-                    print(done[-1], file=sys.stderr, flush=True)
-                    with atomic(FILE, "w") as file:
-                        file.writelines(json.dumps(row) + "\n" for row in done)
+                    row = what | one(here, mask, seed) | {"commit": versions()["commit"]}
+                    print(row, file=sys.stderr, flush=True)
+                    file.append(row)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The parts of CIFAR-100 that are tuned and reported on."""
 
-import importlib.util
+import importlib
+import sys
 from typing import Any
 
 import pytest
@@ -12,12 +13,8 @@ from tests.data.conftest import REPOSITORY
 
 @pytest.fixture(scope="module")
 def tool() -> Any:
-    spec = importlib.util.spec_from_file_location("make_cifar100_parts", REPOSITORY / "tools" / "make_cifar100_parts.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.path.append(str(REPOSITORY / "tools"))
+    return importlib.import_module("make_cifar100_parts")
 
 
 def numbered(order: torch.Tensor) -> Split:
