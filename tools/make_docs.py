@@ -21,7 +21,7 @@ import speed_tables
 from recipe_tables import ledger, named
 from tables import table as markdown
 
-from anymask.report import grid, paired, table
+from anymask.report import grid, table
 from anymask.runlog import Ledger
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,16 +54,6 @@ def fits() -> str:
     loss = fmean(row["curves"]["train_loss"][-1] for row in dense)
     weights = dense[0]["parameters"]
     return f"The dense network has {weights:,} parameters and ends at a training loss of {loss:.3f} (mean of {len(dense)} seeds).\n"
-
-
-def verdicts() -> str:
-    """One sentence: how many of all the intervals of the evidence lie to one side of 0."""
-    found = [comparison.verdict for comparison in paired(ledger("evidence"))]
-    won, lost = found.count("won"), found.count("lost")
-    return (
-        f"Of {len(found)} comparisons (a recipe, a mask, a sparsity each), the 95% interval lies above 0 in {won}, below 0 in {lost} and "
-        f"holds 0 in {len(found) - won - lost}. By luck alone about {0.05 * len(found):.0f} would not hold it.\n"
-    )
 
 
 def tuning() -> str:
@@ -179,7 +169,7 @@ def costs() -> dict[tuple[str, float], dict]:
 
 PARTS: dict[str, Callable[[], str]] = {
     "methods-table": lambda: method_tables.methods(ledger("methods"), costs()),
-    "methods-luck": lambda: method_tables.luck(ledger("methods")),
+    "methods-luck": lambda: method_tables.luck(ledger("methods"), "`tost` - `default`, a mask and a sparsity each"),
     "growth": lambda: method_tables.growth(json.loads((ROOT / "results" / "methods.json").read_text())["results"]),
     "moving-default": lambda: method_tables.moving(ledger("methods"), recipe="default", against="default"),
     "moving-tost": lambda: method_tables.moving(ledger("methods"), recipe="tost", against="tost"),
@@ -189,7 +179,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "times": times,
     "masks-table": lambda: table(of("evidence", "recipe", {"default", "tost"})),
     "techniques-grid": lambda: grid(of("evidence", "mask", {"random-erk", "synflow"})),
-    "verdicts": verdicts,
+    "verdicts": lambda: method_tables.luck(ledger("evidence"), "a recipe, a mask, a sparsity each"),
     "overhead": overhead,
     "networks": networks,
     "fine-tuning": fine_tuning,

@@ -14,12 +14,13 @@ HEADER = ("sparsity", "mask", "seconds", "MiB", "effective sparsity", "default",
 STATIC = "random-erk"
 
 
-def luck(rows: list[dict]) -> str:
-    """One sentence: how many intervals of `tost` - `default` lie to one side of 0."""
-    found = [comparison.verdict for comparison in paired(rows) if comparison.recipe == "tost"]
+def luck(rows: list[dict], what: str) -> str:
+    """One sentence: how many of all intervals against `default` lie to one side of 0; `what` says what each of them is of."""
+    found = [comparison.verdict for comparison in paired(rows)]
+    won, lost = found.count("won"), found.count("lost")
     return (
-        f"Of {len(found)} masks and sparsities, the interval of `tost` - `default` lies above 0 in {found.count('won')} and below 0 in "
-        f"{found.count('lost')}; by luck alone about {0.05 * len(found):.0f} would not hold it.\n"
+        f"Of {len(found)} comparisons ({what}), the 95% interval lies above 0 in {won}, below 0 in {lost} and "
+        f"holds 0 in {len(found) - won - lost}. By luck alone about {0.05 * len(found):.0f} would not hold it.\n"
     )
 
 

@@ -4,15 +4,17 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
 from tables import table as markdown
 
-from anymask.report import grid, paired, table
+from anymask.report import grid, paired
 from anymask.report.stats import Comparison, Overall, Pairs, overall
-from anymask.report.table import interval
+from anymask.report.table import interval, tables
+from anymask.report.table import markdown as written
 from anymask.runlog import Ledger
 from anymask.techniques import TECHNIQUES
 
@@ -53,7 +55,8 @@ def _contents(technique: dict[str, Any]) -> str:
 def best() -> str:
     """All recipes against default, then against tost, then against default at two rates, the second of which it likes best."""
     rows = ledger("best")
-    return "\n".join([table(rows), *(table(_beside(rows, baseline), baseline=baseline) for baseline in ("tost", "default@lr=0.2", TUNED))])
+    beside = [tables(_beside(rows, baseline), baseline=baseline) for baseline in ("tost", "default@lr=0.2", TUNED)]
+    return written([*tables(rows), *chain(*beside)])
 
 
 def _beside(rows: Rows, baseline: str) -> Rows:

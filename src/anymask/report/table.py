@@ -23,6 +23,7 @@ ALL_NOTE = (
     "of one seed share initialisation and data order and are not independent. A mask is won when its own interval lies above 0, "
     "lost when it lies below 0, else tied."
 )
+STANDING = {ACCURACY_NOTE, INTERVAL_NOTE, GRID_NOTE, ALL_NOTE}  # true of every table that has them
 
 MADE = (
     ("device", "machine", "device"),
@@ -80,14 +81,19 @@ def grids(rows: Iterable[Row], *, baseline: str = "default") -> list[Table]:
 
 
 def markdown(members: Sequence[Table]) -> str:
-    """The tables as Markdown, names escaped."""
-    return "\n".join(_markdown(member) for member in members) if members else NOTHING + "\n"
+    """The tables as Markdown, names escaped; what a note says of all tables stands under the first one alone."""
+    said: set[str] = set()
+    parts = []
+    for member in members:
+        parts.append(_markdown(member, [note for note in member.notes if note not in said]))
+        said |= STANDING & set(member.notes)
+    return "\n".join(parts) if members else NOTHING + "\n"
 
 
-def _markdown(member: Table) -> str:
+def _markdown(member: Table, notes: Sequence[str]) -> str:
     lines = [f"### {_escape(member.heading)}", "", _line(member.header), _line(["---"] * len(member.header))]
     lines += [_line(line) for line in member.lines]
-    return "\n".join([*lines, "", *(f"- {_escape(note)}" for note in member.notes), ""])
+    return "\n".join([*lines, "", *(f"- {_escape(note)}" for note in notes), ""])
 
 
 def _line(entries: Sequence[str]) -> str:
