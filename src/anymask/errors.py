@@ -15,6 +15,7 @@ traceback and exits with code 2.
 """
 
 import errno
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -76,6 +77,11 @@ class MissingFile(AnymaskError, FileNotFoundError):
 
 class IsFolder(AnymaskError, IsADirectoryError):
     """A folder where a file was named, to read or to write."""
+
+
+def note(message: Warning | str, *_: object, **__: object) -> None:
+    """In place of `warnings.showwarning`: a line for people, without the place in the code."""
+    print(f"Note: {message}", file=sys.stderr)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,6 +16,11 @@ from anymask.interrupts import Mode
 from anymask.prunables import bare, compact
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the inputs of `model` go: the device of its first parameter."""
+    return next(model.parameters(), torch.empty(0)).device
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:

@@ -5,13 +5,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from cyclopts import CycloptsError
 
 from anymask.cli.app import make_app
 from anymask.cli.errors import explain, is_out_of_memory
-from anymask.errors import AnymaskError
+from anymask.errors import AnymaskError, note
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,11 +58,6 @@ def _run(words: Sequence[str], say: Callable[[str], None]) -> int:
 
 @contextmanager
 def _warnings_as_notes() -> Iterator[None]:
-    """Warnings as a line for people, without the place in the code."""
-
-    def note(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"Note: {message}", file=sys.stderr)
-
     with warnings.catch_warnings():
         warnings.showwarning = note
         yield

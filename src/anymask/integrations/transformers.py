@@ -17,6 +17,7 @@ from anymask.holding import innermost
 from anymask.integrations.shared import Batch, Session, Wanted, taken
 from anymask.mask import Mask
 from anymask.recipe import Recipe
+from anymask.runlog import atomic
 from anymask.techniques import Loss
 
 FILE = "anymask.pt"  # beside the trainer's own files in each checkpoint
@@ -127,9 +128,8 @@ class AnyMask(TrainerCallback):
         """Write what a resumed training needs beside the trainer's own files."""
         folder = _folder(args, state)
         if self.session is not None and state.is_world_process_zero and folder.is_dir():
-            made = folder / f".{FILE}"
-            torch.save(self.session.state_dict(), made)
-            made.replace(folder / FILE)
+            with atomic(folder / FILE) as file:
+                torch.save(self.session.state_dict(), file)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leave: the model is the plain one again."""

@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -62,11 +62,6 @@ def input_shape(data: Iterable[Any] | None, example: Tensor | None) -> tuple[int
             fix="give example=x[:1]",
         )
     return tuple(example.shape[1:])
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the inputs of `model` go: the device of its first parameter."""
-    return next(model.parameters()).device
 
 
 def _pair(batch: Any, device: torch.device) -> tuple[Any, Any]:

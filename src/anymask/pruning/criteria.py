@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from anymask.errors import MaskError, TechniqueError
-from anymask.pruning.batches import Batches, device_of
+from anymask.pruning.batches import Batches
 from anymask.pruning.select import wide
-from anymask.surgery import logits_of, run, twice_differentiable
+from anymask.surgery import device_of, logits_of, run, twice_differentiable
 
 Weights = Mapping[str, Tensor]
 Criterion = Callable[[nn.Module, Weights, Batches], dict[str, Tensor]]

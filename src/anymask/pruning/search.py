@@ -11,7 +11,7 @@ from anymask.errors import SettingError
 from anymask.mask import Mask
 from anymask.prunables import names, prunable
 from anymask.pruning import criteria
-from anymask.pruning.batches import Batches, Loss, device_of, input_shape, take
+from anymask.pruning.batches import Batches, Loss, input_shape, take
 from anymask.pruning.budget import at_least, keep_count, least_kept, report_collapse, seed_of
 from anymask.pruning.lottery import Train, lottery_ticket
 from anymask.pruning.methods import Method, method_of
@@ -20,7 +20,7 @@ from anymask.pruning.provenance import made_with
 from anymask.pruning.select import check_finite
 from anymask.pruning.selector import Selector, selector
 from anymask.randomness import isolated_random
-from anymask.surgery import copied
+from anymask.surgery import copied, device_of
 
 HOW_TO_GIVE = {
     "data": ("data", "data=loader of (x, y) batches"),

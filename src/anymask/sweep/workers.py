@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from anymask.config import pick_device
-from anymask.errors import AnymaskError
+from anymask.errors import AnymaskError, note
 from anymask.sweep.compare import Cell, Watcher
 from anymask.sweep.run import LOOK_AGAIN, Benches, Stopped, Worker
 from anymask.sweep.turns import taking_turns
@@ -174,7 +174,7 @@ def _work(settings: dict[str, Any], threads: int, streams: int, news: Connection
     faulthandler.enable()  # says where a fault in compiled code came up; without it the exit code alone is known
     watcher = _Sent(news)
     signal.signal(signal.SIGINT, _once)
-    warnings.showwarning = _note
+    warnings.showwarning = note
     torch.set_num_threads(threads)
     try:
         if streams > 1:
@@ -197,10 +197,6 @@ def _once(*_: Any) -> None:
     """Ctrl-C, of which only the first counts: a terminal sends it to all processes, and the first one sends it on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt
-
-
-def _note(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"Note: {message}", file=sys.stderr)
 
 
 @contextmanager

@@ -303,11 +303,6 @@ def _host(model: nn.Module) -> nn.Module:
     return [m for m in model.modules() if not isinstance(m, (*lists, Haunted))][-1]  # other ghosts may leave before these do
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters are."""
-    return next(model.parameters(), torch.empty(0)).device
-
-
 def settings_of(techniques: Iterable[Technique]) -> list[dict[str, Any]]:
     """Techniques as plain values, for a ledger or a file."""
     young = [{f.name for f in fields(t) if "later" in f.metadata and getattr(t, f.name) == f.default} for t in techniques]

@@ -18,8 +18,8 @@ from anymask.interrupts import Mode, withdraw
 from anymask.prunables import bare
 from anymask.registry import lookup
 from anymask.sparse import layers, ops
-from anymask.surgery import evaluating, run
-from anymask.techniques.base import AttachedGhosts, Context, Ghost, Technique, device_of
+from anymask.surgery import device_of, evaluating, run
+from anymask.techniques.base import AttachedGhosts, Context, Ghost, Technique
 
 _CHILD = "ghost_activation"
 _CHECKPOINT = torch.utils.checkpoint.__file__

@@ -13,8 +13,8 @@ from anymask.dataflow import Unit, units
 from anymask.errors import SettingError, TechniqueError
 from anymask.ranks import together
 from anymask.registry import lookup
-from anymask.surgery import Cost
-from anymask.techniques.base import AttachedGhosts, Context, Ghost, Technique, device_of
+from anymask.surgery import Cost, device_of
+from anymask.techniques.base import AttachedGhosts, Context, Ghost, Technique
 
 _CHILD = "ghost_skip"
 KINDS = ("free", "learned")

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from anymask.errors import SettingError, TechniqueError
 from anymask.schedules import Schedule
-from anymask.techniques.base import Attached, Context, Technique, device_of
+from anymask.surgery import device_of
+from anymask.techniques.base import Attached, Context, Technique
 
 
 @dataclass(frozen=True)
