@@ -26,7 +26,6 @@ Weights = Mapping[str, Tensor]
 class Written:
     """A format that masks are written in: tensors from the mask and, where it needs them, the weights."""
 
-    about: str
     needs_weights: bool
     tensors: Callable[[Mask, Weights], dict[str, Tensor]]
 
@@ -47,9 +46,9 @@ def _zeros(mask: Mask, weights: Weights) -> dict[str, Tensor]:
 
 
 WRITTEN: dict[str, Written] = {
-    "weight-mask": Written("a dictionary of conv.weight_mask, of 0.0 and 1.0", False, _weight_mask),
-    "torch-prune": Written("a state dict of torch.nn.utils.prune, with weight_orig and weight_mask", True, _torch_prune),
-    "zeros": Written("a checkpoint with the pruned weights at 0", True, _zeros),
+    "weight-mask": Written(False, _weight_mask),  # a dictionary of conv.weight_mask, of 0.0 and 1.0
+    "torch-prune": Written(True, _torch_prune),  # a state dict of torch.nn.utils.prune, with weight_orig and weight_mask
+    "zeros": Written(True, _zeros),  # a checkpoint with the pruned weights at 0
 }
 
 

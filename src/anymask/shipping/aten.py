@@ -214,14 +214,14 @@ def _pad(trace: Trace, given: Given) -> Value:
     return trace.add(Pad((*by[4:], *by[2:4], *by[:2]), float(given["value"] or 0.0)), value)
 
 
-def _dim(given: Given, name: str, shape: Shape) -> int:
+def _dim(given: Given, shape: Shape) -> int:
     """A dimension, counted from the front, of (N, *shape)."""
-    return given[name] % (len(shape) + 1)
+    return given["dim"] % (len(shape) + 1)
 
 
 def _cat(trace: Trace, given: Given) -> Value:
     values = given["tensors"]
-    if not all(isinstance(value, Value) for value in values) or _dim(given, "dim", trace.shape(values[0])) != 1:
+    if not all(isinstance(value, Value) for value in values) or _dim(given, trace.shape(values[0])) != 1:
         raise Wrong("tensors one after the other along another dimension than the channels, or with constants")
     return trace.add(Cat(), *values)
 
@@ -229,7 +229,7 @@ def _cat(trace: Trace, given: Given) -> Value:
 def _cut(trace: Trace, given: Given, lengths: list[int]) -> list[Value]:
     """Parts of so many channels."""
     value = given.value()
-    if _dim(given, "dim", trace.shape(value)) != 1:
+    if _dim(given, trace.shape(value)) != 1:
         raise Wrong("parts along another dimension than the channels")
     ends = np.cumsum([0, *lengths]).tolist()
     return [trace.add(Slice(begin, end), value) for begin, end in pairwise(ends)]
@@ -241,7 +241,7 @@ def _chunk(trace: Trace, given: Given) -> list[Value]:
 
 def _slice(trace: Trace, given: Given) -> Value:
     value = given.value()
-    shape, dim = trace.shape(value), _dim(given, "dim", trace.shape(value))
+    shape, dim = trace.shape(value), _dim(given, trace.shape(value))
     if given.shape() == shape and dim != 0:
         return value
     if dim == 0 and not given["start"] and given["end"] in (None, 2**63 - 1) and given["step"] == 1:
