@@ -4,12 +4,13 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from anymask.errors import MaskError
 from anymask.prunables import bare, compact, prunable
-from anymask.ranks import from_rank
+from anymask.ranks import from_rank, together
 from anymask.registry import nearest
 
 _DESCRIBED = 20  # entries that do not fit for which the nearest are looked up
@@ -178,7 +179,12 @@ class Mask(Mapping[str, Tensor]):
             >>> mask.broadcast() is mask  # no process group here
             True
         """
-        return from_rank(self, source)
+        if not together():
+            return self
+        bits = {name: (t.shape, np.packbits(t.numpy().reshape(-1))) for name, t in self._kept.items()}
+        sent, info = from_rank((bits, self.info), source)
+        flat = {name: np.unpackbits(packed, count=shape.numel()) for name, (shape, packed) in sent.items()}
+        return Mask({name: torch.from_numpy(flat[name]).reshape(sent[name][0]) for name in sent}, info=info)
 
     def save(self, path: Any, *, format: str = "anymask", weights: Mapping[str, Tensor] | None = None) -> None:
         """Write the mask to `path`: safetensors, one bit a weight, or as `anymask.formats.save` says. See `anymask.load_mask`."""
