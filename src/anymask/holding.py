@@ -98,6 +98,12 @@ class Hold:
         """Call `handle.remove()` on `release`: for what works on this hold and means nothing without it."""
         self._handles.append(handle)
 
+    def act_last(self) -> None:
+        """Let what moves this mask (`anymask.rewire`) act after all that hears of the optimiser's steps by now."""
+        for handle in self._handles:
+            if hasattr(handle, "act_last"):
+                handle.act_last()
+
     def release(self) -> None:
         """Remove every hook; the weights stay as they are."""
         handles, self._handles = self._handles, []

@@ -279,6 +279,10 @@ class RunningRecipe:
                 fix="take another optimiser, or leave these out of the recipe",
             )
         self._handles = [optimizer.register_step_pre_hook(self._stepping), optimizer.register_step_post_hook(self._stepped)]
+        carried = held(optimizer)
+        if carried is not None:  # a mask moves by the weights that the whole step has made of them
+            carried.act_last()
+        self._handles.append(optimizer.register_step_post_hook(self._moved))
 
     def _stepping(self, _optimizer: Any, args: Any, kwargs: Any) -> Any:
         """Tell techniques of the step to come; its closure (Lightning gives one) is run first, for they work on the gradients."""
@@ -291,7 +295,13 @@ class RunningRecipe:
     def _stepped(self, *_: Any) -> None:
         """After a step in the reverse order, as brackets close."""
         for technique, attached in reversed(list(self._live.values())):
-            if technique.seam == "step":
+            if technique.seam == "step" and technique.depth > 0:
+                attached.after_update()
+
+    def _moved(self, *_: Any) -> None:
+        """After a mask has moved that was rewired before: what perturbs weights until the next step."""
+        for technique, attached in reversed(list(self._live.values())):
+            if technique.seam == "step" and technique.depth == 0:
                 attached.after_update()
 
     def _move(self, technique: Technique) -> None:

@@ -147,6 +147,27 @@ def twice_differentiable(model: nn.Module, *, fix: str) -> Iterator[None]:
         raise TechniqueError(said, allowed="a forward pass that can, and keeps no tensor", fix=fix) from None
 
 
+def uncapped() -> Mode:
+    """A block in which ReLU6, function or module, is ReLU.
+
+    Example:
+        >>> import torch
+        >>> with uncapped():
+        ...     nn.ReLU6()(torch.tensor([-1.0, 7.0])).tolist()
+        [0.0, 7.0]
+    """
+    return _Uncapped()
+
+
+class _Uncapped(Mode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        low = kwargs.get("min_val", args[1] if len(args) > 1 else None)
+        if func is F.relu6 or (func in (F.hardtanh, F.hardtanh_) and low == 0):  # which is how nn.ReLU6 calls it
+            return F.relu(args[0] if args else kwargs["input"])
+        return func(*args, **kwargs)
+
+
 class _HardSigmoids(Mode):
     """Hard sigmoid out of parts: torch's own (2.13) has no second derivative, and MobileNet v3 is full of them."""
 

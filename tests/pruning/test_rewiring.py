@@ -188,7 +188,9 @@ def test_gradients_are_summed_over_batches_and_what_is_thrown_away_is_not_counte
     plain = net()
     mask.apply(plain)
     first, *rest = batches(3)
-    heard = DenseGradients(dict(model.named_parameters()))
+    heard = DenseGradients(
+        dict(model.named_parameters()), {n: mask.get(n, torch.ones(p.shape).bool()) for n, p in model.named_parameters()}
+    )
     (model(first) - 1).square().mean().backward()
     optimizer.zero_grad(set_to_none=none)
     for x in rest:
@@ -217,7 +219,7 @@ def test_gradients_are_heard_only_in_the_step_before_a_move():
 
 def test_gradients_of_half_precision_and_of_embeddings_are_heard():
     for weight in (nn.Parameter(torch.ones(3, 2, dtype=torch.float16)), nn.Parameter(torch.ones(3, 2))):
-        heard = DenseGradients({"w": weight})
+        heard = DenseGradients({"w": weight}, {"w": torch.ones(3, 2, dtype=torch.bool)})
         for row in (0, 2, 2):
             nn.functional.embedding(torch.tensor([row]), weight, sparse=weight.dtype == torch.float32).sum().backward()
         found = heard.mean()["w"]

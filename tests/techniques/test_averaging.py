@@ -194,3 +194,23 @@ def test_after_a_perturbation_the_average_is_of_the_weights_without_it() -> None
 def test_a_decay_out_of_range_is_refused(decay: float) -> None:
     with pytest.raises(SettingError, match="decay"):
         Averaging(decay=decay)
+
+
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_the_average_of_bfloat16_weights_arrives_where_that_of_float32_does(kind: str) -> None:
+    """In bfloat16 a hundredth of the way is less than half a step where a fifth is left to go, and the average stops there."""
+    ends = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = nn.Linear(8, 8, bias=False)
+        model.weight.data.fill_(1.0)
+        model = model.to(dtype)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        running = Recipe((Averaging(kind=kind, start="10%"),)).attach(model, optimizer, total_steps=600)
+        model.weight.data.fill_(1.25)
+        for _ in range(600):
+            model.weight.grad = torch.zeros_like(model.weight)
+            optimizer.step()
+            running.step()
+        ends[dtype] = running.finish().weight.float().mean().item()
+    assert ends[torch.bfloat16] == pytest.approx(ends[torch.float32], rel=2**-8)
+    assert ends[torch.float32] > 1.24

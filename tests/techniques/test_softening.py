@@ -94,3 +94,16 @@ def test_other_ways_to_differentiate_go_on_as_before() -> None:
     with torch.autograd.forward_ad.dual_level():
         made = model(torch.autograd.forward_ad.make_dual(x, torch.ones(5, 3)))
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(made).tangent, slope)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_sharpening_swish_has_finite_values_and_gradients_up_to_its_end(dtype: torch.dtype) -> None:
+    """float16 does not hold beta / strength where the strength is next to nothing, and infinity times 0 is NaN."""
+    x, model = torch.tensor([-1.0, 0.0, 1.0], dtype=dtype, requires_grad=True), nn.ReLU()
+    attached = GhostActivation(fade="sharpen").attach(Context(model, None, F.cross_entropy))
+    for strength in (1e-3, 1e-5, 1e-9):
+        attached.set_strength(strength)
+        out = model(x)
+        assert out.isfinite().all()
+        assert torch.autograd.grad(out.sum(), x)[0].isfinite().all()
+    torch.testing.assert_close(out, x.relu())

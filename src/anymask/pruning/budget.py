@@ -3,7 +3,10 @@
 import math
 import operator
 import warnings
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from anymask.errors import MaskError, SettingError
 from anymask.mask import Mask
@@ -16,6 +19,14 @@ ON_COLLAPSE = ("warn", "raise", "avoid")
 
 class CollapseWarning(UserWarning):
     """A layer keeps no weight at all: nothing passes through it."""
+
+
+class TieWarning(UserWarning):
+    """A part of a mask was drawn by lot, because scores are equal: another seed gives another mask."""
+
+
+class OutputWarning(UserWarning):
+    """An output of the network keeps no weight: a classifier never tells that class by its input."""
 
 
 def keep_count(shapes: Shapes, sparsity: float | None, *, pattern: Pattern) -> int:
@@ -99,3 +110,42 @@ def report_collapse(mask: Mask, *, on_collapse: str) -> Mask:
         raise MaskError(came, allowed="at least one weight in each", fix="give on_collapse='avoid', a lower sparsity or scope='erk'")
     warnings.warn(f"{came}. on_collapse='avoid' keeps one in each", CollapseWarning, stacklevel=3)
     return mask
+
+
+def report_ties(method: str, scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], *, apart: bool) -> None:
+    """Say aloud when more than a tenth of what is kept scored no more than something that is not: a lot has chosen it.
+
+    Args:
+        method: that gave the scores.
+        scores: on the CPU, in the shapes of `kept`.
+        apart: whether each layer's weights competed with each other only.
+    """
+    groups = [(name,) for name in scores] if apart else [tuple(scores)]
+    drawn: dict[str, int] = {}
+    for names in groups:
+        best = max((float(scores[name][~kept[name]].max()) for name in names if not kept[name].all()), default=-math.inf)
+        drawn |= {name: int((scores[name][kept[name]] == best).sum()) for name in names}
+    count, total = sum(drawn.values()), sum(int(keep.sum()) for keep in kept.values())
+    if count > total / 10:
+        where = ", ".join(name for name in drawn if drawn[name])
+        warnings.warn(
+            f"{method} scored {count} of the {total} weights that it keeps no higher than some that it prunes: a lot by `seed` chose them "
+            f"(in {where}). Look for scores that are all 0, or take another method",
+            TieWarning,
+            stacklevel=3,
+        )
+
+
+def report_outputs(kept: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> None:
+    """Say aloud when outputs of the last layer, if it is pruned, keep nothing, though others do.
+
+    Args:
+        kept: of the last layer, or nothing.
+        rows: of each layer, as `rows_of` gives them.
+    """
+    for name, keep in kept.items():
+        alive = keep.reshape(-1)[rows[name]].any(-1).reshape(-1)
+        if 0 < int(alive.sum()) < len(alive):
+            came = f"{int((~alive).sum())} of {len(alive)} outputs of the last layer ({name}) keep no weight"
+            fix = f"exclude=[{name!r}] leaves the layer dense"
+            warnings.warn(f"{came}: they give the same number for every input. {fix}", OutputWarning, stacklevel=3)

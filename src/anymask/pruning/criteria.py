@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
 
 from anymask.errors import MaskError, TechniqueError
 from anymask.pruning.batches import Batches
 from anymask.pruning.select import wide
-from anymask.surgery import device_of, logits_of, run, twice_differentiable
+from anymask.surgery import device_of, logits_of, run, twice_differentiable, uncapped
 
 Weights = Mapping[str, Tensor]
 Criterion = Callable[[nn.Module, Weights, Batches], dict[str, Tensor]]
@@ -43,7 +44,9 @@ def snip(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Tens
     L is the mean of the batches' losses, in train mode (batch norm uses the batch); the authors' code scores in eval mode.
 
     Iterative SNIP and FORCE (de Jorge et al. 2021, arXiv 2006.09081) are this score in rounds: g is the gradient of the network as
-    masked so far; in FORCE w is the dense weight, so that a pruned one may return.
+    masked so far; in FORCE w is the dense weight, so that a pruned one may return. Under batch norm 60 rounds make much of little: in
+    float32 another device, memory layout or version of PyTorch may give a largely different mask of the same seed. Carry the mask as a
+    file.
 
     Differs from the paper: not divided by the sum of all scores, which changes no ranking. In rounds: the same batches each time,
     where the authors' code draws new ones.
@@ -81,7 +84,7 @@ def wanda(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Ten
     paper prunes block after block and passes on the activations of the pruned ones.
 
     Raises:
-        MaskError: for a weight whose module is never called, such as a projection that an attention uses by itself.
+        MaskError: for a weight that a hook computes, or whose module is never called, as a projection that an attention uses by itself.
     """
     model.eval()
     wanted = _wanted(model, weights)
@@ -103,7 +106,7 @@ def wanda(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Ten
     if unseen := [name for name in weights if name not in seen]:
         raise MaskError(
             f"wanda saw no input of {', '.join(unseen)}",
-            allowed="weights of modules that the model calls",
+            allowed="weights of modules that the model calls, and not those that a hook computes (torch.nn.utils.prune, weight_norm)",
             fix=f"leave them dense: exclude={unseen}",
         )
     return {name: wide(weight).abs().mul_(squares[name].sqrt_()) for name, weight in weights.items()}
@@ -117,7 +120,7 @@ def grasp(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Ten
 
     H g is the gradient of (stopped g)' g(w), one batch at a time, so that one batch's graph is in memory. As in the
     authors' code: train mode (batch norm uses the batch), the outputs divided by a temperature of 200, only the scored
-    weights are variables.
+    weights are variables. A model of narrower numbers is scored in float32: float16 does not hold such products.
 
     Differs from the paper: any bounded number of batches instead of 10 images of each class; not divided by the sum.
 
@@ -125,6 +128,10 @@ def grasp(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Ten
         TechniqueError: for a model that cannot be differentiated twice.
     """
     model.train()
+    pairs = batches.pairs
+    if any(p.is_floating_point() and p.itemsize < 4 for p in model.parameters()):
+        model.float()
+        pairs = [tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, pair) for pair in pairs]
     wanted = _wanted(model, weights)
 
     def gradients(x: Tensor, y: Tensor, *, graph: bool) -> tuple[Tensor, ...]:
@@ -133,9 +140,9 @@ def grasp(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Ten
     stopped = [torch.zeros_like(weight) for weight in wanted.values()]
     product = _zeros(weights)
     with twice_differentiable(model, fix="take another method, such as snip"):
-        for x, y in batches.pairs:
+        for x, y in pairs:
             stopped = [s + g for s, g in zip(stopped, gradients(x, y, graph=False), strict=True)]
-        for x, y in batches.pairs:
+        for x, y in pairs:
             flow = sum(((s * g).sum() for s, g in zip(stopped, gradients(x, y, graph=True), strict=True)), start=torch.zeros(()))
             for name, hg in zip(wanted, _gradients(flow, wanted), strict=True):
                 product[name] += wide(hg)
@@ -152,7 +159,9 @@ def synflow(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, T
 
     Differs from the paper: the statistics of batch norm are set to mean 0, variance 1, which is what they are before
     training, where the two agree; the paper's code takes |mean| off, so that a trained network's flow may turn negative.
-    Group and layer norm are run as they are: with them the flow is no sum over paths.
+    Group and layer norm are run as they are: with them the flow is no sum over paths. ReLU6 is run as ReLU: inputs of ones through
+    absolute weights end above 6 in every layer, where it passes nothing on. Other activations that saturate (sigmoid, tanh) are run as they
+    are.
 
     Raises:
         TechniqueError: for a model that cannot compute such an input.
@@ -171,7 +180,8 @@ def synflow(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, T
                 tensor.abs_()
     ones = torch.ones(1, *(batches.shape or ()), dtype=torch.float64, device=device_of(model))
     try:
-        given = model(ones)
+        with uncapped():
+            given = model(ones)
     except (RuntimeError, TypeError, IndexError) as error:  # such as an embedding's, which wants token ids
         raise TechniqueError(
             f"{type(model).__name__} fails on the input of synflow, {tuple(ones.shape)} of ones in float64 ({str(error).splitlines()[0]})",

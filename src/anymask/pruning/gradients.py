@@ -13,23 +13,25 @@ from anymask.ranks import mean_over_ranks, on_any_rank
 class DenseGradients:
     """Sums up the gradients that reach `parameters`, before they are masked, clipped or reduced, from now on until `remove`.
 
-    A sum begins anew where a gradient is None or 0 when the next one comes: after `zero_grad`, so that what a training threw away (a
-    step that `GradScaler` skipped) is not counted. The sums hold one more gradient in memory, for as long as this listens.
+    A sum begins anew where the next gradient finds None, or 0 although the sum is not 0 where `kept`: after `zero_grad`, so that what a
+    training threw away (a step that `GradScaler` skipped) is not counted. The sums hold one more gradient in memory, for as long as this
+    listens.
 
     Args:
         parameters: by name; those that are frozen when a gradient comes give none.
+        kept: by name, of `Hold`: where gradients are not masked.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(2))
-        >>> heard = DenseGradients({"w": weight})
+        >>> heard = DenseGradients({"w": weight}, {"w": torch.tensor([True, False])})
         >>> for x in (torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])):
         ...     (weight * x).sum().backward()
         >>> heard.mean()["w"].tolist()
         [4.0, 6.0]
     """
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        self._parameters = parameters
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], kept: Mapping[str, Tensor]) -> None:
+        self._parameters, self._kept = parameters, kept
         self._sums: dict[str, Tensor] = {}
         self._handles = [self._listen(name, parameter) for name, parameter in parameters.items()]
 
@@ -57,17 +59,19 @@ class DenseGradients:
     def _add(self, name: str, gradient: Tensor) -> None:
         # Called before the gradient is accumulated: .grad still holds what was there before.
         gradient = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
-        fresh = name not in self._sums or _is_zero(self._parameters[name].grad)
-        total = _nothing_like(gradient) if fresh else self._sums[name]
+        total = self._sums.get(name)
+        if total is None or self._thrown_away(total, self._parameters[name].grad, self._kept[name]):
+            total = _nothing_like(gradient)
         self._sums[name] = total.add_(gradient)
+
+    @staticmethod
+    def _thrown_away(total: Tensor, gradient: Tensor | None, kept: Tensor) -> bool:
+        if gradient is None:
+            return True
+        zero = not bool((gradient.coalesce().values() if gradient.is_sparse else gradient).any())
+        return zero and bool(total[kept.to(total.device)].any())
 
 
 def _nothing_like(tensor: Tensor) -> Tensor:
     """Zeros of its shape, contiguous, in float32 or what is wider."""
     return torch.zeros(tensor.shape, dtype=torch.promote_types(tensor.dtype, torch.float32), device=tensor.device)
-
-
-def _is_zero(gradient: Tensor | None) -> bool:
-    if gradient is None:
-        return True
-    return not bool((gradient.coalesce().values() if gradient.is_sparse else gradient).any())

@@ -88,6 +88,10 @@ class Rewiring:
             self._pause.resume(self.mask)
             self._pause = None
 
+    def act_last(self) -> None:
+        """Move the mask after all that hears of the optimiser's steps by now, such as a recipe that changes what they make."""
+        self.hold.optimizer._optimizer_step_post_hooks.move_to_end(self._handle.id)  # type: ignore[attr-defined]
+
     remove = release  # what a hold calls when it is released itself
 
     def state_dict(self) -> dict[str, Any]:
@@ -174,7 +178,7 @@ class Rewiring:
     def _hear(self, on: bool) -> None:
         if self._gradients is not None:
             self._gradients.remove()
-        self._gradients = DenseGradients(self.hold.parameters) if on else None
+        self._gradients = DenseGradients(self.hold.parameters, self.mask) if on else None
 
     def _unreadable(self, optimizer: Optimizer, gradients: Mapping[str, Tensor]) -> bool:
         # Infinite gradients are the largest ones: at pruned places no GradScaler sees them, and they would come again and again.
@@ -226,7 +230,7 @@ def rewire(
     state: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Rewiring:
-    """Let the mask of `hold` move while any loop trains: the loop needs no further line.
+    """Let the mask of `hold` move while any loop trains: the loop needs no further line, and a recipe may be attached before or after.
 
     After every `every`-th step of the optimiser, "set" and "rigl" drop in each layer the round(f * kept) smallest of its kept weights
     and grow as many others, at random or where the gradient of the loss is largest; f falls along a cosine from `fraction` to 0 at
@@ -245,7 +249,7 @@ def rewire(
         steps_per_epoch: needed when `every`, `begin` or `end` count epochs.
         sparsity: for gmp, which needs it, in [0, 1): of all weights of the mask together. The others keep what the mask has.
         seed: of random growth and of ties.
-        start: the optimiser step that the training is at, in [0, total_steps).
+        start: the optimiser step that the training is at, in [0, total_steps); `state` knows its own.
         state: `state_dict()` of an earlier Rewiring, to go on from there, with its mask. Then load the model's and the optimiser's
             state dicts, after this call.
         settings: `every`, `fraction`, `end` ..., instead of the method's own; see `Dynamic`.
@@ -278,10 +282,10 @@ def rewire(
         raise SettingError(came, allowed="0 <= start < total_steps", fix="give total_steps=epochs * len(loader)")
     _check_hold(hold)
     _check_covered(hold)
-    times = Times.of(row, total=total_steps, per_epoch=steps_per_epoch, start=start)
+    times = Times.of(row, total=total_steps, per_epoch=steps_per_epoch, start=start if state is None else 0)
     if not row.shrinks:
         _check_can_exchange(hold.mask, row, sparsity)
-    groups = _groups(hold.mask, row, sparsity) if row.shrinks else ()
+    groups = _groups(hold.mask, row, sparsity, going_on=state is not None) if row.shrinks else ()
     rewiring = Rewiring(hold, row, times=times, seed=seed, groups=groups, start=start)
     if state is not None:
         try:
@@ -313,7 +317,7 @@ def rewired(optimizer: Optimizer) -> Rewiring | None:
     return next((hook for hook in hooks if isinstance(hook, Rewiring)), None)
 
 
-def _groups(mask: Mask, row: Dynamic, sparsity: float | None) -> tuple[Group, ...]:
+def _groups(mask: Mask, row: Dynamic, sparsity: float | None, *, going_on: bool) -> tuple[Group, ...]:
     """The layers that shrink together, and to what."""
     if sparsity is None:
         raise SettingError(f"{row.name} came without sparsity", allowed="a number in [0, 1)", fix="give sparsity=0.9 for 90% zeros")
@@ -330,7 +334,8 @@ def _groups(mask: Mask, row: Dynamic, sparsity: float | None) -> tuple[Group, ..
     if row.scope != "global":
         last = layer_counts(shapes, count, distribution=row.scope, floor=1)
         groups = tuple(Group((name,), kept[name], last[name]) for name in mask)
-    _check_can_shrink(groups, row, sparsity)
+    if not going_on:
+        _check_can_shrink(groups, row, sparsity)
     return groups
 
 

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from anymask.errors import SettingError
 from anymask.mask import Mask
-from anymask.prunables import names, prunable
+from anymask.prunables import bare, names, prunable
 from anymask.pruning import criteria
 from anymask.pruning.batches import Batches, Loss, input_shape, take
-from anymask.pruning.budget import at_least, keep_count, least_kept, report_collapse, seed_of
+from anymask.pruning.budget import at_least, keep_count, least_kept, report_collapse, report_outputs, report_ties, seed_of
 from anymask.pruning.lottery import Train, lottery_ticket
 from anymask.pruning.methods import Method, method_of
 from anymask.pruning.patterns import pattern as pattern_of
@@ -53,13 +53,15 @@ def prune(
     """Make a mask for `model` that keeps round((1 - sparsity) * total) of its prunable weights, exactly.
 
     After round r of n rounds round(total * (1 - sparsity) ** (r / n)) weights are left; what is pruned stays pruned (in "force" it
-    may come back). Equal scores are decided by lot, by `seed`. Scores are ranked on the CPU in float64: 8 bytes a weight, several
-    times. Patterns other than "unstructured" keep whole units, hence at most that many weights and less than one unit fewer.
+    may come back). Equal scores are decided by lot, by `seed`; a TieWarning says where that is more than a tenth of the mask. Scores are
+    ranked on the CPU in float64: 8 bytes a weight, several times. Patterns other than "unstructured" keep whole units, hence at most
+    that many weights, and fewer by less than the largest unit; an OutputWarning says where whole outputs of the last layer go.
 
     `model` is only read: a copy is scored (in train mode for snip, grasp and taylor, in eval mode for synflow and wanda), and the
     global random state is put back. A loader with a generator of its own is advanced by the batches read. The same seed gives the
-    same mask; random masks are the same on every device, the others up to rounding of the device's arithmetic. Processes that see
-    different data make different masks: share one by `mask.broadcast()`.
+    same mask; random masks are the same on every device, the others up to rounding of the device's arithmetic, of which the 60 rounds
+    of "snip-iterative" and "force" make much (docs/masks.md). Processes that see different data make different masks: share one by
+    `mask.broadcast()`.
 
     Args:
         model: any module, on any device, in any mode (synflow computes in float64 there, which Apple's MPS has not).
@@ -160,6 +162,11 @@ def _search(
         check_finite(scores, row.name)
         now = round(choose.total * (count / choose.total) ** (number / rounds))
         kept = choose.keep(scores, now, alive=None if row.regrow else kept)
+    if choose.pattern.unstructured:
+        report_ties(row.name, scores, kept, apart=choose.scope != "global")
+    if choose.pattern.name == "channel":
+        last = [name for name, parameter in bare(model).named_parameters() if parameter.ndim == 2][-1:]
+        report_outputs({name: kept[name] for name in last if name in kept}, choose.rows)
     return kept
 
 

@@ -29,7 +29,7 @@ class Averaging(Technique):
     for each parameter and each floating-point buffer (the statistics of norms), a = w at first. Training goes on with w. What is evaluated
     inside `RunningRecipe.plain`, and what is left at the end, is (1 - s) w + s a with the strength s (constant 1 by default) of the
     last step. Pruned weights are 0 in w and so in a; where a mask moves, a becomes 0 with what is pruned, and begins at 0 with
-    what is grown, as w does.
+    what is grown, as w does. Averages of narrower numbers than float32 are kept in float32.
 
     Args:
         decay: of the EMA, in [0, 1): 1 / (1 - decay) steps are what it remembers. Take about a tenth of the training's steps or less:
@@ -97,7 +97,7 @@ class _Average(Attached):
         self._parameters = dict(model.named_parameters())
         floats = [name.rpartition(".") for name, buffer in model.named_buffers() if buffer.is_floating_point()]
         self._buffers = {f"{place}{dot}{key}": (model.get_submodule(place), key) for place, dot, key in floats}
-        self.averages = {name: self._live(name).detach().clone() for name in (*self._parameters, *self._buffers)}
+        self.averages = {name: _begun(self._live(name)) for name in (*self._parameters, *self._buffers)}
         self._aside: dict[str, Tensor] = {}  # what is trained, while the average is in its place
         how = f"decay {self.decay:g}" if start is None else f"the mean from step {max(start, context.start)} on"
         self.found = f"{len(self.averages)} parameters and buffers, {how}"
@@ -119,7 +119,7 @@ class _Average(Attached):
         self._follow()
         for name in self.averages:
             average = local(self._average(name))
-            average.lerp_(local(self._live(name)), 1 - self._share())
+            average.lerp_(local(self._live(name)).to(average.dtype), 1 - self._share())
 
     def _share(self) -> float:
         """How much of the average stays."""
@@ -159,13 +159,13 @@ class _Average(Attached):
         self._aside = {name: self._live(name).detach().clone() for name in self.averages} if strength else {}
         for name in self._aside:
             here, average = local(self._live(name)), local(self._average(name))
-            here.copy_(average if strength == 1 else torch.lerp(here, average, strength))
+            here.copy_(average if strength == 1 else torch.lerp(here.to(average.dtype), average, strength))
 
     def _average(self, name: str) -> Tensor:
         """The average of a tensor that may have moved to another device since, or was converted to other storage (then it begins anew)."""
         average, live = self.averages[name], self._live(name).detach()
         if average.shape != live.shape:
-            average = self.averages[name] = live.clone()
+            average = self.averages[name] = _begun(live)
         elif average.device != live.device:
             average = self.averages[name] = average.to(live.device)
         return average
@@ -180,3 +180,8 @@ class _Average(Attached):
             kept = shard(stored[name], parameter)
             average = local(self._average(next(n for n, tensor in self._parameters.items() if tensor is parameter)))
             average.masked_fill_(~kept.to(average.device), 0)
+
+
+def _begun(live: Tensor) -> Tensor:
+    """What an average is at first: at least float32, because bfloat16 loses steps of less than 1 / 512 of a number."""
+    return live.detach().to(torch.promote_types(live.dtype, torch.float32), copy=True)

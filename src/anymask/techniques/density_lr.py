@@ -28,8 +28,8 @@ class DensityLR(Technique):
     (SGD, Adam and AdamW, with momentum and weight decay); schedulers of the learning rate work as they do. The last bound is for long
     trainings. Weight decay replaces the weights T = lr decay steps / (1 - momentum) times in a training of so many steps at its peak
     rate, and c T times with the larger steps; where that is often, they only keep the weights from settling (docs/lab.md). Weights outside
-    of the mask take their steps as they are. A mask that moves (`anymask.rewire`) is followed. It costs a copy of the masked weights
-    during the step, and two passes over them.
+    of the mask take their steps as they are. A mask that moves (`anymask.rewire`) is followed. A step that the weights' own dtype rounds
+    to 0 stays 0: keep them in float32, with autocast. It costs a copy of the masked weights during the step, and two passes over them.
 
     Args:
         power: of 1 / density, in [0, 2]; 1 is the paper's.

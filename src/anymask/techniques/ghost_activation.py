@@ -256,8 +256,10 @@ class _SoftReLU(Ghost, layers.Softens):
         out = torch.ops.aten.hardtanh.default(x, 0.0, 6.0) if capped else torch.ops.aten.relu.default(x)
         strength = self.strength
         if self.fade == "sharpen":
-            # No 1/0: below 1e-6 the swish is ReLU to float32 precision for |x| > 1e-4, and at 0 exactly ReLU is taken.
-            soft = self.soft(x, (self.beta / strength.clamp(min=1e-6)).to(x.dtype))
+            # No 1/0: below 1e-6 the swish is ReLU to float32 precision for |x| > 1e-4, and at 0 exactly ReLU is taken. Nor a quotient
+            # that float16 does not hold: inf times x = 0 is NaN.
+            least = max(1e-6, 2 * self.beta / torch.finfo(x.dtype).max)
+            soft = self.soft(x, (self.beta / strength.clamp(min=least)).to(x.dtype))
             return torch.where(strength > 0, soft.clamp(max=6.0) if capped else soft, out)
         soft = F.silu(x) if self.silu else self.soft(x, self.beta)  # silu: one fused pass instead of three
         return torch.lerp(out, soft.clamp(max=6.0) if capped else soft, strength.to(out.dtype))

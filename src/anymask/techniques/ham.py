@@ -21,7 +21,7 @@ class HAM(Technique):
 
         w <- w * exp(clip(s * lr * (-alpha * sign(w) * g - beta), -5, 5))
 
-    with the gradient g of that step (after clipping, as the optimiser saw it), the learning rate lr that its group has at that
+    with the gradient g of that step (as the optimiser saw it: clipped, preconditioned), the learning rate lr that its group has at that
     step, and the strength s (constant 1 by default). The sign is that of the weight after the optimiser's step. Zeros stay zeros, and no
     sign changes here: signs change in the optimiser's step, which meets small weights more often. Biases, norms and weights that
     the mask leaves out are untouched. Nothing is stored.

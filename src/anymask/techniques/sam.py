@@ -30,13 +30,14 @@ class SAM(Technique):
 
     Between steps the model holds w_t + e_t, so a loop needs no further line; right before each step of the optimiser w_t comes back, bit
     for bit, and inside `RunningRecipe.plain` and after `finish` the model holds it, too. g is the gradient as the optimiser gets it:
-    accumulated, reduced over ranks, clipped, and 0 where the mask says so, so pruned weights stay 0. It costs no pass, one pass over the
-    weights in memory at each step, and a second copy of them: that is a slot of the optimiser, and saved, moved and masked as one.
+    accumulated, reduced over ranks, clipped, preconditioned, and 0 where the mask says so, so pruned weights stay 0. It costs no forward
+    or backward pass, one over the weights in memory at each step, and a second copy of them: that is a slot of the optimiser, and saved,
+    moved and masked as one.
     What is saved in the middle of a training, outside of `plain`, are the weights w_t + e_t, and w_t with the optimiser. Where all is saved
     inside of `plain`, the weights w_t that are loaded after `Recipe.attach` have lost e_t: the next gradient is taken at w_t.
 
     Other techniques that work on steps see w_t, wherever they stand in the recipe. `anymask.rewire` that is called before `Recipe.attach`
-    ranks |w_t|; called after it, |w_t + e_t|.
+    ranks |w_t|; called after it (as in `fit`), |w_t + e_t|.
 
     Args:
         rho: the length of e_t at strength 1, in units of the weights, > 0.

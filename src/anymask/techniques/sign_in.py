@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from anymask.durations import Duration
 from anymask.errors import SettingError
-from anymask.mask import local
+from anymask.holding import held
+from anymask.mask import Mask, local
 from anymask.prunables import compact
 from anymask.schedules import Schedule
 from anymask.techniques.base import Attached, Context, Technique
@@ -28,10 +29,10 @@ class SignIn(Technique):
 
     The optimiser steps on both factors, with the settings of the weight's group (weight decay too) and slots of their own. For
     the time of its step, and no longer, the parameter holds w and its gradient is g * m, and m is a guest of the group with the gradient
-    g * w; then the parameter is m * w again. So it is one plain tensor of the user's model to everybody else, and between
-    steps the optimiser holds nothing new. At strength s the product is (1 + s * (m - 1)) * w, which is the plain step at 0.
+    g * w; then the parameter is m * w again, and its gradient g. So it is one plain tensor of the user's model to everybody else, and
+    between steps the optimiser holds nothing new. At strength s the product is (1 + s * (m - 1)) * w, which is the plain step at 0.
 
-    Memory: one more tensor for each weight, and the slots that the optimiser keeps for it.
+    Memory: one more tensor for each weight (two during the step), and the slots that the optimiser keeps for it.
 
     Args:
         beta: m^2 - w^2 after sharing out, > 0.
@@ -87,6 +88,8 @@ class _SignIn(Attached):
         self.factors: dict[str, nn.Parameter] = {}  # m, by the name of the weight
         self.slots: dict[str, dict[str, Any]] = {}  # what the optimiser stores for m, between its steps
         self._guests: list[tuple[dict[str, Any], str]] = []  # during a step: group and name of those that are in the optimiser
+        self._entered: dict[str, Tensor] = {}  # during a step: what the gradients of those were multiplied by
+        self._of: Mask | None = None  # whose zeros the slots of m have
         self._handle = optimizer.register_step_post_hook(self._leave)
         # Before all others: a mask that moves, and averages of weights, must find m * w again.
         optimizer._optimizer_step_post_hooks.move_to_end(self._handle.id, last=False)  # type: ignore[attr-defined]
@@ -97,6 +100,7 @@ class _SignIn(Attached):
         self._leave()  # what an optimiser left that failed in its step
         if self.strength == 0:
             return
+        self._follow()
         groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         for name, weight in self.weights.items():
             if weight.grad is not None:
@@ -107,11 +111,13 @@ class _SignIn(Attached):
         """Let the parameter hold w and m join the optimiser, each with its gradient."""
         assert weight.grad is not None
         factor, theta, gradient = self._shared_out(name, weight), local(weight), local(weight.grad)
-        m = self._strong(factor)
+        m = self._entered[name] = self._strong(factor).clone()
         theta.div_(m)  # w from here on
         factor.grad = torch.empty_like(factor)
         torch.mul(gradient, theta, out=local(factor.grad)).mul_(self.strength)
         gradient.mul_(m)
+        if "momentum_buffer" in self.optimizer.state.get(weight, {}) and not self.slots.get(name):
+            self.slots[name] = {"momentum_buffer": torch.zeros_like(factor)}  # a fused SGD wants momentum of all in a group, or of none
         group["params"].append(factor)
         if "param_names" in group:
             group["param_names"].append(f"{name} (sign_in)")
@@ -119,16 +125,18 @@ class _SignIn(Attached):
         self._guests.append((group, name))
 
     @torch.no_grad()
-    def _leave(self, *_: Any) -> None:
-        """Let the parameters be m * w, and the optimiser as it was."""
+    def _leave(self, *stepped: Any) -> None:
+        """Let the parameters be m * w, their gradients g (after a step), and the optimiser as it was."""
         for group, name in reversed(self._guests):
-            factor = self.factors[name]
-            local(self.weights[name]).mul_(self._strong(factor))
+            factor, weight = self.factors[name], self.weights[name]
+            local(weight).mul_(self._strong(factor))
+            if stepped and weight.grad is not None:  # else the step failed, and the gradient there now is of another one
+                local(weight.grad).div_(self._entered[name])
             factor.grad = None
             self.slots[name] = self.optimizer.state.pop(factor, {})
             for key in {"params", "param_names"} & group.keys():
                 group[key].pop()
-        self._guests = []
+        self._guests, self._entered = [], {}
 
     def _shared_out(self, name: str, weight: nn.Parameter) -> nn.Parameter:
         """m of a weight: new where it is due, or where theta / m would not be sound."""
@@ -144,6 +152,18 @@ class _SignIn(Attached):
             stale = (theta == 0).logical_or_(m < 0.5 * self.beta**0.5)
             m.copy_(torch.where(stale, anew, m))
         return factor
+
+    def _follow(self) -> None:
+        """Zero the slots of m where a mask that moved has pruned or grown, as those of the weight are."""
+        hold = held(self.optimizer)
+        if hold is None or hold.mask is self._of:
+            return
+        self._of = hold.mask
+        for name, slots in self.slots.items():
+            weight = self.weights[name]
+            for slot in slots.values():
+                if isinstance(slot, Tensor) and slot.shape == weight.shape:
+                    local(slot).masked_fill_(local(weight) == 0, 0)
 
     def _strong(self, factor: nn.Parameter) -> Tensor:
         m = local(factor)

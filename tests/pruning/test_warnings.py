@@ -1,0 +1,77 @@
+"""Masks that are not what they look like are said aloud: drawn by lot, or without some of the network's outputs."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune as torch_prune
+
+from anymask import models, prune
+from anymask.errors import MaskError
+from anymask.pruning import METHODS, Method, OutputWarning, TieWarning
+from anymask.pruning.criteria import magnitude
+
+DATA = [(torch.randn(16, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 4)]
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+@pytest.mark.parametrize("scope", ["global", "uniform"])
+def test_weights_with_equal_scores_are_said_to_be_drawn_by_lot(scope: str) -> None:
+    model = net()
+    prune(model, "magnitude", sparsity=0.9, scope=scope, floor=4).apply(model)
+    with pytest.warns(TieWarning, match=r"magnitude scored \d+ of the 96 weights .* a lot by `seed` chose them .in 0.weight, 2.weight"):
+        prune(model, "magnitude", sparsity=0.5, scope=scope)
+
+
+@pytest.mark.parametrize("method", ["random", "magnitude", "snip", "synflow"])
+def test_nothing_is_said_of_scores_that_rank(method: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prune(net(), method, sparsity=0.9, data=DATA, floor=1)
+
+
+def test_synflow_ranks_the_weights_of_networks_with_relu6() -> None:
+    """Ones through absolute weights end above 6, where ReLU6 is flat: all scores but the classifier's were 0."""
+    model = models.build("mobilenetv2-0.25x", classes=10, channels=3, seed=0)
+    masks = [prune(model, "synflow", sparsity=0.5, rounds=2, floor=1, example=torch.zeros(1, 3, 16, 16), seed=seed) for seed in (0, 1)]
+    assert masks[0] == masks[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_grasp_of_narrow_numbers_is_that_of_float32(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).to(
+        dtype
+    )
+    x, y = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype), torch.arange(32) % 4
+    narrow = prune(model, "grasp", sparsity=0.8, floor=1, data=[(x, y)])
+    assert next(model.parameters()).dtype == dtype
+    assert narrow == prune(model.float(), "grasp", sparsity=0.8, floor=1, data=[(x.float(), y)])
+
+
+def test_outputs_of_the_network_that_keep_nothing_are_named() -> None:
+    with pytest.warns(OutputWarning, match=r"2 of 4 outputs of the last layer .2.weight. keep no weight.*exclude=\['2.weight'\]"):
+        prune(net(), "magnitude+channel+uniform", sparsity=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prune(net(), "magnitude+channel+uniform", sparsity=0.5, exclude=["2.weight"])
+
+
+def test_wanda_says_that_weights_of_hooks_are_not_for_it() -> None:
+    model = net()
+    torch_prune.identity(model[0], "weight")
+    with pytest.raises(MaskError, match=r"wanda saw no input of 0.weight_orig.*not those that a hook computes"):
+        prune(model, "wanda", sparsity=0.5, data=DATA)
+
+
+def test_a_method_of_ones_own_that_ranks_by_steps_is_told_of_its_ties() -> None:
+    def steps(model, weights, batches):
+        return {name: score.mul(4).round() for name, score in magnitude(model, weights, batches).items()}
+
+    with pytest.warns(TieWarning, match="mine scored"):
+        prune(net(), Method("mine", "", steps, paper=""), sparsity=0.5)
+    assert "mine" not in METHODS
