@@ -113,7 +113,7 @@ def report_collapse(mask: Mask, *, on_collapse: str) -> Mask:
 
 
 def report_ties(method: str, scores: Mapping[str, Tensor], kept: Mapping[str, Tensor], *, apart: bool) -> None:
-    """Say aloud when more than a tenth of what is kept scored no more than something that is not: a lot has chosen it.
+    """Say aloud when more than half of what is kept scored no more than something that is not: a lot has chosen it.
 
     Args:
         method: that gave the scores.
@@ -126,7 +126,7 @@ def report_ties(method: str, scores: Mapping[str, Tensor], kept: Mapping[str, Te
         best = max((float(scores[name][~kept[name]].max()) for name in names if not kept[name].all()), default=-math.inf)
         drawn |= {name: int((scores[name][kept[name]] == best).sum()) for name in names}
     count, total = sum(drawn.values()), sum(int(keep.sum()) for keep in kept.values())
-    if count > total / 10:
+    if count > total / 2:  # dead units have scores of 0, too, and a mask of low sparsity keeps some of them
         where = ", ".join(name for name in drawn if drawn[name])
         warnings.warn(
             f"{method} scored {count} of the {total} weights that it keeps no higher than some that it prunes: a lot by `seed` chose them "

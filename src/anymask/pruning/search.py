@@ -53,7 +53,7 @@ def prune(
     """Make a mask for `model` that keeps round((1 - sparsity) * total) of its prunable weights, exactly.
 
     After round r of n rounds round(total * (1 - sparsity) ** (r / n)) weights are left; what is pruned stays pruned (in "force" it
-    may come back). Equal scores are decided by lot, by `seed`; a TieWarning says where that is more than a tenth of the mask. Scores are
+    may come back). Equal scores are decided by lot, by `seed`; a TieWarning says where that is more than half of the mask. Scores are
     ranked on the CPU in float64: 8 bytes a weight, several times. Patterns other than "unstructured" keep whole units, hence at most
     that many weights, and fewer by less than the largest unit; an OutputWarning says where whole outputs of the last layer go.
 
