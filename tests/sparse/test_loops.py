@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import anymask
 from anymask.errors import MaskError
@@ -66,3 +67,21 @@ def test_slots_that_were_not_converted_are_told():
     anymask.to_sparse(model, mask, x, measure=False)
     with pytest.raises(MaskError, match=r"keeps momentum_buffer of .* dense layer.*optimizer=optimizer"):
         anymask.hold(mask, model, optimizer)
+
+
+def test_an_average_of_the_parameters_is_that_of_the_dense_model():
+    """A state dict is a copy, so an average that is written into one does not work; the docs name this one."""
+    model, mask, x, y = made("resnet20")
+    dense, averages = copy.deepcopy(model), []
+    anymask.to_sparse(model, mask, x, measure=False)
+    for net in (model, dense):
+        optimizer = sgd(net)
+        anymask.hold(mask, net, optimizer)
+        average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+        for _ in range(2):
+            steps(net, optimizer, x, y, many=1)
+            average.update_parameters(net)
+        averages.append(average.module.state_dict())
+    for name, right in averages[1].items():
+        torch.testing.assert_close(averages[0][name], right, atol=1e-4, rtol=1e-3)
+    assert not torch.equal(averages[0]["fc.weight"], model.state_dict()["fc.weight"])

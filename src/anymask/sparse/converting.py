@@ -106,6 +106,10 @@ def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimize
     pool after it too, while nobody hooks into them: a part of the model that is cut off between them, such as `model[:2]`, gives what
     comes after them.
 
+    State dicts are copies: what is written into one in place (timm's `ModelEma`, `state[name].copy_(...)`) does not reach a sparse layer.
+    Load it with `load_state_dict`, and average `parameters()`, as `torch.optim.swa_utils.AveragedModel` does. Call `to_dense` before
+    modules are replaced or parametrized: a norm goes on doing the ReLU that it was converted with.
+
     Args:
         model: on the CPU, float32; changed in place.
         mask: what is kept; must fit `model`. Pruned weights become 0; `hold` keeps them so in the layers that stay dense.
