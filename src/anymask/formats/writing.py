@@ -13,7 +13,7 @@ from torch import Tensor
 from anymask.errors import MaskError, SettingError
 from anymask.formats.names import aligned
 from anymask.formats.own import packed
-from anymask.formats.reading import load_mask, load_weights
+from anymask.formats.reading import load_mask, weights_in
 from anymask.mask import Mask
 from anymask.registry import nearest, unknown
 from anymask.runlog import atomic
@@ -101,7 +101,7 @@ def convert(
         source: any file that `load_mask` reads.
         out: the file to write.
         to: as `format` of `save`.
-        weights: a checkpoint, for formats that need one.
+        weights: a checkpoint, for formats that need one; what is written has its names, so that its model loads it.
         replace: whether `out` may be there already.
 
     Raises:
@@ -112,7 +112,7 @@ def convert(
     if Path(out).exists() and not replace:
         raise SettingError(f"{out} is there already", allowed="a new file", fix="choose another name, or add --force to replace it")
     mask = load_mask(source)
-    save(mask, out, format=to, weights=None if weights is None else load_weights(weights))
+    save(mask, out, format=to, weights=None if weights is None else weights_in(Path(weights), prefixes=False))
     return mask
 
 
