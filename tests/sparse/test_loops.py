@@ -85,3 +85,27 @@ def test_an_average_of_the_parameters_is_that_of_the_dense_model():
     for name, right in averages[1].items():
         torch.testing.assert_close(averages[0][name], right, atol=1e-4, rtol=1e-3)
     assert not torch.equal(averages[0]["fc.weight"], model.state_dict()["fc.weight"])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("measure", [True, False])
+def test_a_model_may_be_converted_where_there_are_no_gradients(mode, measure, tmp_path, monkeypatch):
+    monkeypatch.setenv("ANYMASK_CACHE", str(tmp_path))  # nothing is measured yet
+    model, mask, x, y = made("plain")
+    optimizer = sgd(model)
+    steps(model, optimizer, x, y, many=1)
+    with mode():
+        anymask.to_sparse(model, mask, x, optimizer=optimizer, measure=measure)
+    steps(model, optimizer, x, y, many=1)
+    with mode():
+        anymask.to_dense(model, optimizer=optimizer)
+    steps(model, optimizer, x, y, many=1)
+
+
+def test_a_model_that_was_made_for_inference_alone_is_converted_there():
+    with torch.inference_mode():
+        model, mask, x, _ = made("plain")
+        right = model(x)
+        torch.testing.assert_close(anymask.to_sparse(model, mask, x, measure=False)(x), right, atol=1e-5, rtol=1e-4)
+        assert compact(model)
+        assert torch.equal(anymask.to_dense(model)(x), right)

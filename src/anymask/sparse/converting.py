@@ -81,18 +81,19 @@ def densify(layer: Any, optimizer: Optimizer | None = None) -> None:
 
 
 def _reshape(weight: nn.Parameter, change: Callable[[Tensor], Tensor], *, shape: tuple[int, ...], optimizer: Optimizer | None) -> None:
-    gradient, weight.grad = weight.grad, None
-    changed = change(weight.data)
-    # A graph that lives on (a loss in a variable) holds the node that adds up gradients of the old shape, and the next graph would take
-    # that one, too; PyTorch makes a new one where the type changes.
-    weight.data = weight.data.new_empty(0, dtype=torch.float64)
-    weight.data = changed
-    if gradient is not None:
-        weight.grad = change(gradient)
-    slots = {} if optimizer is None else optimizer.state.get(weight, {})
-    for name, slot in slots.items():
-        if isinstance(slot, Tensor) and tuple(slot.shape) == shape:
-            slots[name] = change(slot)
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():  # whatever the caller is in, or a model that trains could not go on
+        gradient, weight.grad = weight.grad, None
+        changed = change(weight.data)
+        # A graph that lives on (a loss in a variable) holds the node that adds up gradients of the old shape, and the next graph would take
+        # that one, too; PyTorch makes a new one where the type changes.
+        weight.data = weight.data.new_empty(0, dtype=torch.float64)
+        weight.data = changed
+        if gradient is not None:
+            weight.grad = change(gradient)
+        slots = {} if optimizer is None else optimizer.state.get(weight, {})
+        for name, slot in slots.items():
+            if isinstance(slot, Tensor) and tuple(slot.shape) == shape:
+                slots[name] = change(slot)
 
 
 def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimizer | None = None, measure: bool = True) -> nn.Module:
