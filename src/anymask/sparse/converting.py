@@ -178,6 +178,10 @@ def to_dense(model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Modu
         model: any module; one without sparse layers stays as it is.
         optimizer: its slots become dense, too.
 
+    Raises:
+        SettingError: before anything is changed, for a sparse layer whose weight is parametrized or pruned by PyTorch, or an
+            optimizer whose slots are not of the shape of its parameters.
+
     Example:
         >>> import torch, anymask
         >>> net = torch.nn.Linear(8, 8)
@@ -185,6 +189,9 @@ def to_dense(model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Modu
         >>> to_dense(anymask.to_sparse(net, mask, torch.ones(2, 8), measure=False)).weight.shape
         torch.Size([8, 8])
     """
+    _check_plain(model)
+    if optimizer is not None:
+        _check_slots({name: layer.weight for name, layer in compact(model).items()}, optimizer)
     with uninterrupted():
         for layer in model.modules():
             semi_structured.densify(layer)
@@ -268,6 +275,19 @@ def _check(model: nn.Module, mask: Mask) -> dict[str, nn.Parameter]:
     return parameters
 
 
+def _check_plain(model: nn.Module) -> None:
+    for name, layer in model.named_modules():
+        if isinstance(layer, layers.SparseWeight) and (type(layer) not in DENSE or "weight" not in layer._parameters):
+            raise SettingError(
+                f"the weight of the sparse layer {name or type(model).__name__} came parametrized, or pruned by torch.nn.utils.prune",
+                allowed="sparse layers as to_sparse made them",
+                fix="take that off first (parametrize.remove_parametrizations, prune.remove), and put it on the dense layer",
+            )
+
+
+_BY_SHAPE = ("Adafactor", "LBFGS")  # what they keep depends on whether a weight is a matrix, or on how many numbers all of them have
+
+
 def _check_slots(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
     """Refuse slots that are neither numbers nor shaped like their weight, such as Adafactor's rows: they cannot be converted."""
     for name, weight in parameters.items():
@@ -277,8 +297,14 @@ def _check_slots(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> N
                 raise SettingError(
                     f"{type(optimizer).__name__} keeps {slot} of {name} in a shape of its own",
                     allowed="an optimizer whose slots have the shape of the weight, as those of SGD, Adam and RMSprop have",
-                    fix="call to_sparse before the optimizer is made",
+                    fix="convert the model before the optimizer is made, or make another one after",
                 )
+    if parameters and optimizer.state and type(optimizer).__name__ in _BY_SHAPE:
+        raise SettingError(
+            f"{type(optimizer).__name__} has made steps, and what it keeps is of the layers as they are now",
+            allowed="an optimizer whose slots have the shape of the weight, as those of SGD, Adam and RMSprop have",
+            fix="convert the model before the optimizer is made, or make another one after",
+        )
 
 
 @torch.no_grad()
