@@ -323,7 +323,8 @@ def _places(plan: Plan, shapes: list[Shape]) -> tuple[list[int], list[int]]:
                 free.remove(best)
             sizes[best] = max(sizes[best], needed)
             places.append(best)
-        free += [places[root] for root in sorted(set(roots[: number + 1])) if last[root] == number]
+        ended = sorted({roots[value] for value in (*step.inputs, number)})
+        free += [places[root] for root in ended if last[root] == number]
     return places, sizes
 
 
