@@ -159,3 +159,10 @@ def test_the_model_that_weights_are_of_loads_what_is_converted_with_them(tmp_pat
     make().load_state_dict(written)
     assert all(torch.equal(written[other], weights[other]) for other in weights if other != name)
     assert torch.equal(written[name], weights[name] * torch.eye(3, 4))
+
+
+def test_weights_on_another_device_come_to_the_mask_and_what_is_no_tensor_is_named(tmp_path):
+    with pytest.raises(NotImplementedError):  # which only the copy to the CPU raises: there are no numbers on this device
+        save(Mask({"2.weight": torch.eye(3, 4)}), tmp_path / "m.pt", format="zeros", weights=net().to("meta").state_dict())
+    with pytest.raises(SettingError, match=r"no tensor: _extra_state.*Allowed"):
+        save(Mask(kept()), tmp_path / "m.safetensors", format="zeros", weights={**net().state_dict(), "_extra_state": {}})

@@ -66,7 +66,7 @@ def save(mask: Mask, path: str | os.PathLike[str], *, format: str = OWN, weights
 
     Raises:
         UnknownName: for another format.
-        SettingError: when the format needs weights, or has no place for them.
+        SettingError: when the format needs weights, or has no place for them, or they are no tensors.
         MaskError: naming each parameter that the weights lack or have in another shape.
 
     Example:
@@ -78,6 +78,7 @@ def save(mask: Mask, path: str | os.PathLike[str], *, format: str = OWN, weights
     """
     row = _row(format)
     _check_given(row, format, given=weights is not None)
+    weights = None if weights is None else _on_cpu(weights)
     if row is None:
         blob = packed(mask)
     else:
@@ -140,6 +141,17 @@ def _fitted(mask: Mask, weights: Weights) -> Mask:
     fitting = Mask(renamed) if len(renamed) == len(mask) else mask  # two of its names may stand for one
     _check_fit(fitting, weights)
     return fitting
+
+
+def _on_cpu(weights: Weights) -> Weights:
+    """`weights`, where masks are, too."""
+    if odd := [name for name, weight in weights.items() if not isinstance(weight, Tensor)]:
+        raise SettingError(
+            f"the weights hold what is no tensor: {', '.join(odd)}",
+            allowed="a state dict of tensors",
+            fix="leave out what get_extra_state gives",
+        )
+    return {name: weight.detach().cpu() for name, weight in weights.items()}
 
 
 def _check_fit(mask: Mask, weights: Weights) -> None:
