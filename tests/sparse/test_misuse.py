@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import anymask
 from anymask.errors import MaskError, SettingError
 from anymask.kernels import available
+from anymask.onednn import memory_format
 from anymask.prunables import compact
 from tests.sparse.test_converting import made, sgd, steps
 
@@ -89,3 +90,18 @@ def test_what_a_replaced_relu_leaves_behind_says_what_to_do():
     model[2] = nn.LeakyReLU()
     with pytest.raises(SettingError, match="to_dense before a ReLU or pool is replaced"):
         model(x)
+
+
+@pytest.mark.parametrize("name", ["plain", "strange"])
+def test_float64_is_refused_as_by_dense_layers(name):
+    model, _, x, _ = sparse(name)
+    with pytest.raises(SettingError, match="given float64"):
+        model(x.double())
+
+
+def test_a_kernel_whose_side_of_1_is_dilated_is_not_measured_as_channels_last(tmp_path, monkeypatch):
+    """oneDNN ended the process there."""
+    monkeypatch.setenv("ANYMASK_CACHE", str(tmp_path))
+    model, x = nn.Sequential(nn.Conv2d(3, 2, (2, 1), (4, 3), (1, 2), (1, 3)), nn.ReLU()), torch.randn(16, 3, 12, 1)
+    assert memory_format(model) is torch.contiguous_format
+    anymask.to_sparse(model, anymask.prune(model, "magnitude", sparsity=0.5), x)

@@ -70,6 +70,13 @@ class SparseWeight:
         return f"{super().extra_repr()}, kept={len(self.weight)}"  # type: ignore[misc]
 
 
+def _single(input: Tensor) -> Tensor:
+    """Autocast's halves as float32."""
+    if input.dtype is torch.float64:
+        raise SettingError("a sparse layer was given float64", allowed="float32, as its weights are", fix="give input.float(), or to_dense")
+    return input.float()
+
+
 class SparseConv2d(SparseWeight, nn.Conv2d):
     """A Conv2d of kept weights. Made by `to_sparse`."""
 
@@ -77,7 +84,7 @@ class SparseConv2d(SparseWeight, nn.Conv2d):
         """(N, C, H, W) or (C, H, W) to (N, O, OH, OW) or (O, OH, OW)."""
         if input.ndim == 3:
             return self.forward(input[None])[0]
-        return ops.conv(input.float(), self.weight, self.bias, self.gather.handle)
+        return ops.conv(_single(input), self.weight, self.bias, self.gather.handle)
 
 
 class SparseLinear(SparseWeight, nn.Linear):
@@ -86,7 +93,7 @@ class SparseLinear(SparseWeight, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., D) to (..., O)."""
         rows = input.reshape(-1, self.in_features)
-        out = ops.conv(rows.float()[:, :, None, None], self.weight, self.bias, self.gather.handle)
+        out = ops.conv(_single(rows)[:, :, None, None], self.weight, self.bias, self.gather.handle)
         return out[:, :, 0, 0].reshape(*input.shape[:-1], self.out_features)
 
 
