@@ -38,7 +38,7 @@ class Hold:
             with uninterrupted():
                 for name, parameter in self.parameters.items():
                     self._handles.append(self._hold_gradient(name, parameter))
-                self._handles += [optimizer.register_step_post_hook(self), optimizer.register_load_state_dict_post_hook(self)]
+                self._handles += [optimizer.register_step_post_hook(self), optimizer.register_load_state_dict_post_hook(self._loaded)]
                 self._handles.append(optimizer.register_step_pre_hook(self._mask_assigned))
             self(optimizer)
         except BaseException:
@@ -65,6 +65,10 @@ class Hold:
                     _zero(tensor, kept)
         for pairs in together.values():
             torch._foreach_mul_(*map(list, zip(*pairs, strict=True)))
+
+    def _loaded(self, optimizer: Optimizer) -> None:
+        _check_slots(self.model, optimizer)
+        self(optimizer)
 
     @torch.no_grad()
     def move(self, mask: Mask) -> None:
@@ -171,7 +175,7 @@ def hold(mask: Mask, model: nn.Module, optimizer: Optimizer) -> Hold:
 
     Raises:
         MaskError: when the mask is none or does not fit, or `optimizer` holds a mask already or none of the masked parameters, or has slots
-            of dense layers that are sparse now.
+            of dense layers that are sparse now; its `load_state_dict` raises this, too.
 
     Example:
         >>> import torch, anymask

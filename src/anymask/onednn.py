@@ -24,11 +24,18 @@ def overruns(model: nn.Module) -> dict[str, nn.Conv2d]:
     }
 
 
+def _dilates_nothing(model: nn.Module) -> bool:
+    """Whether a convolution dilates a side of its kernel that is 1: some of these end the process when images come as channels_last."""
+    layers = (layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
+    return any(k == 1 != d for layer in layers for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
+
+
 def memory_format(model: nn.Module, *, device: str = "cpu") -> torch.memory_format:
-    """How images lie in memory where `model` convolves them fastest: channels_last, unless it `overruns` then.
+    """How images lie in memory where `model` convolves them fastest: channels_last, unless oneDNN fails then.
 
     Example:
         >>> memory_format(nn.Conv2d(16, 8, 1, stride=2)), memory_format(nn.Conv2d(4, 8, 1, stride=2))
         (torch.channels_last, torch.contiguous_format)
     """
-    return torch.contiguous_format if device == "cpu" and overruns(model) else torch.channels_last
+    fails = device == "cpu" and (overruns(model) or _dilates_nothing(model))
+    return torch.contiguous_format if fails else torch.channels_last

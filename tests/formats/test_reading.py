@@ -205,6 +205,8 @@ def test_shards_of_torch_are_read(tmp_path):
     [
         ({"a": "../away.safetensors"}, r"a shard at '\.\./away"),
         ({"a": "/etc/passwd"}, "a shard at '/etc/passwd'"),
+        ({"a": ".."}, r"a shard at '\.\.'"),
+        ({"a": ""}, "a shard at ''"),
         ({"lost.weight": "model-1.safetensors"}, "1 tensors that its shards do not hold, such as lost.weight"),
         ({"a": "index.json"}, "an index where a shard belongs"),
         ({"a": 3}, "TypeError"),

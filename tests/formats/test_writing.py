@@ -123,3 +123,46 @@ def test_a_mask_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_weights(tmp_path / "nowhere")
     assert not (tmp_path / "out").exists()
+
+
+class Wrapper(torch.nn.Module):
+    """All of its parameters begin with a word that trainers put there, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 3))
+
+    def forward(self, x):
+        return self.model(x)
+
+
+def normed(norm):
+    return torch.nn.Sequential(norm(torch.nn.Linear(4, 4)), torch.nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Wrapper,
+        lambda: normed(torch.nn.utils.parametrizations.weight_norm),
+        lambda: normed(torch.nn.utils.parametrizations.spectral_norm),
+        lambda: normed(torch.nn.utils.spectral_norm),
+    ],
+)
+def test_the_model_that_weights_are_of_loads_what_is_converted_with_them(tmp_path, make):
+    torch.save(make().state_dict(), tmp_path / "w.pt")
+    weights = torch.load(tmp_path / "w.pt")
+    name = next(name for name in weights if name.endswith("1.weight"))
+    Mask({name: torch.eye(3, 4)}).save(tmp_path / "m.mask")
+    convert(tmp_path / "m.mask", tmp_path / "out.pt", to="zeros", weights=tmp_path / "w.pt")
+    written = torch.load(tmp_path / "out.pt")
+    make().load_state_dict(written)
+    assert all(torch.equal(written[other], weights[other]) for other in weights if other != name)
+    assert torch.equal(written[name], weights[name] * torch.eye(3, 4))
+
+
+def test_weights_on_another_device_come_to_the_mask_and_what_is_no_tensor_is_named(tmp_path):
+    with pytest.raises(NotImplementedError):  # which only the copy to the CPU raises: there are no numbers on this device
+        save(Mask({"2.weight": torch.eye(3, 4)}), tmp_path / "m.pt", format="zeros", weights=net().to("meta").state_dict())
+    with pytest.raises(SettingError, match=r"no tensor: _extra_state.*Allowed"):
+        save(Mask(kept()), tmp_path / "m.safetensors", format="zeros", weights={**net().state_dict(), "_extra_state": {}})

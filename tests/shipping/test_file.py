@@ -204,6 +204,21 @@ LIES = {
     ),
     "huge stride": (lambda h, t: _conv(h, stride=[2**30, 1]), "at a stride"),
     "huge kernel": (lambda h, t: _conv(h, kernel=[2**20, 1], padding=[2**19, 0]), "a kernel (1048576, 1)"),
+    "kernel of many places": (lambda h, t: _conv(h, kernel=[2**10, 2**10], padding=[2**9, 2**9]), "a kernel (1024, 1024)"),
+    "pool of many places": (
+        lambda h, t: h["steps"].extend(
+            [
+                ["pad", [0], {"by": [0, 0, 2**9, 2**9, 2**9, 2**9]}],
+                ["avg-pool", [len(h["steps"]) + 1], {"kernel": [2**10, 2**10], "stride": [1, 1]}],
+            ]
+        ),
+        "a kernel (1024, 1024)",
+    ),
+    "table of a tall kernel": (
+        lambda h, t: _conv(h, outputs=2**10, kernel=[2**14, 8], padding=[2**13, 8], kept=2**16),
+        "65536 weights kept of a kernel (16384, 8), 16384 rows high",
+    ),
+    "many steps": (lambda h, t: h["steps"].extend([["clamp", [0], {}]] * 10_000), "at most 10,000 are allowed"),
     "huge pool": (
         lambda h, t: h["steps"].append(["avg-pool", [0], {"kernel": [2**30, 1], "stride": [1, 1], "padding": [2**29, 0]}]),
         "padded map",

@@ -1,6 +1,7 @@
 """Models that are no plain image network: those that ship do it right, and the others are refused with what is wrong."""
 
 import logging
+import re
 import sys
 import threading
 
@@ -10,7 +11,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import anymask
-from anymask.errors import SettingError
+from anymask.errors import AnymaskError, SettingError
+from anymask.shipping import making
 from anymask.shipping.making import ship
 from anymask.shipping.tracing import exporting
 
@@ -153,3 +155,92 @@ def test_two_exports_at_once_silence_nothing_for_good():
     thread.join()
     assert inside.is_set()
     assert (sys.stderr, logging.root.manager.disable) == before
+
+
+class Forward(nn.Module):
+    """A convolution, and then what it is told."""
+
+    def __init__(self, rest):
+        super().__init__()
+        self.conv, self.rest = nn.Conv2d(2, 3, 1), rest
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        return self.rest(self, self.conv(x))
+
+
+def counted(net, y):
+    net.calls += 1
+    return y
+
+
+def in_float32(net, y):
+    with torch.autocast("cpu", enabled=False):
+        return y.relu() + 1
+
+
+@pytest.mark.parametrize(
+    ("rest", "says"),
+    [
+        (lambda net, y: y + torch.randn(3, 1, 1), "randn in its own forward.*random numbers"),
+        (lambda net, y: y * torch.zeros(3, 1, 1).bernoulli(0.5), "bernoulli.*random numbers"),
+        (counted, "writes into calls in its forward"),
+        (in_float32, "uses wrap_with_autocast"),
+    ],
+)
+def test_a_forward_that_no_file_can_have_says_why(rest, says, tmp_path):
+    error = refused(Forward(rest).eval(), torch.randn(2, 2, 4, 4), tmp_path / "net.anymask")
+    assert re.search(says, str(error)), str(error)
+
+
+def test_a_model_that_cannot_be_copied_says_why(tmp_path):
+    model = nn.Linear(2, 2)
+    model.lock = threading.Lock()
+    assert "Linear cannot be copied (cannot pickle '_thread.lock' object)" in refused(model, torch.ones(1, 2), tmp_path / "n.anymask").came
+
+
+class Extra(nn.Linear):
+    def get_extra_state(self):
+        return {"a": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_an_extra_state_is_named_where_it_has_no_place(tmp_path):
+    assert "no tensor: _extra_state" in refused(Extra(2, 2), torch.ones(1, 2), tmp_path / "net.safetensors").came
+
+
+def small(*, scale):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    with torch.no_grad():
+        for parameter in model[2].parameters():
+            parameter.mul_(scale)
+    return model, torch.randn(8, 16)
+
+
+def test_small_outputs_are_compared_by_their_size(tmp_path, monkeypatch):
+    model, x = small(scale=1e-5)
+    ship(model, None, example=x, to=tmp_path / "net.anymask")
+    answer = making._answer
+    monkeypatch.setattr(making, "_answer", lambda model, example: answer(model, example) * 1.1)
+    with pytest.raises(AnymaskError, match="other outputs than the model"):
+        ship(model, None, example=x, to=tmp_path / "other.anymask")
+
+
+def test_outputs_of_which_rounding_is_much_are_those_of_the_model(tmp_path):
+    model, x = small(scale=1.0)
+    model.append(nn.Linear(4, 2))
+    with torch.no_grad():
+        model[2].bias.fill_(1e5)  # and so the last one's outputs are differences of large numbers
+        model[3].weight.copy_(torch.tensor([[1.0, -1, 1, -1], [1, 1, -1, -1]]))
+        model[3].bias.zero_()
+    ship(model, None, example=x, to=tmp_path / "net.anymask", values="float32")
+
+
+def test_weights_that_are_too_small_for_float16_are_told(tmp_path):
+    model, x = small(scale=3e-7)
+    with pytest.warns(UserWarning, match=r"float16 changes what Sequential gives by up to \d+% of the largest output"):
+        ship(model, None, example=x, to=tmp_path / "net.anymask")
+    ship(model, None, example=x, to=tmp_path / "net.anymask", values="bfloat16")

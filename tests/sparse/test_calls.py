@@ -1,6 +1,7 @@
 """How the operators are called: directly where nobody looks, through PyTorch's dispatcher where somebody does, with the same numbers."""
 
 import copy
+import gc
 import io
 import warnings
 
@@ -151,6 +152,19 @@ def test_shapes_are_known_on_meta_and_what_is_traced_can_be_saved() -> None:
     buffer = io.BytesIO()
     torch.export.save(torch.export.export(model, (x,)), buffer)
     assert buffer.getvalue()
+
+
+def test_a_graph_whose_layer_is_not_here_is_refused_and_takes_no_other_layer() -> None:
+    model, x, buffer = net().eval(), torch.randn(2, 2, 6, 6), io.BytesIO()
+    torch.export.save(torch.export.export(model, (x,)), buffer)
+    loaded = torch.export.load(io.BytesIO(buffer.getvalue())).module()
+    torch.testing.assert_close(loaded(x), model(x))
+    first, second = (Gather((1, 1, 1, 1), np.array([0])).handle for _ in range(2))
+    assert abs(first - second) > 1  # as a counter's would: those of two processes are the same
+    del model
+    gc.collect()
+    with pytest.raises(SettingError, match=r"not in this process.*Allowed.*to_dense"):
+        loaded(x)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of PyTorch's own forward mode

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import anymask
 from anymask.errors import MaskError
@@ -66,3 +67,45 @@ def test_slots_that_were_not_converted_are_told():
     anymask.to_sparse(model, mask, x, measure=False)
     with pytest.raises(MaskError, match=r"keeps momentum_buffer of .* dense layer.*optimizer=optimizer"):
         anymask.hold(mask, model, optimizer)
+
+
+def test_an_average_of_the_parameters_is_that_of_the_dense_model():
+    """A state dict is a copy, so an average that is written into one does not work; the docs name this one."""
+    model, mask, x, y = made("resnet20")
+    dense, averages = copy.deepcopy(model), []
+    anymask.to_sparse(model, mask, x, measure=False)
+    for net in (model, dense):
+        optimizer = sgd(net)
+        anymask.hold(mask, net, optimizer)
+        average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+        for _ in range(2):
+            steps(net, optimizer, x, y, many=1)
+            average.update_parameters(net)
+        averages.append(average.module.state_dict())
+    for name, right in averages[1].items():
+        torch.testing.assert_close(averages[0][name], right, atol=1e-4, rtol=1e-3)
+    assert not torch.equal(averages[0]["fc.weight"], model.state_dict()["fc.weight"])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("measure", [True, False])
+def test_a_model_may_be_converted_where_there_are_no_gradients(mode, measure, tmp_path, monkeypatch):
+    monkeypatch.setenv("ANYMASK_CACHE", str(tmp_path))  # nothing is measured yet
+    model, mask, x, y = made("plain")
+    optimizer = sgd(model)
+    steps(model, optimizer, x, y, many=1)
+    with mode():
+        anymask.to_sparse(model, mask, x, optimizer=optimizer, measure=measure)
+    steps(model, optimizer, x, y, many=1)
+    with mode():
+        anymask.to_dense(model, optimizer=optimizer)
+    steps(model, optimizer, x, y, many=1)
+
+
+def test_a_model_that_was_made_for_inference_alone_is_converted_there():
+    with torch.inference_mode():
+        model, mask, x, _ = made("plain")
+        right = model(x)
+        torch.testing.assert_close(anymask.to_sparse(model, mask, x, measure=False)(x), right, atol=1e-5, rtol=1e-4)
+        assert compact(model)
+        assert torch.equal(anymask.to_dense(model)(x), right)

@@ -1,6 +1,7 @@
 """What of a file's tensors is the mask: one row for each way in which libraries keep it."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,14 +81,24 @@ def is_by_module(leaves: Leaves) -> bool:
 
 
 def without_marks(named: Named) -> dict[str, Leaf]:
-    """The weights under their plain names: without masks, without what pruning libraries add to a name."""
-    found = {}
+    """The weights under their plain names: without masks, without what pruning libraries add to a name.
+
+    Parametrizations other than by a mask keep their names, because no single tensor of theirs is the weight: spectral and weight norm.
+    """
+    targets = {name: next((t for mark in MARKS.values() if (t := mark(name, named)) is not None), None) for name in named}
+    masked = set(targets.values())
+    added = {name: part for name in named if targets[name] is None and (part := _PARAMETRIZED.fullmatch(name))}
+    entries = Counter(part[1] + part[2] for part in added.values())
+    found: dict[str, Leaf] = {}
     for name, leaf in named.items():
-        if any(mark(name, named) is not None for mark in MARKS.values()):
+        if targets[name] is not None:
             continue
-        added = _PARAMETRIZED.fullmatch(name)
-        if added is None or added[4]:
-            found[added[1] + added[2] if added else name.removesuffix("_orig")] = leaf
+        of = added.get(name)
+        plain = of[1] + of[2] if of else name.removesuffix("_orig")
+        if plain not in masked and not (of and of[4] and entries[plain] == 1):
+            found[name] = leaf
+        elif of is None or of[4]:
+            found[plain] = leaf
     return found
 
 

@@ -127,13 +127,15 @@ def _sharded(path: Path, stack: ExitStack) -> Contents:
 def _places(path: Path) -> dict[str, str]:
     places: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
     for shard in places.values():
-        if Path(shard).name != shard:  # an index may not lead out of its folder
+        if Path(shard).name != shard or shard in {"", ".."}:  # an index may not lead out of its folder
             raise refusal(path, f"a shard at {shard!r}, which is no file beside it")
     return places
 
 
 def _shard(path: Path, stack: ExitStack) -> Leaves:
     with refusing(path):
+        if path.exists() and not path.is_file():  # a pipe would wait for ever
+            raise refusal(path, "no file, where a shard belongs")
         kind = kind_of(path)
         if kind == INDEX:
             raise refusal(path, "an index where a shard belongs")

@@ -71,11 +71,21 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         >>> load_weights(path)
         {'fc.weight': tensor([[1., 1.]])}
     """
-    path = _file(Path(path), what="checkpoint")
+    return weights_in(Path(path), prefixes=True)
+
+
+def weights_in(path: Path, *, prefixes: bool) -> dict[str, Tensor]:
+    """As `load_weights`; without `prefixes` names keep a `module.` or `model.` that all of them begin with.
+
+    Raises:
+        MissingFile, FileFormatError: as `load_weights`.
+    """
+    path = _file(path, what="checkpoint")
     if _own(path) is not None:
         raise refusal(path, "a mask of ours, where a checkpoint is needed", fix="name the file with the weights")
     with opened(path) as contents:
-        return {name: leaf.read().clone() for name, leaf in without_marks(named_leaves(unwrapped(contents.leaves), prefixes=True)).items()}
+        found = without_marks(named_leaves(unwrapped(contents.leaves), prefixes=prefixes))
+        return {name: leaf.read().clone() for name, leaf in found.items()}
 
 
 def load_into(model: nn.Module, weights: Mapping[str, Tensor], *, name: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from anymask.errors import MaskError, SettingError
 from anymask.formats.names import aligned
 from anymask.formats.own import packed
-from anymask.formats.reading import load_mask, load_weights
+from anymask.formats.reading import load_mask, weights_in
 from anymask.mask import Mask
 from anymask.registry import nearest, unknown
 from anymask.runlog import atomic
@@ -65,7 +65,7 @@ def save(mask: Mask, path: str | os.PathLike[str], *, format: str = OWN, weights
 
     Raises:
         UnknownName: for another format.
-        SettingError: when the format needs weights, or has no place for them.
+        SettingError: when the format needs weights, or has no place for them, or they are no tensors.
         MaskError: naming each parameter that the weights lack or have in another shape.
 
     Example:
@@ -77,6 +77,7 @@ def save(mask: Mask, path: str | os.PathLike[str], *, format: str = OWN, weights
     """
     row = _row(format)
     _check_given(row, format, given=weights is not None)
+    weights = None if weights is None else _on_cpu(weights)
     if row is None:
         blob = packed(mask)
     else:
@@ -100,7 +101,7 @@ def convert(
         source: any file that `load_mask` reads.
         out: the file to write.
         to: as `format` of `save`.
-        weights: a checkpoint, for formats that need one.
+        weights: a checkpoint, for formats that need one; what is written has its names, so that its model loads it.
         replace: whether `out` may be there already.
 
     Raises:
@@ -111,7 +112,7 @@ def convert(
     if Path(out).exists() and not replace:
         raise SettingError(f"{out} is there already", allowed="a new file", fix="choose another name, or add --force to replace it")
     mask = load_mask(source)
-    save(mask, out, format=to, weights=None if weights is None else load_weights(weights))
+    save(mask, out, format=to, weights=None if weights is None else weights_in(Path(weights), prefixes=False))
     return mask
 
 
@@ -139,6 +140,17 @@ def _fitted(mask: Mask, weights: Weights) -> Mask:
     fitting = Mask(renamed) if len(renamed) == len(mask) else mask  # two of its names may stand for one
     _check_fit(fitting, weights)
     return fitting
+
+
+def _on_cpu(weights: Weights) -> Weights:
+    """`weights`, where masks are, too."""
+    if odd := [name for name, weight in weights.items() if not isinstance(weight, Tensor)]:
+        raise SettingError(
+            f"the weights hold what is no tensor: {', '.join(odd)}",
+            allowed="a state dict of tensors",
+            fix="leave out what get_extra_state gives",
+        )
+    return {name: weight.detach().cpu() for name, weight in weights.items()}
 
 
 def _check_fit(mask: Mask, weights: Weights) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from ctypes import byref
 from functools import cached_property, partial
-from itertools import count
+from secrets import randbits
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -19,13 +19,23 @@ Address = int | None  # of nothing where it is None
 
 
 _WORTH_A_THREAD = 300_000  # multiply-adds: fewer are done before a second thread is awake
-_HANDLES = count()
 _GATHERS: "WeakValueDictionary[int, Gather]" = WeakValueDictionary()
 
 
 def gather_of(handle: int) -> "Gather":
-    """The `Gather` that has this handle, for as long as somebody keeps it: operators take numbers, not objects."""
-    return _GATHERS[handle]
+    """The `Gather` that has this handle, for as long as somebody keeps it: operators take numbers, not objects.
+
+    Raises:
+        SettingError: when nobody does, or it is of another process.
+    """
+    try:
+        return _GATHERS[handle]
+    except KeyError:
+        raise SettingError(
+            f"a graph asks for the sparse layer {handle}, which is not in this process",
+            allowed="graphs (torch.export, torch.jit.trace) of sparse layers while their model is there: they hold no tables",
+            fix="export after anymask.to_dense, or write the network with anymask.ship",
+        ) from None
 
 
 class Gather:
@@ -65,7 +75,7 @@ class Gather:
     def __setstate__(self, conv: Conv) -> None:
         self.conv = conv
         self._sizes: dict[tuple[int, ...], Sized] = {}
-        self.handle = next(_HANDLES)
+        self.handle = randbits(62)  # and no counter: a graph from another process must not find a layer that is not its own
         _GATHERS[self.handle] = self
 
     def at(self, rows: int, cols: int, *, images: int, threads: int) -> "Sized":

@@ -22,6 +22,7 @@ from anymask.shipping.plan import STORED, Array, Arrays, Plan, constants, halves
 
 FORMAT = "anymask-program-1"
 _FAMILY = FORMAT.rpartition("-")[0]
+_STEPS = 10_000
 _MOST, _MOST_IN_ALL = 2**28, 2**31  # numbers of one activation and of all, per sample: what a file says is only believed up to here
 _MOST_HEADER = 100_000_000  # bytes, as safetensors has it
 _NAMES = {op: name for name, op in OPS.items()}
@@ -138,6 +139,8 @@ def _plan(header: dict[str, Any], tensors: Mapping[str, Array]) -> Plan:
     values, given = header["values"], _value(Shape, header["input"], "input")
     if values not in STORED or not given or not isinstance(header["info"], dict):
         raise Wrong(f"values stored as {values!r}, for an input {given}")
+    if len(header["steps"]) > _STEPS:
+        raise Wrong(f"{len(header['steps']):,} steps, at most {_STEPS:,} are allowed")
     steps = tuple(_step(*entry) for entry in header["steps"])
     plan = Plan(given, steps, ({},) * len(steps), values, header["info"])
     numbers = [math.prod(shape) for shape in plan.shapes()]

@@ -23,13 +23,15 @@ def _need(fits: bool, why: str) -> None:
 
 
 _ROOM, _LONGEST, _PARTS = 2**28, 2**16, 2**16  # numbers of a padded map, a side of a kernel, places of an adaptive pool: see `_fits`
+_PLACES, _TABLE = 2**18, 2**29  # of a kernel, each of which is a call of NumPy in a pool; numbers of a convolution's table of places
 
 
 def _fits(channels: int, sides: Iterable[int], kernel: Pair, stride: Pair) -> None:
     """Refuse windows that no network has: a file may come from anywhere, and the kernels count places in 32 bits."""
     numbers = channels * math.prod(sides)
     _need(numbers <= _ROOM, f"a padded map of {numbers:,} numbers, at most {_ROOM:,} are allowed")
-    _need(max(kernel) <= _LONGEST and max(stride) <= _ROOM, f"a kernel {kernel} at a stride {stride}")
+    few = max(kernel) <= _LONGEST and math.prod(kernel) <= _PLACES
+    _need(few and max(stride) <= _ROOM, f"a kernel {kernel} at a stride {stride}")
 
 
 def _image(shape: Shape) -> tuple[int, int, int]:
@@ -111,7 +113,9 @@ class Conv(Layer):
         out = [(n + 2 * p - s) // t + 1 for n, p, s, t in zip(size, self.padding, spans, self.stride, strict=True)]
         _need(min(out) > 0, f"a map {given[0]} that is smaller than the kernel")
         _fits(c, [n + 2 * p for n, p in zip(size, self.padding, strict=True)], self.kernel, self.stride)
-        return self.check_sum((self.outputs, *out), given)
+        shape = self.check_sum((self.outputs, *out), given)
+        _need(spans[0] * self.kept <= _TABLE, f"{self.kept} weights kept of a kernel {self.kernel}, {spans[0]} rows high")
+        return shape
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Convolution over kept weights in NumPy and SciPy: for machines that have no native kernels, and to compare those with."""
 
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -36,14 +35,15 @@ class Gather:
         groups: int = 1,
     ) -> None:
         self.weight_shape, self.stride, self.padding, self.dilation, self.groups = weight_shape, stride, padding, dilation, groups
-        outputs, inner, high, wide = weight_shape
+        outputs, inner, _, wide = weight_shape
         row, channel, y, x = np.unravel_index(kept, weight_shape)
         columns = channel + row // (outputs // groups) * inner
         self._taps: list[tuple[tuple[int, int], Array, Array, Array]] = []  # place in the kernel; which values; columns and rows of CSR
-        for place in product(range(high), range(wide)):
-            chosen = np.flatnonzero((y == place[0]) & (x == place[1]))  # ascending, and so row by row
-            if len(chosen):
-                self._taps.append((place, chosen, columns[chosen], np.searchsorted(row[chosen], np.arange(outputs + 1))))
+        place = y * wide + x
+        order = np.argsort(place, kind="stable")  # of each place ascending, and so row by row
+        for chosen in np.split(order, np.flatnonzero(np.diff(place[order])) + 1) if len(kept) else ():
+            at = int(y[chosen[0]]), int(x[chosen[0]])
+            self._taps.append((at, chosen, columns[chosen], np.searchsorted(row[chosen], np.arange(outputs + 1))))
 
     def forward(
         self,

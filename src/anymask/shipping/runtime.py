@@ -33,7 +33,7 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> "Progra
         path: a file `.anymask`.
         threads: how many threads it uses; None for as many as this process has processors, or one for a few images where that is
             measured to be faster, once for each such number: cores that share no cache take as long to exchange a small map as to
-            compute it.
+            compute it. After a fork (multiprocessing's "fork", a preforking server) the child always uses one: OpenMP's are gone there.
 
     Raises:
         MissingFile, IsFolder: when there is no such file; a FileNotFoundError and an IsADirectoryError, too.
@@ -141,7 +141,6 @@ class Program:
 
     def _calls(self, images: int, threads: int) -> "_Bound":
         """All calls for a batch of that size, on arrays in the buffers, which grow as needed."""
-        _Team.used |= threads > 1
         for place, size in enumerate(self._sizes):
             if len(self._buffers[place]) < size * images:
                 self._buffers[place] = _aligned(size * images)
@@ -241,13 +240,16 @@ def _bind_of(step: Step, arrays: Arrays) -> Bind:
 
 
 class _Team:
-    """Threads do not survive a fork (a preforking server, multiprocessing): the child would wait for OpenMP's for ever."""
+    """Threads do not survive a fork (a preforking server, multiprocessing): the child would wait for OpenMP's for ever.
 
-    used = lost = False
+    Whoever made them in the parent: PyTorch, the kernels and other packages share them, so that one cannot tell whether there were some.
+    """
+
+    lost = False
 
     @classmethod
     def forked(cls) -> None:
-        cls.lost = cls.used
+        cls.lost = True
         _pool.cache_clear()  # of threads that the child does not have
 
 
@@ -321,7 +323,8 @@ def _places(plan: Plan, shapes: list[Shape]) -> tuple[list[int], list[int]]:
                 free.remove(best)
             sizes[best] = max(sizes[best], needed)
             places.append(best)
-        free += [places[root] for root in sorted(set(roots[: number + 1])) if last[root] == number]
+        ended = sorted({roots[value] for value in (*step.inputs, number)})
+        free += [places[root] for root in ended if last[root] == number]
     return places, sizes
 
 

@@ -26,8 +26,20 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """A copy of `model` on the CPU in float32 and eval mode, dense where it was sparse; the model itself stays as it is."""
-    return to_dense(copied(model).to("cpu", torch.float32)).eval()
+    """A copy of `model` on the CPU in float32 and eval mode, dense where it was sparse; the model itself stays as it is.
+
+    Raises:
+        SettingError: when it cannot be copied.
+    """
+    try:
+        twin = copied(model)
+    except Exception as error:  # whatever its attributes raise: locks, generators, open files
+        raise SettingError(
+            f"{type(model).__name__} cannot be copied ({reason(error)})",
+            allowed="a model that copy.deepcopy copies",
+            fix="take out of it what the reason names",
+        ) from error
+    return to_dense(twin.to("cpu", torch.float32)).eval()
 
 
 def traced(model: nn.Module, example: Tensor) -> Plan:
@@ -38,8 +50,8 @@ def traced(model: nn.Module, example: Tensor) -> Plan:
         example: a batch for it.
 
     Raises:
-        SettingError: when it takes integers, when torch.export cannot follow it, or naming the operation that cannot be shipped, and the
-            module it is in.
+        SettingError: when it takes integers, when torch.export cannot follow it, when it writes into a buffer or its input, or naming the
+            operation that cannot be shipped, and the module it is in.
     """
     if not example.is_floating_point():
         raise SettingError(
@@ -48,6 +60,13 @@ def traced(model: nn.Module, example: Tensor) -> Plan:
             fix="ship to .onnx or .safetensors, dense",
         )
     program = exported(model, example)
+    written = [*program.graph_signature.buffers_to_mutate.values(), *program.graph_signature.user_inputs_to_mutate.values()]
+    if written:
+        raise SettingError(
+            f"{type(model).__name__} writes into {', '.join(written)} in its forward",
+            allowed="a forward that leaves its buffers and its input as they are",
+            fix="take that out of what you ship, or ship its weights alone, to .safetensors",
+        )
     graph = program.graph_module.graph
     graph.eliminate_dead_code()
     trace, constants = Trace(type(model).__name__, tuple(example.shape[1:])), _constants(program)
@@ -140,6 +159,8 @@ def _constants(program: torch.export.ExportedProgram) -> dict[str, Tensor]:
 def _called(node: fx.Node, trace: Trace, found: Mapping[fx.Node, Any]) -> Any:
     """What a call gives: a value, several of them, a constant if all that it takes are constants; None for sizes."""
     target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):  # a part of the graph under a mode, or run again and again
+        raise refused(trace.model, target.name(), node)
     if not isinstance(target, torch._ops.OpOverload):  # an element of several, or arithmetic on the batch's size
         several = found.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
         return several[node.args[1]] if isinstance(several, (list, tuple)) else None  # type: ignore[index]
@@ -173,6 +194,8 @@ def _held(argument: Any, found: Mapping[fx.Node, Any]) -> Any:
 
 def _computed(node: fx.Node, found: Mapping[fx.Node, Any]) -> Any:
     """A constant made of constants, as a weight under a mask of torch.nn.utils.prune is."""
+    if torch.Tag.nondeterministic_seeded in node.target.tags:  # type: ignore[union-attr]
+        raise Wrong("it draws random numbers, which a file would freeze")
     args, kwargs = _held(node.args, found), {key: _held(value, found) for key, value in node.kwargs.items()}
     try:
         with torch.no_grad():

@@ -81,18 +81,19 @@ def densify(layer: Any, optimizer: Optimizer | None = None) -> None:
 
 
 def _reshape(weight: nn.Parameter, change: Callable[[Tensor], Tensor], *, shape: tuple[int, ...], optimizer: Optimizer | None) -> None:
-    gradient, weight.grad = weight.grad, None
-    changed = change(weight.data)
-    # A graph that lives on (a loss in a variable) holds the node that adds up gradients of the old shape, and the next graph would take
-    # that one, too; PyTorch makes a new one where the type changes.
-    weight.data = weight.data.new_empty(0, dtype=torch.float64)
-    weight.data = changed
-    if gradient is not None:
-        weight.grad = change(gradient)
-    slots = {} if optimizer is None else optimizer.state.get(weight, {})
-    for name, slot in slots.items():
-        if isinstance(slot, Tensor) and tuple(slot.shape) == shape:
-            slots[name] = change(slot)
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():  # whatever the caller is in, or a model that trains could not go on
+        gradient, weight.grad = weight.grad, None
+        changed = change(weight.data)
+        # A graph that lives on (a loss in a variable) holds the node that adds up gradients of the old shape, and the next graph would take
+        # that one, too; PyTorch makes a new one where the type changes.
+        weight.data = weight.data.new_empty(0, dtype=torch.float64)
+        weight.data = changed
+        if gradient is not None:
+            weight.grad = change(gradient)
+        slots = {} if optimizer is None else optimizer.state.get(weight, {})
+        for name, slot in slots.items():
+            if isinstance(slot, Tensor) and tuple(slot.shape) == shape:
+                slots[name] = change(slot)
 
 
 def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimizer | None = None, measure: bool = True) -> nn.Module:
@@ -105,6 +106,10 @@ def to_sparse(model: nn.Module, mask: Mask, example: Any, *, optimizer: Optimize
     stay dense; so do all, with a warning, where the model cannot compute the example with sparse ones. A norm does the ReLU and the max
     pool after it too, while nobody hooks into them: a part of the model that is cut off between them, such as `model[:2]`, gives what
     comes after them.
+
+    State dicts are copies: what is written into one in place (timm's `ModelEma`, `state[name].copy_(...)`) does not reach a sparse layer.
+    Load it with `load_state_dict`, and average `parameters()`, as `torch.optim.swa_utils.AveragedModel` does. Call `to_dense` before
+    modules are replaced or parametrized: a norm goes on doing the ReLU that it was converted with.
 
     Args:
         model: on the CPU, float32; changed in place.
@@ -173,6 +178,10 @@ def to_dense(model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Modu
         model: any module; one without sparse layers stays as it is.
         optimizer: its slots become dense, too.
 
+    Raises:
+        SettingError: before anything is changed, for a sparse layer whose weight is parametrized or pruned by PyTorch, or an
+            optimizer whose slots are not of the shape of its parameters.
+
     Example:
         >>> import torch, anymask
         >>> net = torch.nn.Linear(8, 8)
@@ -180,6 +189,9 @@ def to_dense(model: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Modu
         >>> to_dense(anymask.to_sparse(net, mask, torch.ones(2, 8), measure=False)).weight.shape
         torch.Size([8, 8])
     """
+    _check_plain(model)
+    if optimizer is not None:
+        _check_slots({name: layer.weight for name, layer in compact(model).items()}, optimizer)
     with uninterrupted():
         for layer in model.modules():
             semi_structured.densify(layer)
@@ -263,6 +275,19 @@ def _check(model: nn.Module, mask: Mask) -> dict[str, nn.Parameter]:
     return parameters
 
 
+def _check_plain(model: nn.Module) -> None:
+    for name, layer in model.named_modules():
+        if isinstance(layer, layers.SparseWeight) and (type(layer) not in DENSE or "weight" not in layer._parameters):
+            raise SettingError(
+                f"the weight of the sparse layer {name or type(model).__name__} came parametrized, or pruned by torch.nn.utils.prune",
+                allowed="sparse layers as to_sparse made them",
+                fix="take that off first (parametrize.remove_parametrizations, prune.remove), and put it on the dense layer",
+            )
+
+
+_BY_SHAPE = ("Adafactor", "LBFGS")  # what they keep depends on whether a weight is a matrix, or on how many numbers all of them have
+
+
 def _check_slots(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
     """Refuse slots that are neither numbers nor shaped like their weight, such as Adafactor's rows: they cannot be converted."""
     for name, weight in parameters.items():
@@ -272,8 +297,14 @@ def _check_slots(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> N
                 raise SettingError(
                     f"{type(optimizer).__name__} keeps {slot} of {name} in a shape of its own",
                     allowed="an optimizer whose slots have the shape of the weight, as those of SGD, Adam and RMSprop have",
-                    fix="call to_sparse before the optimizer is made",
+                    fix="convert the model before the optimizer is made, or make another one after",
                 )
+    if parameters and optimizer.state and type(optimizer).__name__ in _BY_SHAPE:
+        raise SettingError(
+            f"{type(optimizer).__name__} has made steps, and what it keeps is of the layers as they are now",
+            allowed="an optimizer whose slots have the shape of the weight, as those of SGD, Adam and RMSprop have",
+            fix="convert the model before the optimizer is made, or make another one after",
+        )
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Layers that store and compute kept weights alone. A layer becomes one by a change of its class: names, hooks and identity stay."""
 
 import math
+import warnings
 from functools import cache
 from threading import get_ident
 from typing import Any
@@ -13,12 +14,19 @@ from anymask.errors import SettingError
 from anymask.kernels import Gather
 from anymask.sparse import calls, layout, ops, rows
 
+# Not an error: a dense checkpoint may be loaded to be masked, as into a model whose mask is held. Without names, so that it is said once.
+_DROPPED = (
+    "load_state_dict drops weights of a sparse layer that are not 0: its mask leaves them out. If the checkpoint is of another mask, call "
+    "anymask.to_dense before it is loaded, and to_sparse with that mask after"
+)
+
 
 class SparseWeight:
     """What sparse layers share: `weight` is the vector (K,) of the kept weights, state dicts hold the dense weight under its plain name."""
 
     anymask_sparse = True  # what `anymask.prunables.compact` looks for; nobody else has it
     weight: Any
+    _parameters: Any
     gather: Gather  # the tables
     dense_shape: tuple[int, ...]  # of the dense weight; so is the next
     dense_stride: tuple[int, ...]
@@ -46,17 +54,27 @@ class SparseWeight:
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
-        destination[prefix + "weight"] = self.scatter(self.weight if keep_vars else self.weight.detach())
+        if "weight" in self._parameters:  # else somebody's parametrization has it under another name
+            destination[prefix + "weight"] = self.scatter(self.weight if keep_vars else self.weight.detach())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         given = state_dict.get(prefix + "weight")
         if given is not None:
-            state_dict = {**state_dict, prefix + "weight": self.stored(given)}
+            state_dict = {**state_dict, prefix + "weight": (stored := self.stored(given))}
+            if stored is not given and not given.is_meta and given.count_nonzero() > stored.count_nonzero():
+                warnings.warn(_DROPPED, stacklevel=2)
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
     def extra_repr(self) -> str:
         """As the dense layer's, and what is kept."""
         return f"{super().extra_repr()}, kept={len(self.weight)}"  # type: ignore[misc]
+
+
+def _single(input: Tensor) -> Tensor:
+    """Autocast's halves as float32."""
+    if input.dtype is torch.float64:
+        raise SettingError("a sparse layer was given float64", allowed="float32, as its weights are", fix="give input.float(), or to_dense")
+    return input.float()
 
 
 class SparseConv2d(SparseWeight, nn.Conv2d):
@@ -66,7 +84,7 @@ class SparseConv2d(SparseWeight, nn.Conv2d):
         """(N, C, H, W) or (C, H, W) to (N, O, OH, OW) or (O, OH, OW)."""
         if input.ndim == 3:
             return self.forward(input[None])[0]
-        return ops.conv(input.float(), self.weight, self.bias, self.gather.handle)
+        return ops.conv(_single(input), self.weight, self.bias, self.gather.handle)
 
 
 class SparseLinear(SparseWeight, nn.Linear):
@@ -75,7 +93,7 @@ class SparseLinear(SparseWeight, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., D) to (..., O)."""
         rows = input.reshape(-1, self.in_features)
-        out = ops.conv(rows.float()[:, :, None, None], self.weight, self.bias, self.gather.handle)
+        out = ops.conv(_single(rows)[:, :, None, None], self.weight, self.bias, self.gather.handle)
         return out[:, :, 0, 0].reshape(*input.shape[:-1], self.out_features)
 
 
@@ -119,7 +137,8 @@ class BatchLastNorm2d(nn.BatchNorm2d):
             raise SettingError(
                 "a ReLU was given something else than in the example of to_sparse",
                 allowed="what the batch norm before it gave, which has done it already",
-                fix="put what comes in between in training into a module of its own, or let the model stay dense (sparse='off' in fit)",
+                fix="put what comes in between in training into a module of its own, or let the model stay dense (sparse='off' in fit); "
+                "call anymask.to_dense before a ReLU or pool is replaced",
             )
         return False
 

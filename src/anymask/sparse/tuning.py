@@ -68,6 +68,8 @@ def _key(layer: Any, gather: Gather, shape: tuple[int, ...]) -> str:
     return " ".join(str(part) for part in (*where, *what))
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()  # whatever the caller is in: a backward pass is measured, too
 def _measure(layer: Any, gather: Gather, shape: tuple[int, ...]) -> list[float]:
     """Alternating repeats on random data, each with the memory layout that suits it; the best of each."""
     with torch.random.fork_rng(devices=[]):
