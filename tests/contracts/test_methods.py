@@ -113,7 +113,7 @@ def test_the_count_is_exact(method, net, sparsity):
 
 
 @every_method
-@pytest.mark.filterwarnings("ignore::anymask.pruning.CollapseWarning")
+@pytest.mark.filterwarnings("ignore::anymask.pruning.CollapseWarning", "ignore::anymask.pruning.TieWarning")
 def test_the_count_is_exact_where_all_scores_are_equal(method):
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 8, bias=False))
     for weight in model.parameters():
@@ -124,7 +124,7 @@ def test_the_count_is_exact_where_all_scores_are_equal(method):
 
 
 @every_method
-@pytest.mark.filterwarnings("ignore::anymask.pruning.CollapseWarning")
+@pytest.mark.filterwarnings("ignore::anymask.pruning.CollapseWarning", "ignore::anymask.pruning.TieWarning")
 def test_all_zero_weights_work(method):
     model = nn.Linear(10, 10)
     nn.init.zeros_(model.weight)

@@ -61,6 +61,14 @@ def test_outputs_of_the_network_that_keep_nothing_are_named() -> None:
         prune(net(), "magnitude+channel+uniform", sparsity=0.5, exclude=["2.weight"])
 
 
+def test_the_last_layer_is_the_one_that_is_used_last() -> None:
+    """A head that is tied to the first layer is named after that, and no layer in between is taken for it."""
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.Linear(8, 8, bias=False))
+    model[4].weight = model[0].weight
+    with pytest.warns(OutputWarning, match=r"4 of 8 outputs of the last layer .0.weight."):
+        prune(model, "magnitude+channel+uniform", sparsity=0.5)
+
+
 def test_wanda_says_that_weights_of_hooks_are_not_for_it() -> None:
     model = net()
     torch_prune.identity(model[0], "weight")

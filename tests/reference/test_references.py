@@ -174,6 +174,7 @@ def test_n_of_every_m_inputs_are_the_best_of_them(net, method, pattern):
 @pytest.mark.parametrize("net", MODELS)
 @pytest.mark.parametrize(("pattern", "rows", "columns"), [("channel", 1, None), ("4x1", 4, 1), ("1x2", 1, 2), ("3x5", 3, 5)])
 @pytest.mark.parametrize("sparsity", [0.5, 0.9])
+@pytest.mark.filterwarnings("ignore::anymask.pruning.OutputWarning")
 def test_units_are_kept_whole_by_their_mean_score(net, pattern, rows, columns, sparsity):
     model = model_of(net, 3)
     scores = formulas.magnitude(layers_of(model), ())

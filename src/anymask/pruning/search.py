@@ -165,9 +165,15 @@ def _search(
     if choose.pattern.unstructured:
         report_ties(row.name, scores, kept, apart=choose.scope != "global")
     if choose.pattern.name == "channel":
-        last = [name for name, parameter in bare(model).named_parameters() if parameter.ndim == 2][-1:]
-        report_outputs({name: kept[name] for name in last if name in kept}, choose.rows)
+        report_outputs({name: kept[name] for name in kept if name == _last_matrix(model)}, choose.rows)
     return kept
+
+
+def _last_matrix(model: nn.Module) -> str:
+    """The name of the last weight `(outputs, inputs)` in the order of the modules: one that is tied counts where it is used again."""
+    weights = [module.weight for module in bare(model).modules() if isinstance(getattr(module, "weight", None), nn.Parameter)]
+    last = next((weight for weight in reversed(weights) if weight.ndim == 2), None)
+    return next((name for name, parameter in bare(model).named_parameters() if parameter is last), "")
 
 
 def _check_needs(row: Method, *, data: object, example: object, train: object, rewind_step: object) -> None:

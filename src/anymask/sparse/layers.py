@@ -73,7 +73,11 @@ class SparseWeight:
 def _single(input: Tensor) -> Tensor:
     """Autocast's halves as float32."""
     if input.dtype is torch.float64:
-        raise SettingError("a sparse layer was given float64", allowed="float32, as its weights are", fix="give input.float(), or to_dense")
+        raise SettingError(
+            "a sparse layer was given float64",
+            allowed="float32, as its weights are",
+            fix="call model.float() and give x.float(), or to_dense",
+        )
     return input.float()
 
 
