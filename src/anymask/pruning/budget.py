@@ -136,16 +136,10 @@ def report_ties(method: str, scores: Mapping[str, Tensor], kept: Mapping[str, Te
         )
 
 
-def report_outputs(kept: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> None:
-    """Say aloud when outputs of the last layer, if it is pruned, keep nothing, though others do.
-
-    Args:
-        kept: of the last layer, or nothing.
-        rows: of each layer, as `rows_of` gives them.
-    """
-    for name, keep in kept.items():
-        alive = keep.reshape(-1)[rows[name]].any(-1).reshape(-1)
-        if 0 < int(alive.sum()) < len(alive):
-            came = f"{int((~alive).sum())} of {len(alive)} outputs of the last layer ({name}) keep no weight"
-            fix = f"exclude=[{name!r}] leaves the layer dense"
-            warnings.warn(f"{came}: they give the same number for every input. {fix}", OutputWarning, stacklevel=3)
+def report_outputs(name: str, kept: Tensor) -> None:
+    """Say aloud when outputs of the last layer, `kept` (..., outputs, inputs), keep nothing, though others do."""
+    alive = kept.any(-1).reshape(-1)
+    if 0 < int(alive.sum()) < len(alive):
+        came = f"{int((~alive).sum())} of {len(alive)} outputs of the last layer ({name}) keep no weight"
+        fix = f"exclude=[{name!r}] leaves the layer dense"
+        warnings.warn(f"{came}: they give the same number for every input. {fix}", OutputWarning, stacklevel=3)

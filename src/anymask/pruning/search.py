@@ -164,8 +164,8 @@ def _search(
         kept = choose.keep(scores, now, alive=None if row.regrow else kept)
     if choose.pattern.unstructured:
         report_ties(row.name, scores, kept, apart=choose.scope != "global")
-    if choose.pattern.name == "channel":
-        report_outputs({name: kept[name] for name in kept if name == _last_matrix(model)}, choose.rows)
+    if choose.pattern.name == "channel" and (last := _last_matrix(model)) in kept:
+        report_outputs(last, kept[last].reshape(-1)[choose.rows[last]])
     return kept
 
 
