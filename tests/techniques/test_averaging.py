@@ -198,19 +198,19 @@ def test_a_decay_out_of_range_is_refused(decay: float) -> None:
 
 @pytest.mark.parametrize("kind", ["ema", "swa"])
 def test_the_average_of_bfloat16_weights_arrives_where_that_of_float32_does(kind: str) -> None:
-    """In bfloat16 a hundredth of the way is less than half a step where a fifth is left to go, and the average stops there."""
+    """In bfloat16 a hundredth of the way from 1 to 1.25 is less than half a step, and the average never left."""
     ends = {}
     for dtype in (torch.float32, torch.bfloat16):
         model = nn.Linear(8, 8, bias=False)
         model.weight.data.fill_(1.0)
         model = model.to(dtype)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        running = Recipe((Averaging(kind=kind, start="10%"),)).attach(model, optimizer, total_steps=600)
-        model.weight.data.fill_(1.25)
-        for _ in range(600):
+        running = Recipe((Averaging(kind=kind, start="10%"),)).attach(model, optimizer, total_steps=900)
+        for step in range(900):
             model.weight.grad = torch.zeros_like(model.weight)
+            model.weight.data.fill_(1.0 if step < 450 else 1.25)
             optimizer.step()
             running.step()
         ends[dtype] = running.finish().weight.float().mean().item()
     assert ends[torch.bfloat16] == pytest.approx(ends[torch.float32], rel=2**-8)
-    assert ends[torch.float32] > 1.24
+    assert ends[torch.float32] > {"ema": 1.24, "swa": 1.13}[kind]
