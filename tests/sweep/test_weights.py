@@ -13,7 +13,7 @@ from anymask import models
 from anymask.config import Bench, Experiment
 from anymask.errors import MissingFile, SettingError
 from anymask.report import paired
-from anymask.report.cells import cells
+from anymask.report.cells import cells, groups
 from anymask.sweep import Cell, Grid, compare, train_one
 from anymask.sweep.compare import Runner
 from anymask.sweep.plan import read_plan
@@ -60,7 +60,9 @@ def test_the_checkpoint_is_the_teacher_and_seeds_of_one_cell_are_paired(place: P
     assert {row["settings"]["weights"] for row in rows} == {str(place / "net{seed}.safetensors")}
     hashes = {(row["settings"]["seed"], row["settings"]["weights_hash"]) for row in rows}
     assert len(hashes) == len({digest for _, digest in hashes}) == 2
-    (cell,) = cells(rows)
+    (group,) = groups(rows)
+    assert group.title.endswith("1 epoch from given weights, 2 seeds")
+    (cell,) = group.cells
     assert sorted(cell.runs) == [("default", 0), ("default", 1), (TAUGHT, 0), (TAUGHT, 1)]
     one = compare(grid, tmp_path, experiment=experiment(place, "net0.safetensors"), protocol=STILL, computing=DENSELY).rows()
     assert len(one) == 8  # another way to say which, for all seeds

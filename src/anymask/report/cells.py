@@ -62,7 +62,8 @@ class Group:
         """What the cells share, in words."""
         seeds = count(len({seed for cell in self.cells for _, seed in cell.runs}), "seed")
         epochs = self.settings["epochs"]
-        words = [self.settings["data"], self.settings["model"], *([] if epochs is None else [count(epochs, "epoch")])]
+        begun = " from given weights" * all(cell.settings.get("weights") for cell in self.cells)
+        words = [self.settings["data"], self.settings["model"], *([] if epochs is None else [count(epochs, "epoch") + begun])]
         return ", ".join([*map(str, words), seeds])
 
 
