@@ -16,7 +16,7 @@ STATIC = "random-erk"
 
 def luck(rows: list[dict], what: str) -> str:
     """One sentence: how many of all intervals against `default` lie to one side of 0; `what` says what each of them is of."""
-    found = [comparison.verdict for comparison in paired(rows)]
+    found = [comparison.verdict for comparison in paired(rows) if comparison.interval]
     won, lost = found.count("won"), found.count("lost")
     return (
         f"Of {len(found)} comparisons ({what}), the 95% interval lies above 0 in {won}, below 0 in {lost} and "

@@ -48,7 +48,7 @@ def test_interval_equals_that_of_scipys_paired_t_test(pairs):
 
 def test_one_pair_has_a_difference_but_no_interval():
     [found] = paired(pair_rows([(0.8, 0.9)]))
-    assert (found.n, found.std, found.interval, found.verdict) == (1, None, None, "tied")
+    assert (found.n, found.std, found.interval, found.verdict) == (1, None, None, "open")
     assert found.mean == pytest.approx(10.0)
 
 
@@ -166,6 +166,9 @@ def test_overall_keeps_sparsities_and_recipes_apart_and_counts_verdicts():
     low, high = overall(paired(rows))
     assert (low.settings["sparsity"], low.cells, low.won, low.lost, low.tied) == (0.9, 1, 1, 0, 0)
     assert (high.settings["sparsity"], high.cells, high.won, high.lost, high.tied) == (0.98, 3, 1, 1, 1)
+    assert high.score == "won 1, tied 1, lost 1"
+    [once] = overall(paired(pair_rows(sure[:1])))
+    assert once.score == "won 0, tied 0, lost 0, open 1"
 
 
 def test_overall_is_over_masks_alone_and_never_over_learning_rates_or_other_data():

@@ -7,7 +7,7 @@ from anymask.report.cells import Cell, Group, Row, count, groups, names, percent
 from anymask.report.stats import Comparison, Overall, compare, overall
 from anymask.report.table import INTERVAL_NOTE, NONE, Table, interval
 
-VERDICT_NOTE = "A cell is won when its own interval lies above 0, lost when it lies below 0, else tied; with one seed it is tied."
+VERDICT_NOTE = "A cell is won when its own interval lies above 0, lost when it lies below 0, else tied; with one seed it is open."
 MEAN_NOTE = "Mean of cells: the average of the differences of all cells in points, each cell counting the same, whatever its seeds."
 SEEDS_NOTE = (
     "Within seeds: the differences are averaged over the cells within each seed and the interval is over the n seeds that every cell has, "
@@ -53,10 +53,7 @@ def _every(compared: Sequence[tuple[Group, str, Comparison]], baseline: str) -> 
 
 
 def _sentence(member: Overall) -> str:
-    return (
-        f"{member.recipe} against {member.baseline}: of {count(member.cells, 'cell')}, won {member.won}, tied {member.tied}, "
-        f"lost {member.lost}"
-    )
+    return f"{member.recipe} against {member.baseline}: of {count(member.cells, 'cell')}, {member.score}"
 
 
 def _effect(members: Sequence[Comparison], baseline: str) -> Table:
@@ -70,11 +67,12 @@ def _effect(members: Sequence[Comparison], baseline: str) -> Table:
         "won",
         "tied",
         "lost",
+        "open",
     ]
     lines = []
     for member in sorted(overall(members, by=("sparsity",)), key=lambda member: (member.settings["sparsity"], member.recipe)):
         here = [c for c in members if (c.recipe, c.settings["sparsity"]) == (member.recipe, member.settings["sparsity"])]
         mean = f"{fmean(c.mean for c in here if c.mean is not None):+.2f}"
-        counts = map(str, (member.n, member.cells, member.won, member.tied, member.lost))
+        counts = map(str, (member.n, member.cells, member.won, member.tied, member.lost, member.open))
         lines.append([percent(member.settings["sparsity"]), member.recipe, mean, interval(member), *counts])
     return Table("Effect against sparsity", header, lines, [MEAN_NOTE, SEEDS_NOTE, VERDICT_NOTE])

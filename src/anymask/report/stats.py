@@ -84,8 +84,10 @@ class Pairs:
 
     @property
     def verdict(self) -> str:
-        """ "won" or "lost" when the whole interval lies above or below 0, else "tied"."""
-        low, high = self.interval or (0.0, 0.0)
+        """ "won" or "lost" when the whole interval lies above or below 0, else "tied"; "open" without an interval."""
+        if self.interval is None:
+            return "open"
+        low, high = self.interval
         return "won" if low > 0 else "lost" if high < 0 else "tied"
 
 
@@ -106,15 +108,21 @@ class Overall(Pairs):
 
     Args:
         cells: how many cells were averaged.
-        won, lost, tied: how many of these cells have each `verdict`.
+        won, tied, lost, open: how many of these cells have each `verdict`.
         left_out: the seeds that lack a pair in some cell, and so are in no average.
     """
 
     cells: int = 0
     won: int = 0
-    lost: int = 0
     tied: int = 0
+    lost: int = 0
+    open: int = 0
     left_out: tuple[Any, ...] = ()
+
+    @property
+    def score(self) -> str:
+        """How many cells were won, tied and lost, and how many are open where some are."""
+        return f"won {self.won}, tied {self.tied}, lost {self.lost}" + f", open {self.open}" * (self.open > 0)
 
 
 def paired(rows: Iterable[Row], *, baseline: str = "default") -> list[Comparison]:
@@ -214,8 +222,6 @@ def _across(members: Sequence[Comparison], by: Sequence[str] | None) -> Overall:
         members[0].baseline,
         pairs,
         cells=len(full),
-        won=verdicts.count("won"),
-        lost=verdicts.count("lost"),
-        tied=verdicts.count("tied"),
+        **{verdict: verdicts.count(verdict) for verdict in ("won", "tied", "lost", "open")},
         left_out=tuple(seed for seed in seeds if seed not in whole),
     )

@@ -21,7 +21,7 @@ GRID_NOTE = f"{PAIRED}; ± is half the width of the 95% confidence interval by S
 ALL_NOTE = (
     "All masks: differences are averaged over the masks within each seed and the interval is over seeds, because masks "
     "of one seed share initialisation and data order and are not independent. A mask is won when its own interval lies above 0, "
-    "lost when it lies below 0, else tied."
+    "lost when it lies below 0, else tied; with one seed it is open."
 )
 STANDING = {ACCURACY_NOTE, INTERVAL_NOTE, GRID_NOTE, ALL_NOTE}  # true of every table that has them
 
@@ -196,7 +196,7 @@ def _verdict(member: Overall, apart: str) -> str:
     where = f"{percent(member.settings['sparsity'])} sparsity{apart}"
     return (
         f"{member.recipe} against {member.baseline} at {where}: {interval(member)} points over "
-        f"{count(member.n, 'seed')}; of {count(member.cells, 'mask')}, won {member.won}, lost {member.lost}, tied {member.tied}{left_out}."
+        f"{count(member.n, 'seed')}; of {count(member.cells, 'mask')}, {member.score}{left_out}."
     )
 
 
