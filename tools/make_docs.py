@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, stdev
 
+import finetune_tables
 import gpu_tables
 import method_tables
 import network_table
@@ -190,6 +191,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "tuning-early": tuning_early,
     "references": references,
     "cifar100-table": lambda: table(ledger("cifar100")) + "\n" + seconds("cifar100"),
+    **finetune_tables.PARTS,
     **gpu_tables.PARTS,
     **recipe_tables.PARTS,
     **speed_tables.PARTS,
