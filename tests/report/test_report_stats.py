@@ -11,6 +11,7 @@ from scipy.stats import ttest_rel
 from anymask.errors import FileFormatError
 from anymask.report import overall, paired
 from anymask.report.cells import cells, newest
+from anymask.report.overview import overviews
 from anymask.report.stats import missing
 from tests.report.made_rows import made_row, made_rows
 
@@ -169,6 +170,13 @@ def test_overall_keeps_sparsities_and_recipes_apart_and_counts_verdicts():
     assert high.score == "won 1, tied 1, lost 1"
     [once] = overall(paired(pair_rows(sure[:1])))
     assert once.score == "won 0, tied 0, lost 0, open 1"
+
+
+def test_the_effect_against_sparsity_counts_cells_of_one_seed_as_open():
+    sure = [(0.5, 0.600), (0.5, 0.601)]
+    _, effect = overviews(pair_rows(sure) + pair_rows(sure[:1], mask="grasp"))
+    counted = dict(zip(effect.header, effect.lines[0], strict=True))
+    assert [counted[name] for name in ("cells", "won", "tied", "lost", "open")] == ["2", "1", "0", "0", "1"]
 
 
 def test_overall_is_over_masks_alone_and_never_over_learning_rates_or_other_data():
