@@ -5,7 +5,7 @@
     python tools/make_cifar100_parts.py data-local/cifar-100-python data-local
 
 The tuning part has images 0 to 124 of each class's training images to train and validate on, and 125 to 174 to test on; the report
-part 250 to 374, and the published test images. No image is in both.
+part 250 to 374, and the published test images. No index is in both.
 """
 
 import argparse
