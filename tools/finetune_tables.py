@@ -34,7 +34,7 @@ def finetune_rates() -> str:
     rates = sorted({rate for by in found.values() for rate in by}, key=float)
     by_network = sorted(found.items(), key=lambda item: ([*OWN].index(item[0][0]), item[0]))
     lines = [
-        [model, f"{100 * sparsity:g}%", f"`{recipe}`", *(f"{by[rate]:.2f}" for rate in rates)]
+        [model, f"{100 * sparsity:g}%", f"`{recipe}`", *(f"{by[rate]:.2f}" if rate in by else "-" for rate in rates)]
         for (model, sparsity, recipe), by in by_network
     ]
     return markdown(["network", "sparsity", "recipe", *(f"lr {rate}" for rate in rates)], lines)
