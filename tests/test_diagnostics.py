@@ -138,6 +138,32 @@ def test_what_a_fused_optimiser_unscales_in_its_step_is_unscaled_here_too() -> N
     assert norms[0] == norms[1]
 
 
+@pytest.mark.parametrize("given", ["alone", "beside a recipe"])
+def test_the_gradient_of_a_closure_is_that_of_its_own_step(given: str) -> None:
+    """Lightning gives one to each step."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recipe = hold(mask_of(model), model, optimizer) and Recipe.preset("best").without("ghost_activation")
+    running = recipe.attach(model, optimizer, total_steps=3) if given != "alone" else None
+    watch, (x, y), seen = Diagnostics(model, optimizer, data()[0]), data(), []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        seen.append(float(model.get_parameter("wide.weight").grad.norm()))
+        return loss
+
+    for _ in range(3):
+        assert optimizer.step(closure) is not None
+        if running is None:
+            assert watch.epoch()["gradient_norm"]["wide.weight"] == pytest.approx(seen[-1])
+        else:  # preconditioned, in the norm that it had
+            running.step()
+            assert watch.epoch()["gradient_norm"]["wide.weight"] == pytest.approx(seen[-1], rel=1e-4)
+    assert len(seen) == 3  # each was asked once
+
+
 def test_after_remove_no_step_is_heard() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

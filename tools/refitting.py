@@ -64,7 +64,7 @@ def one(here: Bench, mask: Mask, seed: int) -> dict[str, float]:
 
 def main() -> None:
     file = Ledger(FILE)
-    done = file.rows()
+    done, commit = file.rows(), versions()["commit"]
     for model in MODELS:
         here = bench(model)
         for seed in SEEDS:
@@ -74,7 +74,7 @@ def main() -> None:
                     if any(what.items() <= row.items() for row in done):
                         continue
                     mask = prune(here.model(seed), method, sparsity=sparsity, data=here.batches(seed)[0], seed=seed)
-                    row = what | one(here, mask, seed) | {"commit": versions()["commit"]}
+                    row = what | one(here, mask, seed) | {"commit": commit}
                     print(row, file=sys.stderr, flush=True)
                     file.append(row)
 

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 
 from anymask.errors import SettingError
-from anymask.holding import held
+from anymask.holding import evaluated, held
 from anymask.interrupts import Mode
 from anymask.mask import Mask
 from anymask.prunables import bare, compact, prunable
@@ -74,7 +74,8 @@ class Diagnostics:
 
         Returns:
             gradient_norm: of each layer, the root of the mean over the steps since the last call of ||g||^2, g being the gradient of its
-                kept weights as the optimiser got it: accumulated, unscaled and clipped. Steps that overflowed are left out.
+                kept weights as the optimiser got it: accumulated, unscaled and clipped. Steps that overflowed are left out. Of LBFGS, which
+                asks for several gradients in a step, it is the one that was there before.
             dead_relus: share of ReLU channels, of all ReLU calls of one pass, that are 0 for every input of the probe batch, at every
                 place, in eval mode. Channels are dimension 1; the last one of (N, T, C) unless a Conv1d came before.
             effective_rank: `effective_rank` of what the last nn.Linear takes for the probe batch, in eval mode.
@@ -118,14 +119,16 @@ class Diagnostics:
         self._steps.copy_(state["steps"])
 
     @torch.no_grad()
-    def _hear(self, optimizer: Optimizer, *_: Any) -> None:
-        """Add up the squared gradient norms of a step, on the device."""
+    def _hear(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """Add up the squared gradient norms of a step, on the device; its closure (Lightning gives one) is run first."""
+        given = None if isinstance(optimizer, torch.optim.LBFGS) else evaluated(args, kwargs)
         norms = torch.stack([_gradient_norm(weight.grad, self._device) for weight in self.weights.values()])
         scale = getattr(optimizer, "grad_scale", None)  # of a fused optimiser, which unscales in its step
         squares = (norms if scale is None else norms / scale).square()
         finite = torch.isfinite(squares)
         self._squares += torch.where(finite, squares, 0)
         self._steps += finite
+        return given
 
     def _dense(self) -> dict[str, Tensor]:
         """The weights in their dense shapes, whether they are stored so or not; zeros where pruned."""

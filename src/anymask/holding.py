@@ -32,7 +32,7 @@ class Hold:
         self.parameters = mask.check(model)
         _check_slots(model, optimizer)
         self._kept = self._ones(mask)
-        self._masked: dict[str, int] = {}  # which gradient of each weight has been masked since the last step
+        self._masked: dict[str, weakref.ref[Tensor]] = {}  # which gradient of each weight has been masked since the last step
         self._handles: list[Any] = []
         try:
             with uninterrupted():
@@ -134,13 +134,14 @@ class Hold:
     def _mask_gradient(self, name: str, parameter: Tensor) -> None:
         if parameter.grad is not None:
             _mask_gradient(parameter, self._where(name, parameter))
-            self._masked[name] = id(parameter.grad)
+            self._masked[name] = weakref.ref(parameter.grad)  # an id is soon that of the next gradient
 
     @torch.no_grad()
     def _mask_assigned(self, *_: Any) -> None:
         """Mask the gradients that no backward pass has left: `parameter.grad = g` calls no hook."""
         for name, parameter in self.parameters.items():
-            if parameter.grad is not None and self._masked.get(name) != id(parameter.grad):
+            seen = self._masked.get(name)
+            if parameter.grad is not None and (seen is None or seen() is not parameter.grad):
                 self._mask_gradient(name, parameter)
 
     def _ones(self, mask: Mask) -> dict[str, Tensor]:
@@ -252,3 +253,13 @@ def _masked_rows(gradient: Tensor, kept: Tensor) -> Tensor:
     gradient = gradient.coalesce()  # rows of an embedding with sparse=True, as SparseAdam wants them
     _zero(gradient.values(), kept[gradient.indices()[0]])
     return gradient
+
+
+def evaluated(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """What `Optimizer.step` was called with, its closure replaced by what it gave; None without one."""
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        value = closure()
+    return args[:1], {**kwargs, "closure": lambda: value}

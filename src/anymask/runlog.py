@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from anymask.errors import FileFormatError, IsFolder
+from anymask.errors import FileFormatError, IsFolder, SettingError
 
 CODE_OF = "code of "  # begins the names of digests of the user's modules among the `versions` of a row
 
@@ -64,11 +64,21 @@ _one_asks = threading.Lock()  # trainings beside each other in one process write
 def settings_id(settings: Mapping[str, Any]) -> str:
     """A short name for `settings`: the same for equal settings in any order, on any machine.
 
+    Raises:
+        SettingError: for an infinity or NaN among them, which no ledger could hold when the training is done.
+
     Example:
         >>> settings_id({"a": 1, "b": 2}) == settings_id({"b": 2, "a": 1})
         True
     """
-    text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+    try:
+        text = json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        raise SettingError(
+            f"a setting came as inf or nan, among {json.dumps(settings)}",
+            allowed="finite numbers, in what a ledger is to hold",
+            fix="give a large number, such as 1e30, where no bound is meant",
+        ) from None
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -143,7 +153,11 @@ class Ledger:
 
     def ids(self) -> set[str]:
         """The ids of all finished runs."""
-        return {row["id"] for row in self.rows() if "id" in row}
+        return set(self.by_id())
+
+    def by_id(self) -> dict[str, dict[str, Any]]:
+        """All finished runs by their ids, but for rows of others that have none."""
+        return {row["id"]: row for row in self.rows() if "id" in row}
 
 
 def _whole(content: bytes) -> bytes:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from anymask.errors import SettingError, TechniqueError
-from anymask.holding import held
+from anymask.holding import evaluated, held
 from anymask.interrupts import uninterrupted
 from anymask.mask import Mask, local, shard
 from anymask.pauses import arrive
@@ -286,7 +286,7 @@ class RunningRecipe:
 
     def _stepping(self, _optimizer: Any, args: Any, kwargs: Any) -> Any:
         """Tell techniques of the step to come; its closure (Lightning gives one) is run first, for they work on the gradients."""
-        given = _evaluated(args, kwargs)
+        given = evaluated(args, kwargs)
         for technique, attached in list(self._live.values()):
             if technique.seam == "step":
                 attached.before_update()
@@ -367,16 +367,6 @@ def _refusal(refused: Mapping[str, TechniqueError], *, of: int, remedy: str) -> 
 def _revived(parameter: Tensor, kept: Tensor) -> bool:
     here = local(parameter)
     return bool(here[~shard(kept, parameter).to(here.device)].any())
-
-
-def _evaluated(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """What `Optimizer.step` was called with, its closure replaced by what it gave; None without one."""
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        value = closure()
-    return args[:1], {**kwargs, "closure": lambda: value}
 
 
 def how_spread(model: nn.Module) -> str:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from anymask import Mask
-from anymask.errors import FileFormatError
+from anymask.errors import FileFormatError, SettingError
 from anymask.runlog import Ledger, atomic, processor, settings_id
 
 ROWS = [{"id": "a", "test": 0.5}, {"id": "ü", "curve": [1, 2]}, {"id": "c"}]
@@ -145,6 +145,20 @@ def test_the_id_of_settings_is_the_same_in_any_order_and_on_any_machine():
     settings = {"model": "resnet20", "lr": 0.1, "recipe": {"name": "tost", "ghosts": ["ü", None, True]}}
     shuffled = {"recipe": {"ghosts": ["ü", None, True], "name": "tost"}, "lr": 0.1, "model": "resnet20"}
     assert settings_id(settings) == settings_id(shuffled) == settings_id(json.loads(json.dumps(settings))) == "14fd029f8f8d31b8"
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_settings_that_no_ledger_can_hold_are_refused_before_the_work(value):
+    with pytest.raises(SettingError, match="came as inf or nan"):
+        settings_id({"recipe": [{"gamma": value}]})
+
+
+def test_rows_without_an_id_are_nobodys(tmp_path):
+    ledger = ledger_of(tmp_path)
+    ledger.append({"id": "a", "test": 0.5})
+    ledger.append({"test": 0.9})
+    assert ledger.by_id()["a"]["test"] == 0.5
+    assert ledger.ids() == {row["id"] for row in ledger.rows() if "id" in row}
 
 
 def test_other_settings_have_another_id():

@@ -61,7 +61,22 @@ def test_a_validation_folder_is_what_the_checkpoint_is_chosen_on(experiment: Exp
 def test_a_machine_without_git_says_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("ANYMASK_COMMIT", raising=False)
-    assert versions()["commit"] is None
+    versions.cache_clear()
+    try:
+        assert versions()["commit"] is None
+    finally:
+        versions.cache_clear()
+
+
+def test_a_row_names_the_commit_of_the_code_that_runs_and_not_of_one_made_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANYMASK_COMMIT", "begun")
+    versions.cache_clear()
+    try:
+        assert versions()["commit"] == "begun"
+        monkeypatch.setenv("ANYMASK_COMMIT", "later")
+        assert versions()["commit"] == "begun"
+    finally:
+        versions.cache_clear()
 
 
 def test_what_a_grid_names_twice_is_one_training() -> None:

@@ -366,3 +366,8 @@ def test_two_numbers_with_a_point_are_a_range_and_other_lists_are_choices() -> N
         ((True, False), 0.0, 0.0),
     ]
     assert list(found) == ["ghost_skip.scale", "label_smoothing.eps", "lr", "lrsi"]
+
+
+def test_a_1_among_numbers_switches_nothing_on() -> None:
+    assert read_space({"lr": [1.0, 0.5], "label_smoothing.eps": [0.05, 0.2]}, "tost", where="[space]")["lr"].values == (1.0, 0.5)
+    assert read_space({"lr": [0.1], "preconditioning.every": [1, 100]}, "best", where="[space]")["preconditioning.every"].values == (1, 100)

@@ -11,9 +11,18 @@ from torch import nn
 
 from anymask.errors import MaskError, SettingError, TechniqueError
 from anymask.mask import Mask
+from anymask.recipe import Recipe
+from anymask.techniques import LRsI
 from anymask.techniques.rescale import RescaleSettings, rescale
 
 SHORT = RescaleSettings(iterations=4)
+
+
+def test_iterations_may_be_bounded_in_epochs():
+    net, batch = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), (torch.randn(8, 4), torch.arange(8) % 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    running = Recipe((LRsI(at_most="1ep"),)).attach(net, optimizer, total_steps=30, steps_per_epoch=3, data=[batch])
+    assert ", 3 iterations on" in running.found["lrsi"]
 
 
 # -- a masked net with convolutions, batch norm, in-place ReLU and dropout ---------------------------------------------

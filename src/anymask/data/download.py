@@ -43,7 +43,7 @@ DOWNLOADS: dict[str, tuple[Remote, ...]] = {
 
 
 def fetch(remotes: Sequence[Remote], folder: Path) -> None:
-    """Download and unpack `remotes` into `folder`; when anything fails, nothing of them stays there.
+    """Download and unpack `remotes` into `folder`; when anything fails, nothing unfinished stays there.
 
     Raises:
         DataError: when a file cannot be had, has another checksum, or cannot be written; or when pooch is not installed.

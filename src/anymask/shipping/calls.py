@@ -61,11 +61,11 @@ class Given:
         """The argument, None when there is none of this name."""
         return self.arguments.get(name)
 
-    def value(self, name: str = "input") -> Value:
-        """An argument that depends on the input; `input` is called `self` where PyTorch does."""
-        found = self.arguments[name if name in self.arguments else "self"]
+    def value(self) -> Value:
+        """The argument `input`, called `self` where PyTorch does, which depends on the network's."""
+        found = self.arguments["input" if "input" in self.arguments else "self"]
         if not isinstance(found, Value):
-            raise Wrong(f"{name} does not depend on the input")
+            raise Wrong("input does not depend on the input")
         return found
 
     def array(self, name: str) -> Array | None:

@@ -23,6 +23,7 @@ from anymask.shipping import onnxfile
 from anymask.shipping.plan import Array
 from anymask.shipping.rebuild import Rebuilt
 from anymask.shipping.runtime import Program
+from anymask.version import __version__
 
 OURS = "anymask"
 Call = Callable[[], object]
@@ -238,8 +239,8 @@ GROUPS = {"PyTorch": ("eager", "channels-last", "compiled"), "ONNX Runtime float
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("anymask", "torch", "numpy", "onnxruntime"):
+    found = {"anymask": __version__}  # which a copy on the path has no metadata of
+    for name in ("torch", "numpy", "onnxruntime"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

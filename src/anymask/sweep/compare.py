@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -187,7 +188,7 @@ def once(
     with claimed(ledger.path.with_name("claims") / f"{name}.lock", wait=wait) if ranks() == 1 else nullcontext(True) as mine:
         if not mine:
             return False
-        row = by_rank_0(lambda: next((row for row in ledger.rows() if row["id"] == name), None)) or train()
+        row = by_rank_0(lambda: ledger.by_id().get(name)) or train()
     if row is not None:
         watcher.finished(cell, row)
     return row is not None
@@ -224,6 +225,7 @@ class Runner:
         self.computing.check(device=bench.device, **how, masked=masked, moves=moves)  # fails now, not after work
         self.ledger = Ledger(self.folder / "ledger.jsonl")
         self.pace = pace or Pace()
+        versions()  # of the code that runs from now on, whatever is committed while it does
         self.masks = Masks(bench, self.mask_file, self.computing, self.pace)
         self.teachers = Teachers(bench, self.folder / "teachers", self.computing, self.pace)
 
@@ -304,7 +306,7 @@ class Runner:
             "settings": self.settings(cell),
             "techniques": wanted.recipe.settings(),
             "command": command(),
-            "versions": versions() | self.bench.own_code(),
+            "versions": {**versions(), **self.bench.own_code()},
             "machine": machine(self.bench.device) | self._computed(),
             "accuracy": result.accuracies(),
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -357,14 +359,16 @@ def command() -> str | None:
     return shlex.join(["python", program, *words]) if program.endswith(".py") else None
 
 
-def versions() -> dict[str, str | None]:
-    """What a row was made with."""
+@cache
+def versions() -> Mapping[str, str | None]:
+    """What a row was made with: as it was when this process first asked."""
     here = Path(anymask.__file__).parent
     commit, changed = _git(here, "rev-parse", "--short", "HEAD"), _git(here, "status", "--porcelain", "--untracked-files=no", "--", ".")
     commit = os.environ.get("ANYMASK_COMMIT") or (f"{commit}-dirty" if commit and changed else commit)  # said for a copy elsewhere
     if _git(here, "ls-files", "--error-unmatch", "__init__.py") is None:  # installed in a folder of another repository
         commit = os.environ.get("ANYMASK_COMMIT")
-    return {"anymask": anymask.__version__, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
+    of = {"anymask": anymask.__version__, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
+    return MappingProxyType(of)
 
 
 def _git(folder: Path, *words: str) -> str | None:
@@ -378,7 +382,7 @@ def _git(folder: Path, *words: str) -> str | None:
 
 def machine(device: str) -> dict[str, Any]:
     """Where a row was made."""
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else processor()
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else processor()
     return {"device": device, "processor": name, "threads": torch.get_num_threads(), **({"ranks": ranks()} if ranks() > 1 else {})}
 
 

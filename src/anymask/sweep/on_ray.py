@@ -164,7 +164,7 @@ class _Driver:
         most = self.room() + 1
         if len(self.running) >= most:
             return list(waiting)
-        rows, failed, left = {row["id"]: row for row in self.worker.ledger.rows()}, self.worker.failed(), []
+        rows, failed, left = self.worker.ledger.by_id(), self.worker.failed(), []
         for task in sorted(waiting, key=lambda task: len(failed.get(task.name, ()))):
             if task.name in rows:  # another process has trained it
                 self.watcher.finished(task.cell, rows[task.name])

@@ -115,7 +115,7 @@ def cell_of(mask: str, *, sparsity: float | None, recipe: str | None, seed: int)
 
 def _look(runner: Runner, cell: Cell, name: str, *, resume: bool) -> dict[str, dict[str, Any]]:
     """The finished rows in the folder, by their ids; it is there afterwards, and holds nothing that would be mixed with this training."""
-    finished = {row["id"]: row for row in runner.ledger.rows()}
+    finished = runner.ledger.by_id()
     _check_folder(runner, cell, name, finished=finished, resume=resume)
     if name not in finished:
         runner.folder.mkdir(parents=True, exist_ok=True)  # fails now, not after the work

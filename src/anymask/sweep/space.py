@@ -69,7 +69,7 @@ def read_space(table: Mapping[str, Any], base: str, *, where: str) -> dict[str, 
     for name, entry in sorted(table.items()):
         with naming(f"{where}: {name}"):
             found[name] = _choice(entry, ranges=name != LR)
-    switched = {name: True for name, choice in found.items() if choice.holds(True)}
+    switched = {name: True for name, choice in found.items() if any(value is True for value in choice.values)}
     for name, choice in found.items():
         for value in choice.samples():
             with naming(f"{where}: {name}"):

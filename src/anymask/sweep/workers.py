@@ -134,13 +134,13 @@ def _report(worker: Worker, crew: list[_Member], watcher: Watcher, *, hire: Call
         alive = any(member.process.is_alive() for member in crew)
         # To read 500 rows at each look took a tenth of a core from those who train.
         before, seen = seen, worker.ledger.size()
-        rows = worker.ledger.rows() if seen != before else []
+        rows = worker.ledger.by_id() if seen != before else {}
         for member in crew:  # after the ledger was read: a training that it holds has been told of
             member.pass_on(watcher)
-        for row in rows:
-            if row["id"] in waiting and row["id"] not in known:
-                known.add(row["id"])
-                watcher.finished(waiting[row["id"]].cell, row)
+        for name, row in rows.items():
+            if name in waiting and name not in known:
+                known.add(name)
+                watcher.finished(waiting[name].cell, row)
         for place, member in enumerate(crew):
             code = member.process.exitcode or 0
             if hire is None or -code not in FAULTS:

@@ -1,5 +1,6 @@
 """Ghost skip connections: extra shortcuts around layers and their norms early in training, gone at the end."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -172,9 +173,7 @@ def _match_channels(x: Tensor, channels: int) -> Tensor:
 
 
 def _cost(unit: Unit, ghost: _Skip) -> Cost:
-    places = 1
-    for extent in unit.output_shape[2:]:
-        places *= extent
+    places = math.prod(unit.output_shape[2:])
     multiply_adds = unit.input_shape[1] if ghost.branch is not None else 1
     return Cost(sum(p.numel() for p in ghost.parameters()), 2 * multiply_adds * places * unit.output_shape[1])
 

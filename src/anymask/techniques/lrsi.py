@@ -60,14 +60,14 @@ class LRsI(Technique):
 
     def attach(self, context: Context) -> Attached:
         batches, labels = self._batches(context)
-        settings = self._bounded(context.total_steps)
+        settings = self._bounded(context)
         done = rescale(context.model, batches, mask=context.mask, loss=context.loss, settings=settings)
         attached = Attached()
         attached.found = f"{len(done.scales)} parameters, {settings.iterations} iterations on {len(batches)} batches, {labels}"
         return attached
 
-    def _bounded(self, total_steps: int) -> RescaleSettings:
-        most = max(1, Duration.parse(self.at_most).steps(total=total_steps))
+    def _bounded(self, context: Context) -> RescaleSettings:
+        most = max(1, Duration.parse(self.at_most).steps(total=context.total_steps, per_epoch=context.steps_per_epoch))
         return replace(self.settings, iterations=min(most, self.settings.iterations))
 
     def _batches(self, context: Context) -> tuple[list[Any], str]:

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from anymask.data import Batches
@@ -126,7 +127,8 @@ def fit(
     device = next(model.parameters()).device
     if device.type == "cpu":
         _warn_of_overruns(model)
-    with same_bits(deterministic), own_stream(device) if computing.records and device.type == "cuda" else nullcontext():
+    here = nullcontext() if device.type != "cuda" else own_stream(device) if computing.records else torch.cuda.device(device)
+    with same_bits(deterministic), here:
         mask = None if mask is None else mask.broadcast()
         run = Run(model, train, mask=mask, protocol=protocol, first_step=first_step, file=checkpoint_file)
         with run.leaving:
