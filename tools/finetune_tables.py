@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
-from recipe_tables import ROOT, ledger
+from ledgers import ROOT, ledger
 from tables import table as markdown
 
 from anymask.report import paired

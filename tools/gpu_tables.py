@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from statistics import median
 
-from recipe_tables import ROOT, differences, ledger
+from ledgers import ROOT, ledger
+from recipe_tables import differences
 from tables import table as markdown
 
 from anymask.report import overall, paired, table

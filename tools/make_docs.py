@@ -15,11 +15,12 @@ from statistics import fmean, stdev
 
 import finetune_tables
 import gpu_tables
+import long_tables
 import method_tables
 import network_table
 import recipe_tables
 import speed_tables
-from recipe_tables import ledger, named
+from ledgers import ledger, named
 from tables import table as markdown
 
 from anymask.report import grid, table
@@ -193,6 +194,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "cifar100-table": lambda: table(ledger("cifar100")) + "\n" + seconds("cifar100"),
     **finetune_tables.PARTS,
     **gpu_tables.PARTS,
+    **long_tables.PARTS,
     **recipe_tables.PARTS,
     **speed_tables.PARTS,
 }

@@ -1,14 +1,13 @@
 """The parts of docs/ about `best` and about single techniques, made of results/best and results/screen."""
 
-import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from ledgers import ROOT, Rows, contents, ledger, named
+from long_tables import long_short, with_interval
 from tables import table as markdown
 
 from anymask.report import grid, paired
@@ -20,35 +19,6 @@ from anymask.techniques import TECHNIQUES
 
 TUNED = "default@lr=0.4"  # where `default` is best on the tuning part (plans/rates.toml)
 BASELINES = {"default", "default@lr=0.2", TUNED, "tost"}  # 0.2: a first look, which had not gone beyond it
-ROOT = Path(__file__).resolve().parent.parent
-Rows = list[dict[str, Any]]
-
-
-def ledger(name: str) -> Rows:
-    """The rows of results/`name`/ledger.jsonl."""
-    return Ledger(ROOT / "results" / name / "ledger.jsonl").rows()
-
-
-def named(found: Rows) -> Rows:
-    """The rows, each recipe named by what it holds."""
-    return [{**row, "settings": {**row["settings"], "recipe": contents(row)}} for row in found]
-
-
-def contents(row: dict[str, Any]) -> str:
-    """The techniques of a run with the settings that differ from their defaults, and a learning rate that is not the protocol's."""
-    held = " + ".join(_contents(dict(technique)) for technique in row["techniques"]) or "default"
-    rate = re.search("[@,]lr=([^,]+)", row["settings"]["recipe"])
-    return f"{held}, lr={rate[1]}" if rate else held
-
-
-def _contents(technique: dict[str, Any]) -> str:
-    kind = TECHNIQUES[technique.pop("name")]
-    default = asdict(kind())
-    parts = [f"{key}={value}" for key, value in technique.items() if not isinstance(value, dict) and value != default[key]]
-    parts += [f"{key}={value}" for key, value in technique.get("settings", {}).items() if value != default["settings"][key]]
-    fade = technique["schedule"]
-    ends = [] if kind.seam != "model" else [f"{fade['shape']} to {fade['end']}"]
-    return f"{kind.name}({', '.join([*ends, *parts])})"
 
 
 # -- best ------------------------------------------------------------------------------------------------------------
@@ -333,7 +303,7 @@ def _all(recipe: str, baseline: str) -> str:
 def _behind() -> str:
     """One sentence: the masks and sparsities of the wide network on which `best-slow` ends below `best`."""
     found = [c for c in paired(ledger("best"), baseline="best") if c.recipe == "best-slow" and _wide(c.settings) and (c.mean or 0) < 0]
-    where = [f"{c.settings['mask']} at {100 * c.settings['sparsity']:g}% ({_with_interval(c)}, n = {c.n})" for c in found]
+    where = [f"{c.settings['mask']} at {100 * c.settings['sparsity']:g}% ({with_interval(c)}, n = {c.n})" for c in found]
     return f"On average it ends below `best` on {', '.join(where)}." if where else "On no mask does it end below `best`."
 
 
@@ -386,90 +356,6 @@ def _one(found: Iterable[Comparison], recipe: str) -> str:
     return "not measured"
 
 
-def _long() -> Rows:
-    """The trainings of 182 epochs on the tuning part; those of other bounds of `density_lr` named by it."""
-    rows = ledger("long")
-    for row in ledger("long-before"):
-        if row["settings"]["epochs"] == 182:  # `best` was another then, so its id is not what tells it apart
-            recipe = f"{row['settings']['recipe']}, c to {_most(row)}"
-            rows.append({**row, "id": f"{row['id']} {recipe}", "settings": {**row["settings"], "recipe": recipe}})
-    return rows
-
-
-def _most(row: dict[str, Any]) -> str:
-    """The largest c of `density_lr` in a training, as its row says what was found."""
-    found = re.search(r" to ([\d.]+)", row["found"].get("density_lr", ""))
-    return found[1] if found else ""
-
-
-NAMES = {  # what was a preset for a day
-    "best-long": "`best`, decay / c",
-    "best-long:density_lr": "`best:density_lr`, decay / c",
-}
-
-
-def long() -> str:
-    """Each recipe's loss and validation accuracy at the first rate, and its accuracies at the end, by weight decay."""
-    rows = _long()
-    first = rows[0]["curves"]["lr"].count(rows[0]["curves"]["lr"][0])
-    head = [
-        "weight decay",
-        "recipe",
-        "largest c",
-        f"training loss of epoch {first}",
-        f"best validation of {first} epochs",
-        "best validation",
-        "test",
-        "- `default` [95% CI]",
-        "seeds",
-    ]
-    lines = []
-    groups: dict[tuple[float, str], Rows] = {}
-    for row in rows:
-        groups.setdefault((row["settings"]["weight_decay"], row["settings"]["recipe"]), []).append(row)
-    apart = {(c.settings["weight_decay"], c.recipe): c for c in paired(rows)}
-    for (decay, name), group in sorted(groups.items(), key=lambda item: -item[0][0]):
-        curves, beside = [row["curves"] for row in group], apart.get((decay, name))
-        lines.append([
-            f"{decay:g}",
-            NAMES.get(name.partition(",")[0], f"`{name.partition(',')[0]}`"),
-            _most(group[0]),
-            f"{fmean(c['train_loss'][first - 1] for c in curves):.2f}",
-            f"{100 * fmean(max(c['validation_accuracy'][:first]) for c in curves):.1f}",
-            f"{100 * fmean(row['accuracy']['validation'] for row in group):.1f}",
-            f"{100 * fmean(row['accuracy']['test'] for row in group):.2f}",
-            _with_interval(beside) + f" (n = {beside.n})" * (beside.n < len(group)) if beside and beside.n else "",
-            f"{len(group)}",
-        ])  # fmt: skip
-    return markdown(head, lines)
-
-
-def _with_interval(found: Comparison) -> str:
-    low, high = found.interval or (None, None)
-    return f"{found.mean:+.2f}" + (f" [{low:+.2f}, {high:+.2f}]" if found.interval else "")
-
-
-def long_short() -> str:
-    """What `best` is to `default` where weights settle: the largest weight decay of results/long."""
-    found = max((c for c in paired(ledger("long")) if c.recipe == "best" and c.n), key=lambda c: float(c.settings["weight_decay"]))
-    return f"{_with_interval(found)} points at 98% over 1 mask, n = {found.n}"
-
-
-def bounded_steps() -> str:
-    """What `density_lr`, bounded, adds to `best` where weights settle: the largest weight decay of results/long."""
-    every = (c for c in paired(ledger("long"), baseline="best:-density_lr") if c.recipe == "best" and c.n)
-    found = max(every, key=lambda c: float(c.settings["weight_decay"]))
-    return f"`best` - `best:-density_lr`, c of about 2: {_with_interval(found)} points, n = {found.n}.\n"
-
-
-def kept_decay() -> str:
-    """What `best` lost in 15 epochs where the weight decay was divided by c."""
-    rows = [row for row in ledger("best") if row["settings"]["recipe"] == "best"]
-    rows += [row for row in ledger("long-before") if row["settings"]["recipe"] == "best-long"]
-    apart = [value for c in paired(rows, baseline="best") if c.recipe == "best-long" for value in c.differences.values()]
-    return f"{fmean(apart):+.2f} points on average over {len(apart)} pairs of masks and seeds.\n"
-
-
 PARTS: Mapping[str, Callable[[], str]] = {
     "which": which,
     "screen-grid": lambda: grid(named(ledger("screen"))),
@@ -486,8 +372,5 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "beside-ghosts": beside_ghosts,
     "ghosts-reported": ghosts_reported,
     "ticket": ticket,
-    "long": long,
-    "bounded-steps": bounded_steps,
-    "kept-decay": kept_decay,
     **{f"alone-{name.replace('_', '-')}": partial(alone, name) for name in TECHNIQUES},
 }

@@ -9,10 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import anymask
 from anymask import load_mask, prune
@@ -31,15 +29,8 @@ GRID = Grid(masks=("random-erk", "snip"), sparsity=(0.9,), recipes=("default", "
 
 
 @pytest.fixture(scope="module")
-def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    folder, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for part, count in (("train", 20), ("test", 6)):
-        for label in range(2):
-            (folder / part / f"class{label}").mkdir(parents=True)
-            for i in range(count):
-                pixels = generator.integers(60 * label, 120 + 60 * label, (16, 16, 3)).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / part / f"class{label}" / f"{i}.png")
-    return Experiment(data="folder", data_dir=folder, validation=0.2, device="cpu")
+def experiment(images: Path) -> Experiment:
+    return Experiment(data="folder", data_dir=images, validation=0.2, device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from anymask.runlog import Ledger
 from anymask.sweep import Cell, on_ray, read_plan, sweep, tasks
 from anymask.sweep.run import Clock, Worker
 from anymask.train import Protocol
-from tests.sweep.plans import CELLS, DENSELY, FAILING, PLAN, write_images, write_plan
+from tests.sweep.plans import CELLS, DENSELY, FAILING, PLAN, write_plan
 from tests.sweep.test_sweep_run import Log, rows, settled
 
 QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 200, "health_check_failure_threshold": 5}  # a dead node is noticed
@@ -43,11 +43,6 @@ def cluster() -> Iterator[Any]:
         made = Cluster(initialize_head=True, head_node_args={**NODE, "_system_config": QUICK})
     yield made
     made.shutdown()
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,7 @@ import pytest
 from anymask.errors import FileFormatError, SettingError, UnknownName
 from anymask.sweep import Plan, budget_seconds, read_plan, tasks
 from anymask.train import Protocol
-from tests.sweep.plans import CELLS, PLAN, write_images, write_plan
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"))
+from tests.sweep.plans import CELLS, PLAN, write_plan
 
 
 def read(folder: Path, text: str) -> Plan:

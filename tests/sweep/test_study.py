@@ -65,11 +65,6 @@ CONTEXT.set_forkserver_preload(["anymask.sweep.run", "anymask.sweep.study", "opt
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
 def file(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("study") / "study.toml"
     path.write_text(STUDY.replace("{images}", str(images)))

@@ -26,16 +26,11 @@ from anymask.sweep.claims import claimed, make_once
 from anymask.sweep.masks import Masks
 from anymask.sweep.run import Benches, Clock, Stopped, Worker
 from anymask.train import Computing
-from tests.sweep.plans import CELLS, DENSELY, FAILING, PLAN, failing, write_images, write_plan
+from tests.sweep.plans import CELLS, DENSELY, FAILING, PLAN, failing, write_plan
 
 KILLS = 8
 CONTEXT = multiprocessing.get_context("forkserver")  # its children have torch from the beginning, and no threads of this process
 CONTEXT.set_forkserver_preload(["anymask.sweep.run", "anymask.sweep.workers"])
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
