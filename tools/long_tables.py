@@ -97,6 +97,7 @@ def kept_decay() -> str:
 
 PARTS: Mapping[str, Callable[[], str]] = {
     "long": lambda: _settling(_long()),
+    "whole": lambda: _settling(ledger("whole")),
     "bounded-steps": bounded_steps,
     "kept-decay": kept_decay,
 }
