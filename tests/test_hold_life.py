@@ -80,6 +80,32 @@ def test_an_assigned_gradient_is_masked_where_it_has_the_id_of_one_that_was_zero
         assert not any(model.get_parameter(name).grad[~mask[name]].any() for name in mask)
 
 
+@pytest.mark.parametrize("first", ["held", "other"])
+def test_a_second_optimiser_that_brings_weights_back_is_named_and_held_it_does_not(first):
+    """Muon mixes the entries of a tensor, so masked gradients do not keep its weights at 0."""
+
+    def train(*, both: bool) -> tuple[nn.Module, Mask]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
+        mask = prune(model, "random-uniform", sparsity=0.5)
+        muon = torch.optim.Muon([model[2].weight], lr=0.01)
+        adamw = torch.optim.AdamW([p for p in model.parameters() if p is not model[2].weight])
+        hold(mask, model, adamw)
+        if both:
+            hold(mask, model, muon)
+        for _ in range(5):
+            model(torch.randn(4, 8)).square().sum().backward()
+            for optimizer in (adamw, muon) if first == "held" else (muon, adamw):
+                optimizer.step()
+            model.zero_grad()
+        return model, mask
+
+    with pytest.warns(UserWarning, match=r"pruned weights of 2\.weight are not 0 any more, and AdamW.*for each optimiser"):
+        train(both=False)
+    model, mask = train(both=True)
+    assert_zero_where_masked(mask, model)
+
+
 def test_what_nobody_has_any_more_is_freed_and_a_model_keeps_its_masked_gradients():
     model, mask, optimizer, holding, x = held_net()
     models, holds = weakref.ref(model), weakref.ref(holding)

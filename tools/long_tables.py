@@ -80,6 +80,12 @@ def long_short() -> str:
     return f"{with_interval(found)} points at 98% over 1 mask, n = {found.n}"
 
 
+def whole_short() -> str:
+    """What `best` is to `default` at the full length, on all images and a quarter of the width."""
+    (found,) = (c for c in paired(ledger("whole")) if c.recipe == "best")
+    return f"{with_interval(found)} points, n = {found.n}"
+
+
 def bounded_steps() -> str:
     """What `density_lr`, bounded, adds to `best` where weights settle: the largest weight decay of results/long."""
     every = (c for c in paired(ledger("long"), baseline="best:-density_lr") if c.recipe == "best" and c.n)
@@ -98,6 +104,7 @@ def kept_decay() -> str:
 PARTS: Mapping[str, Callable[[], str]] = {
     "long": lambda: _settling(_long()),
     "whole": lambda: _settling(ledger("whole")),
+    "whole-short": lambda: f"There, `best` as it is now against `default`: {whole_short()} (random-erk at 98%).\n",
     "bounded-steps": bounded_steps,
     "kept-decay": kept_decay,
 }

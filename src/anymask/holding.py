@@ -1,5 +1,6 @@
 """Keeping pruned weights at exactly 0 while somebody else trains."""
 
+import warnings
 import weakref
 from typing import Any
 
@@ -34,6 +35,7 @@ class Hold:
         self._kept = self._ones(mask)
         self._masked: dict[str, weakref.ref[Tensor]] = {}  # which gradient of each weight has been masked since the last step
         self._handles: list[Any] = []
+        self._looks = 0  # how often it is still looked whether another optimiser brings pruned weights back
         try:
             with uninterrupted():
                 for name, parameter in self.parameters.items():
@@ -44,6 +46,7 @@ class Hold:
         except BaseException:
             self.release()
             raise
+        self._looks = 3
 
     @torch.no_grad()
     def __call__(self, optimizer: Optimizer, *_: Any) -> None:
@@ -53,6 +56,9 @@ class Hold:
         (Muon) or begin their slots with other values (Rprop, Adagrad) do not.
         """
         self._masked.clear()
+        if self._looks:
+            self._looks -= 1
+            self._warn_of_others(optimizer)
         together: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
         alone = len({id(parameter) for parameter in self.parameters.values()}) == len(self.parameters)  # no weight has two names
         for name, parameter in self.parameters.items():
@@ -65,6 +71,18 @@ class Hold:
                     _zero(tensor, kept)
         for pairs in together.values():
             torch._foreach_mul_(*map(list, zip(*pairs, strict=True)))
+
+    def _warn_of_others(self, optimizer: Optimizer) -> None:
+        """Say so where weights that `optimizer` does not train came back since the last step: one that mixes entries (Muon) trains them."""
+        mine = trained(optimizer)
+        others = [(name, p) for name, p in self.parameters.items() if id(p) not in mine]
+        if revived := [name for name, p in others if bool((self._where(name, p) == 0).logical_and(local(p) != 0).any())]:
+            self._looks = 0
+            warnings.warn(
+                f"pruned weights of {', '.join(revived)} are not 0 any more, and {type(optimizer).__name__}, which holds the mask, does "
+                "not train them: call anymask.hold(mask, model, optimizer) for each optimiser that does",
+                stacklevel=3,
+            )
 
     def _loaded(self, optimizer: Optimizer) -> None:
         _check_slots(self.model, optimizer)
@@ -172,7 +190,8 @@ def hold(mask: Mask, model: nn.Module, optimizer: Optimizer) -> Hold:
     Args:
         mask: which weights are kept; must fit `model`.
         model: trained in place; may be moved to another device later. The mask has the names of the model inside wrappers.
-        optimizer: any `torch.optim.Optimizer` that holds the parameters of `model`, also within Accelerate's wrapper.
+        optimizer: any `torch.optim.Optimizer` that holds the parameters of `model`, also within Accelerate's wrapper. Where several
+            train it, call this for each of them.
 
     Raises:
         MaskError: when the mask is none or does not fit, or `optimizer` holds a mask already or none of the masked parameters, or has slots

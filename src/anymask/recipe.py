@@ -158,7 +158,8 @@ class Recipe:
         Args:
             model: changed in place, and plain again after `finish`; may come within torch.compile or DistributedDataParallel,
                 or cut by `fully_shard`.
-            optimizer: learned ghosts join it for as long as they live; None where no technique works on its steps.
+            optimizer: learned ghosts join it for as long as they live; None where no technique works on its steps. It should have all
+                weights that it will ever train, frozen ones too: those of a later `add_param_group` are trained without the recipe.
             total_steps: optimiser steps of the whole training, >= 1.
             example: a batch of inputs, for techniques that look at how data flows: a tensor (N, ...), a tuple of positional
                 inputs or a mapping of keyword inputs.

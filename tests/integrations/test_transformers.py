@@ -16,6 +16,8 @@ try:
     from transformers import (
         BertConfig,
         BertForSequenceClassification,
+        GPT2Config,
+        GPT2LMHeadModel,
         Trainer,
         TrainerCallback,
         TrainingArguments,
@@ -132,6 +134,29 @@ def test_the_loss_of_accumulated_batches_is_that_of_one_large_batch(tmp_path):
         fit.train()
         logged.append([row["loss"] for row in fit.state.log_history if "loss" in row])
     assert logged[0] == pytest.approx(logged[1], abs=1e-4)
+
+
+def test_the_loss_of_a_causal_language_model_is_its_own():
+    """A token's label is the token after it."""
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None)
+    ).eval()
+    tokens = torch.randint(11, (3, 8))
+    tokens[0, 5:] = 10
+    labels = tokens.masked_fill(tokens == 10, -100)
+    sparse = AnyMask()
+    sparse.on_init_end(None, None, None, model=model)
+    with torch.no_grad():
+        output = model(input_ids=tokens, labels=labels)
+        torch.testing.assert_close(sparse.loss(output, labels), output.loss)
+        count = 4 * (labels[:, 1:] != -100).sum()
+        torch.testing.assert_close(sparse.loss(output, labels, count), output.loss / 4)
+
+
+def test_numbers_are_compared_with_the_one_output_of_each():
+    sparse = AnyMask(loss=nn.functional.mse_loss)
+    outputs, labels = {"logits": torch.randn(5, 1)}, torch.randn(5)
+    torch.testing.assert_close(sparse.loss(outputs, labels), (outputs["logits"][:, 0] - labels).square().mean())
 
 
 def test_evaluation_in_the_middle_sees_the_plain_network(tmp_path):

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from anymask.errors import FileFormatError, SettingError
 from anymask.holding import innermost
 from anymask.integrations.shared import Batch, Session, Wanted, taken
 from anymask.mask import Mask
+from anymask.prunables import bare
 from anymask.recipe import Recipe
 from anymask.runlog import atomic
 from anymask.techniques import Loss
@@ -65,16 +66,22 @@ class AnyMask(TrainerCallback):
         self.wanted.recipe_itself()  # an unknown name is refused now
         self._split, self._checkpoint = split or without_labels, checkpoint
         self.session: Session | None = None
+        self._next_token = False  # whether the labels of a token are about the one after it
 
     def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """For `Trainer(compute_loss_func=callback.loss)`: the base loss as the recipe changes it.
 
         Args:
             outputs: the model's, with logits (N, C) or (N, T, C).
-            labels: (N,) or (N, T); -100 is ignored.
+            labels: (N,) or (N, T); -100 is ignored. Those of causal language models are shifted by one token here, as their own loss
+                does. Labels of numbers (N,) go with logits (N, 1), for a `loss` of regression.
             num_items_in_batch: labels of all the batches that make up one step; the loss is then this batch's share of theirs.
         """
         logits = outputs if isinstance(outputs, Tensor) else outputs["logits"]
+        if self._next_token:
+            labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
+        if labels.is_floating_point() and logits.shape == (*labels.shape, 1):
+            logits = logits.squeeze(-1)
         if labels.dim() == logits.dim() - 1 and labels.dim() > 1:
             logits, labels = logits.flatten(0, -2), labels.flatten()
         value = self.wanted.loss(logits, labels) if self.session is None else self.session.loss(logits, labels)
@@ -86,9 +93,16 @@ class AnyMask(TrainerCallback):
         return False if session is None else session.close()
 
     # -- the trainer's events --------------------------------------------------------------------------------------
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """See what the model's labels are about; it may be evaluated before it is trained."""
+        model = kwargs.get("model")  # None where `model_init` is to make it
+        inner = None if model is None else bare(model)
+        self._next_token = isinstance(inner, PreTrainedModel) and inner.can_generate() and not inner.config.is_encoder_decoder
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Hold the mask and attach the recipe: weights and optimiser are restored by now."""
         self.close()
+        self.on_init_end(args, state, control, **kwargs)
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         # Accelerate's loader tells the accelerator how far it is; the one inside does not.
         base = getattr(loader, "base_dataloader", loader)
