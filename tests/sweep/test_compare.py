@@ -20,7 +20,7 @@ from anymask.recipe import Recipe
 from anymask.runlog import Ledger, processor
 from anymask.sweep import Cell, Grid, Runner, Watcher, cells, compare, train_one
 from anymask.sweep.claims import claimed
-from anymask.sweep.compare import command, versions
+from anymask.sweep.compare import command
 from anymask.sweep.masks import Masks, digests, dynamic_named
 from anymask.train import Protocol
 
@@ -47,27 +47,6 @@ def test_a_validation_folder_is_what_the_checkpoint_is_chosen_on(experiment: Exp
     train, validation, _ = bench.batches(0)
     assert (sum(len(y) for _, y in train), sum(len(y) for _, y in validation)) == (40, 12)
     assert bench.data_hash != Bench(experiment, PROTOCOL).data_hash
-
-
-def test_a_machine_without_git_says_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("ANYMASK_COMMIT", raising=False)
-    versions.cache_clear()
-    try:
-        assert versions()["commit"] is None
-    finally:
-        versions.cache_clear()
-
-
-def test_a_row_names_the_commit_of_the_code_that_runs_and_not_of_one_made_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ANYMASK_COMMIT", "begun")
-    versions.cache_clear()
-    try:
-        assert versions()["commit"] == "begun"
-        monkeypatch.setenv("ANYMASK_COMMIT", "later")
-        assert versions()["commit"] == "begun"
-    finally:
-        versions.cache_clear()
 
 
 def test_what_a_grid_names_twice_is_one_training() -> None:
