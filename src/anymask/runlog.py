@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import tempfile
@@ -71,15 +72,22 @@ def settings_id(settings: Mapping[str, Any]) -> str:
         >>> settings_id({"a": 1, "b": 2}) == settings_id({"b": 2, "a": 1})
         True
     """
-    try:
-        text = json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    except ValueError:
+    if endless := _endless(settings):
         raise SettingError(
-            f"a setting came as inf or nan, among {json.dumps(settings)}",
+            ", ".join(endless),
             allowed="finite numbers, in what a ledger is to hold",
             fix="give a large number, such as 1e30, where no bound is meant",
-        ) from None
+        )
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _endless(value: Any, name: str = "") -> list[str]:
+    """Which of nested settings are not finite."""
+    if isinstance(value, float):
+        return [] if math.isfinite(value) else [f"{name} came as {value}"]
+    inside = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return [said for key, part in inside for said in _endless(part, f"{name}.{key}".removeprefix("."))]
 
 
 def file_hash(*paths: str | os.PathLike[str]) -> str:

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from anymask.config import Bench, Experiment
+from anymask.sweep import Runner
 from anymask.sweep.compare import versions
+from anymask.train import Protocol
 
 
 @pytest.fixture
@@ -23,8 +26,11 @@ def test_a_machine_without_git_says_no_commit(monkeypatch: pytest.MonkeyPatch, t
 
 
 @pytest.mark.usefixtures("asked_anew")
-def test_a_row_names_the_commit_of_the_code_that_runs_and_not_of_one_made_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_names_the_commit_of_the_code_that_runs_and_not_of_one_made_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, images: Path, tmp_path: Path
+) -> None:
+    bench = Bench(Experiment(data="folder", data_dir=images, validation=0.2, device="cpu"), Protocol(epochs=1))
     monkeypatch.setenv("ANYMASK_COMMIT", "begun")
-    assert versions()["commit"] == "begun"
+    Runner(bench, tmp_path)
     monkeypatch.setenv("ANYMASK_COMMIT", "later")
     assert versions()["commit"] == "begun"

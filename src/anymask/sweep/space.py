@@ -34,7 +34,9 @@ class Choice:
 
     def holds(self, value: Any) -> bool:
         """Whether `value` is one of these."""
-        return value in self.values if self.values else NUMBER.fits(value) and self.low <= value <= self.high
+        if self.values:  # in which True is not 1, as Python has it
+            return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in self.values)
+        return NUMBER.fits(value) and self.low <= value <= self.high
 
     def samples(self) -> tuple[Any, ...]:
         """All of `values`, or two numbers right within the ends, which may be of an open range as that of label smoothing is."""
@@ -69,7 +71,7 @@ def read_space(table: Mapping[str, Any], base: str, *, where: str) -> dict[str, 
     for name, entry in sorted(table.items()):
         with naming(f"{where}: {name}"):
             found[name] = _choice(entry, ranges=name != LR)
-    switched = {name: True for name, choice in found.items() if any(value is True for value in choice.values)}
+    switched = {name: True for name, choice in found.items() if choice.holds(True)}
     for name, choice in found.items():
         for value in choice.samples():
             with naming(f"{where}: {name}"):
