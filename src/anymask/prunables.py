@@ -216,6 +216,13 @@ def bare(model: nn.Module) -> nn.Module:
     return model
 
 
+def how_spread(model: nn.Module) -> str:
+    """How a model is spread over ranks by its wrapper, or ""."""
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        return "within DistributedDataParallel"
+    return "cut by fully_shard" if any(hasattr(parameter, "to_local") for parameter in model.parameters()) else ""
+
+
 def _kinds_of(model: nn.Module) -> dict[int, str]:
     """The kind of each parameter that has one, by the parameter's id."""
     found: dict[int, str] = {}

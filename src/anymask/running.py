@@ -16,13 +16,14 @@ from anymask.holding import evaluated, held
 from anymask.interrupts import uninterrupted
 from anymask.mask import Mask, local, shard
 from anymask.pauses import arrive
-from anymask.prunables import bare
+from anymask.prunables import bare, how_spread
 from anymask.surgery import Cost, changes, form, logits_of
 from anymask.techniques import Attached, Context, Technique
-from anymask.techniques.base import settings_of
+from anymask.techniques.base import refusal, settings_of
 
 _STATE_HOOKS = re.compile(r"'_(load_)?state_dict_\w+': \d+(, )?")  # in a fingerprint
 FORGOTTEN: Counter[str] = Counter()  # how often all "graphs" that torch.compile made in this process were
+PATIENCE = 20  # steps in a row that a GradScaler may skip: it begins at 2**16 and halves
 MARK = "_anymask_recipe"  # an attribute of the model while a recipe is attached to it; empty in copies, which carry none
 
 
@@ -50,17 +51,19 @@ class RunningRecipe:
         self.model = context.model  # as it was given (within torch.compile or DistributedDataParallel), with its ghosts while they live
         context = replace(context, model=bare(context.model))
         self._context, self._before = context, form(context.model, dense=True)
-        self._hold = held(context.optimizer)
+        self._hold, self._remedy = held(context.optimizer), remedy
         self._live: dict[str, tuple[Technique, Attached]] = {}
         self._handles: list[Any] = []  # of the optimiser's hooks
         self._settled = False  # while the model is as `plain` gives it
+        self._asked = False  # whether anybody has called `loss`
+        self._waits: int | None = 0  # steps that were told of while none was heard; None once one was
         self._strengths = {t.name: self.strength(t, self.position) for t in techniques if t.seam != "init"}
         weights: list[tuple[nn.Parameter, Tensor]] = []
         try:
             vars(context.model)[MARK] = _Name(name)
             if state is None and any(t.seam == "init" for t in techniques):
                 weights = [(parameter, parameter.detach().clone()) for parameter in context.model.parameters()]
-            self._join_all(remedy, fresh=state is None)
+            self._join_all(fresh=state is None)
             self._live = dict(sorted(self._live.items(), key=lambda item: item[1][0].depth))
             self._listen()
             if state is not None:
@@ -111,6 +114,7 @@ class RunningRecipe:
 
     def replayed(self) -> None:
         """A recording was replayed: forward, backward and the optimiser's step, of which no technique has heard. `step` follows."""
+        self._waits = None
         for _, attached in self._live.values():
             attached.replayed()
 
@@ -126,6 +130,7 @@ class RunningRecipe:
                 tuple that begins with them.
             target: what the base loss takes.
         """
+        self._asked = True
         output = logits_of(output)
         value = self._context.loss(output, target)
         for _, attached in self._live.values():
@@ -136,7 +141,8 @@ class RunningRecipe:
         """Tell the recipe that the optimiser made a step.
 
         Raises:
-            TechniqueError: when called more often than `total_steps`.
+            TechniqueError: when called more often than `total_steps`, or when the recipe has no part in the training: what changes the
+                loss, where nobody asked `loss` before the first step; what works on the optimiser's steps, where none of 20 was heard.
         """
         if self.position >= self.total_steps:
             raise TechniqueError(
@@ -144,6 +150,10 @@ class RunningRecipe:
                 allowed="one call after each step of the optimiser",
                 fix="give the true total_steps to attach",
             )
+        self.check_loss("call backward() on what `recipe.loss(output, target)` gives")
+        if self._waits is not None and self._handles:
+            self._waits += 1
+            self._check_heard(PATIENCE)
         self.position += 1
         for technique in sorted(self.techniques, key=lambda technique: technique.depth):
             self._move(technique)
@@ -191,8 +201,8 @@ class RunningRecipe:
             early: allow it before the ghosts have faded (they are cut off at the strength they have).
 
         Raises:
-            TechniqueError: when ghosts have not faded yet, when anything of the recipe is left behind, or when the
-                zeros of the model are not the mask's.
+            TechniqueError: when ghosts have not faded yet, when anything of the recipe is left behind, when the zeros of the model
+                are not the mask's, or when no step of the optimiser was heard of.
         """
         ghosts = [t.name for t, _ in self._live.values() if t.seam == "model" and self._strengths[t.name] > 0]
         if ghosts and not early:
@@ -201,7 +211,10 @@ class RunningRecipe:
                 allowed="finish() after the ghosts have faded",
                 fix="call step() after each optimiser step, give the true total_steps, or finish(early=True) to cut them off",
             )
-        self.leave()
+        try:
+            self._check_heard(1)
+        finally:
+            self.leave()
         self._check_plain()
         return self.model
 
@@ -216,6 +229,16 @@ class RunningRecipe:
                 handle.remove()
             self._live, self._handles = {}, []
             vars(self._context.model).pop(MARK, None)
+
+    def check_loss(self, fix: str) -> None:
+        """Refuse a training in which what changes the loss does nothing, after its first step; `fix` mends it."""
+        names = () if self._asked else [name for name, (technique, _) in self._live.items() if technique.seam == "loss"]
+        if names:
+            raise TechniqueError(
+                f"{', '.join(names)} changes the loss, and the first step did not ask for it",
+                allowed="a training that uses the loss of the recipe",
+                fix=f"{fix}; or {self._remedy(names)}",
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Where this recipe stands, as plain values; see `state` of `Recipe.attach`."""
@@ -234,7 +257,7 @@ class RunningRecipe:
             )
         return int(state["position"])
 
-    def _join_all(self, remedy: Callable[[Iterable[str]], str], *, fresh: bool) -> None:
+    def _join_all(self, *, fresh: bool) -> None:
         """Attach each technique in order; what they refuse is said at once, of all of them."""
         refused: dict[str, TechniqueError] = {}
         for technique in self.techniques:
@@ -243,7 +266,7 @@ class RunningRecipe:
             except TechniqueError as error:
                 refused[technique.name] = error
         if refused:
-            raise _refusal(refused, of=len(self.techniques), remedy=remedy(refused))
+            raise refusal(refused, of=len(self.techniques), remedy=self._remedy(refused))
 
     def _join(self, technique: Technique, *, fresh: bool) -> None:
         if technique.seam == "init" and not fresh:
@@ -276,7 +299,7 @@ class RunningRecipe:
             raise TechniqueError(
                 f"{', '.join(names)} got LBFGS, which looks at several gradients within one step",
                 allowed="optimisers that make one step from one gradient",
-                fix="take another optimiser, or leave these out of the recipe",
+                fix=f"take another optimiser, or {self._remedy(names)}",
             )
         self._handles = [optimizer.register_step_pre_hook(self._stepping), optimizer.register_step_post_hook(self._stepped)]
         carried = held(optimizer)
@@ -284,8 +307,19 @@ class RunningRecipe:
             carried.act_last()
         self._handles.append(optimizer.register_step_post_hook(self._moved))
 
+    def _check_heard(self, patience: int) -> None:
+        if self._handles and (self._waits or 0) >= patience:
+            names = [technique.name for technique in self.techniques if technique.seam == "step"]
+            kind = type(self._context.optimizer).__name__
+            raise TechniqueError(
+                f"{', '.join(names)} heard of no step of this {kind}, and step() was called {self._waits} times",
+                allowed="the optimiser whose own step() changes the weights",
+                fix="give hold and attach the optimiser inside yours, where that has steps of other names (first_step of SAM)",
+            )
+
     def _stepping(self, _optimizer: Any, args: Any, kwargs: Any) -> Any:
         """Tell techniques of the step to come; its closure (Lightning gives one) is run first, for they work on the gradients."""
+        self._waits = None
         given = evaluated(args, kwargs)
         for technique, attached in list(self._live.values()):
             if technique.seam == "step":
@@ -349,31 +383,9 @@ class RunningRecipe:
         return {name for name, _ in self._context.model.named_modules(remove_duplicate=False)} - before
 
 
-def _refusal(refused: Mapping[str, TechniqueError], *, of: int, remedy: str) -> TechniqueError:
-    """One error for all techniques of a recipe that refused, with what to write instead."""
-    first = next(iter(refused.values()))
-    if of == 1:
-        return first
-    if len(refused) == 1:  # what it says itself, and the whole remedy
-        return TechniqueError(first.came, allowed=first.allowed, fix=f"{first.fix}; or {remedy}")
-    said = "; ".join(f"{e.came} (allowed: {e.allowed}; to do: {e.fix})" for e in refused.values())
-    return TechniqueError(
-        f"{len(refused)} of the {of} techniques cannot be attached: {said}",
-        allowed="a recipe whose techniques all find something to do",
-        fix=remedy,
-    )
-
-
 def _revived(parameter: Tensor, kept: Tensor) -> bool:
     here = local(parameter)
     return bool(here[~shard(kept, parameter).to(here.device)].any())
-
-
-def how_spread(model: nn.Module) -> str:
-    """How a model is spread over ranks by its wrapper, or ""."""
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-        return "within DistributedDataParallel"
-    return "cut by fully_shard" if any(hasattr(parameter, "to_local") for parameter in model.parameters()) else ""
 
 
 def _forget_graphs() -> None:

@@ -94,8 +94,7 @@ class AnyMask(Callback):
 
     def _stepped(self) -> None:
         if self.session is not None:
-            self.session.check_loss("return `callback.loss(output, target)` from training_step")
-            self.session.step()
+            self.session.step("return `callback.loss(output, target)` from training_step")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Let the techniques see what they have to see, of a compiled module, too."""

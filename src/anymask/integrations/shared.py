@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from anymask.errors import MaskError, TechniqueError
+from anymask.errors import MaskError
 from anymask.formats import load_mask
 from anymask.holding import held, hold
 from anymask.mask import Mask
@@ -98,7 +98,7 @@ class Session:
         batches: Iterable[Batch],
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        self.network, self.optimizer, self.loss_called, self._whole = network, optimizer, False, False
+        self.network, self.optimizer, self._whole = network, optimizer, False
         self._keys = set(network.state_dict())
         self._own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._plain, self._watched = ExitStack(), ExitStack()
@@ -140,24 +140,14 @@ class Session:
     # -- in the loop -----------------------------------------------------------------------------------------------
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """The loss of the recipe."""
-        self.loss_called = True
         return self.running.loss(output, target)
 
-    def step(self) -> None:
-        """The optimiser made a step."""
+    def step(self, line: str) -> None:
+        """The optimiser made a step; `line` is what is to be added where the training does not use this loss."""
         if self.running.position >= self.running.total_steps:
             return  # some trainers finish the epoch that they are in
+        self.running.check_loss(line)
         self.running.step()
-
-    def check_loss(self, line: str) -> None:
-        """Refuse a training in which the recipe's loss technique does nothing, after the first step; `line` mends it."""
-        names = [t.name for t in self.running.techniques if t.seam == "loss" and self.running.strengths.get(t.name, 0) > 0]
-        if names and not self.loss_called:
-            raise TechniqueError(
-                f"{', '.join(names)} changes the loss, and the first step did not ask for it",
-                allowed="a training that uses the loss of the callback",
-                fix=f'{line}; or leave it out: recipe="tost:-{",-".join(names)}"',
-            )
 
     def plain(self, on: bool) -> None:
         """Make the network compute what the plain one would, until this is called with False."""

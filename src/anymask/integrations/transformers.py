@@ -127,8 +127,7 @@ class AnyMask(TrainerCallback):
         """The optimiser made a step."""
         if self.session is not None:
             self.session.watched(False)
-            self.session.check_loss("add Trainer(..., compute_loss_func=callback.loss)")
-            self.session.step()
+            self.session.step("add Trainer(..., compute_loss_func=callback.loss)")
             self.session.plain(True)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -310,3 +310,18 @@ def settings_of(techniques: Iterable[Technique]) -> list[dict[str, Any]]:
         {"name": t.name, **{key: value for key, value in asdict(t).items() if key not in absent}}
         for t, absent in zip(techniques, young, strict=True)
     ]
+
+
+def refusal(refused: Mapping[str, TechniqueError], *, of: int, remedy: str) -> TechniqueError:
+    """One error for all techniques of a recipe that refused, with what to write instead."""
+    first = next(iter(refused.values()))
+    if of == 1:
+        return first
+    if len(refused) == 1:  # what it says itself, and the whole remedy
+        return TechniqueError(first.came, allowed=first.allowed, fix=f"{first.fix}; or {remedy}")
+    said = "; ".join(f"{e.came} (allowed: {e.allowed}; to do: {e.fix})" for e in refused.values())
+    return TechniqueError(
+        f"{len(refused)} of the {of} techniques cannot be attached: {said}",
+        allowed="a recipe whose techniques all find something to do",
+        fix=remedy,
+    )

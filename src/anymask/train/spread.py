@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from anymask.errors import SettingError
+from anymask.prunables import how_spread
 from anymask.ranks import mean_over_ranks, together
-from anymask.running import how_spread
 from anymask.train.settings import accuracy, count_right, share_right
 
 Pair = tuple[Tensor, Tensor]  # images (N, ...) and labels (N,)
