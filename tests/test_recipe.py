@@ -9,7 +9,7 @@ from torch import nn
 
 import anymask
 from anymask import Recipe
-from anymask.errors import AnymaskError, FileFormatError, SettingError, TechniqueError, UnknownName
+from anymask.errors import AnymaskError, DataError, FileFormatError, SettingError, TechniqueError, UnknownName
 from anymask.recipe import presets
 from anymask.runlog import settings_id
 from anymask.schedules import Schedule
@@ -373,3 +373,21 @@ def test_a_loop_that_leaves_out_the_loss_of_the_recipe_is_refused_at_its_first_s
         running.step()
     running.loss(model(torch.randn(2, 1, 8, 8)), torch.tensor([0, 1])).backward()
     running.step()
+
+
+@pytest.mark.parametrize("recipe", ["best:density_lr", "tost:lrsi"])
+def test_a_recipe_for_numbers_wants_their_loss(recipe: str) -> None:
+    model, optimizer = net()
+    data = [(x, torch.randn(8, 3)) for x, _ in loader(1)]
+    anymask.hold(anymask.prune(model, "random", sparsity=0.5), model, optimizer)
+
+    def begin(**loss) -> None:
+        running = Recipe.preset(recipe).attach(model, optimizer, total_steps=2, data=data, **loss)
+        try:
+            running.loss(model(data[0][0]), data[0][1])
+        finally:
+            running.leave()
+
+    with pytest.raises(DataError, match="and the loss is cross entropy"):
+        begin()
+    begin(loss=F.mse_loss)

@@ -163,6 +163,19 @@ class Mask(Mapping[str, Tensor]):
             here = local(parameter)
             here.masked_fill_(~shard(kept[name], parameter).to(here.device), 0)
 
+    def revived(self, model: nn.Module) -> list[str]:
+        """The names of the parameters of `model`, or of this rank's parts of them, in which some pruned weight is not 0.
+
+        Example:
+            >>> Mask({"weight": torch.eye(2)}).revived(nn.Linear(2, 2))
+            ['weight']
+        """
+        kept, found = self.as_stored(model), []
+        for name, parameter in self.check(model).items():
+            here = local(parameter)
+            found += [name] if bool(here[~shard(kept[name], parameter).to(here.device)].any()) else []
+        return found
+
     def as_stored(self, model: nn.Module) -> dict[str, Tensor]:
         """The bits of this mask in the shapes of `model`'s parameters: of a sparse layer (`anymask.to_sparse`) those of its places."""
         layers = compact(model)

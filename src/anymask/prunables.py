@@ -124,6 +124,17 @@ def effective(model: nn.Module) -> list[Tensor]:
     return list({id(weight): weight for weight in found}.values())
 
 
+def recurrent(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of the kind "recurrent", each once.
+
+    Example:
+        >>> [tuple(weight.shape) for weight in recurrent(nn.Sequential(nn.GRU(3, 2), nn.Linear(2, 2)))]
+        [(6, 3), (6, 2)]
+    """
+    kind_of = _kinds_of(bare(model))
+    return [parameter for parameter in bare(model).parameters() if kind_of.get(id(parameter)) == "recurrent"]
+
+
 def transposed_groups(model: nn.Module) -> dict[str, int]:
     """The weights laid out `(in, out / groups, *kernel)`, unlike all others, by name, with their groups.
 

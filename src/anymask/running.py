@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from anymask.errors import SettingError, TechniqueError
 from anymask.holding import evaluated, held
 from anymask.interrupts import uninterrupted
-from anymask.mask import Mask, local, shard
+from anymask.mask import Mask
 from anymask.pauses import arrive
 from anymask.prunables import bare, how_spread
-from anymask.surgery import Cost, changes, form, logits_of
+from anymask.surgery import Cost, changes, check_targets, form, logits_of
 from anymask.techniques import Attached, Context, Technique
 from anymask.techniques.base import refusal, settings_of
 
@@ -129,9 +129,14 @@ class RunningRecipe:
             output: the model's output, (N, C, ...) logits for cross-entropy; or a mapping or ModelOutput with `logits`, or a
                 tuple that begins with them.
             target: what the base loss takes.
+
+        Raises:
+            DataError: at the first call, when `attach` was left with cross entropy and the targets are no classes.
         """
-        self._asked = True
         output = logits_of(output)
+        if not self._asked:
+            check_targets(self._context.loss, output, target)
+        self._asked = True
         value = self._context.loss(output, target)
         for _, attached in self._live.values():
             value = attached.loss(value, output, target)
@@ -364,9 +369,7 @@ class RunningRecipe:
                 fix="undo what the loop changed in between, if it did; the recipe has left, and the weights are as they were trained",
             )
         mask = self._mask_now()
-        kept = {} if mask is None else mask.as_stored(self.model)
-        revived = [] if mask is None else [n for n, p in mask.check(self.model).items() if _revived(p, kept[n])]
-        if revived:
+        if revived := [] if mask is None else mask.revived(self.model):
             raise TechniqueError(
                 f"pruned weights are not 0 in {', '.join(revived)}",
                 allowed="exact zeros wherever the mask says so",
@@ -381,11 +384,6 @@ class RunningRecipe:
     def _ghost_names(self) -> set[str]:
         before = {key.removeprefix("module ") for key in self._before if key.startswith("module ")}
         return {name for name, _ in self._context.model.named_modules(remove_duplicate=False)} - before
-
-
-def _revived(parameter: Tensor, kept: Tensor) -> bool:
-    here = local(parameter)
-    return bool(here[~shard(kept, parameter).to(here.device)].any())
 
 
 def _forget_graphs() -> None:

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from anymask.errors import TechniqueError
+from anymask.errors import DataError, TechniqueError
 from anymask.interrupts import Mode
 from anymask.prunables import bare, compact
 
+_OFF = 0.05  # by which probabilities of classes may miss 1: those of bfloat16 do by 0.01
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -251,6 +252,26 @@ def logits_of(output: Any) -> Tensor:
             fix="give the tensor that the loss is of; for anymask.prune, wrap the model in one that returns it",
         )
     return first
+
+
+def check_targets(loss: Any, logits: Tensor, target: Any) -> None:
+    """Refuse numbers as targets (N, ...) where `loss` was left at cross entropy of logits (N, C, ...): it gives 0, or nonsense.
+
+    Raises:
+        DataError: for floating-point targets that are no probabilities of the classes.
+
+    Example:
+        >>> check_targets(F.cross_entropy, torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [0.3, 0.7]]))
+    """
+    if loss is not F.cross_entropy or not isinstance(target, Tensor) or not target.is_floating_point() or torch.compiler.is_compiling():
+        return
+    shares = target.shape == logits.shape and target.dim() > 1 and target.shape[1] > 1
+    if not shares or bool((target < 0).any()) or bool(((target.sum(1) - 1).abs() > _OFF).any()):
+        raise DataError(
+            f"targets came as {str(target.dtype).removeprefix('torch.')} of shape {tuple(target.shape)}, and the loss is cross entropy",
+            allowed=f"numbers of classes, or probabilities in the shape of the outputs, {tuple(logits.shape)}, which sum to 1",
+            fix="give the loss of your training, such as loss=torch.nn.functional.mse_loss",
+        )
 
 
 def needs_whole(parameters: Iterable[Tensor], what: str, *, fix: str) -> None:

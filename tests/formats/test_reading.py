@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.ao.pruning import WeightNormSparsifier
+from torch.nn.utils import prune as torch_prune
 
 from anymask.errors import FileFormatError, MaskError
 from anymask.formats import load_mask, load_weights
@@ -104,6 +105,18 @@ def test_a_mask_that_does_not_fit_names_what_is_missing_unexpected_and_misshapen
         "prunable and not in the mask: 0.weight (3, 2, 1, 2) (nearest: 0.wieght)",
     ):
         assert said in caught.value.came
+
+
+def test_a_model_that_torch_prunes_takes_the_masks_of_its_own_checkpoint_and_of_others(tmp_path):
+    model = net()
+    for name, mask in kept().items():
+        torch_prune.custom_from_mask(model.get_submodule(name.removesuffix(".weight")), "weight", mask)
+    torch.save(model.state_dict(), tmp_path / "its.pth")
+    Mask(kept()).save(tmp_path / "ours.mask")
+    for file in ("its.pth", "ours.mask"):
+        mask = load_mask(tmp_path / file, model=model)
+        assert mask == Mask({f"{name}_orig": tensor for name, tensor in kept().items()})
+        mask.check(model)
 
 
 def test_an_own_mask_finds_its_names_in_a_wrapped_model(tmp_path):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from anymask import models, prune
-from anymask.errors import MaskError
+from anymask.errors import DataError, MaskError
 from anymask.pruning import METHODS, Method, OutputWarning, TieWarning
 from anymask.pruning.criteria import magnitude
 
@@ -83,3 +83,40 @@ def test_a_method_of_ones_own_that_ranks_by_steps_is_told_of_its_ties() -> None:
     with pytest.warns(TieWarning, match="mine scored"):
         prune(net(), Method("mine", "", steps, paper=""), sparsity=0.5)
     assert "mine" not in METHODS
+
+
+def test_recurrent_layers_that_stay_dense_are_said_aloud_where_they_are_the_most() -> None:
+    model = nn.ModuleDict({"rnn": nn.LSTM(8, 16), "head": nn.Linear(16, 4)})
+    says = r"covers 64 weights, and 1,536 of recurrent layers stay dense: kinds=\['conv', 'linear', 'recurrent'\] prunes them, too"
+    with pytest.warns(UserWarning, match=says):
+        prune(model, "magnitude", sparsity=0.5)
+    assert prune(model, "magnitude", sparsity=0.5, kinds=["linear", "recurrent"]).total == 1600
+    model["head"] = nn.Linear(16, 100)
+    assert prune(model, "magnitude", sparsity=0.5).total == 1600
+
+
+TARGETS = {
+    "numbers": (torch.randn(16), 4),
+    "a column of numbers": (torch.randn(16, 1), 1),
+    "a column of ones": (torch.ones(16, 1), 1),
+    "several numbers": (torch.randn(16, 4), 4),
+    "several labels": ((torch.arange(64).reshape(16, 4) % 3 > 0).float(), 4),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("method", ["snip", "grasp", "taylor", "force"])
+def test_targets_of_a_regression_want_its_loss(name: str, method: str) -> None:
+    y, outputs = TARGETS[name]
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, outputs))
+    data = [(DATA[0][0], y)]
+    with pytest.raises(DataError, match=r"targets came as float32 .* the loss is cross entropy.*loss=torch.nn.functional.mse_loss"):
+        prune(model, method, sparsity=0.5, data=data)
+    if y.shape == (16, outputs) and not bool((y == 1).all()):
+        assert prune(model, method, sparsity=0.5, data=data, loss=nn.functional.mse_loss).sparsity == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_probabilities_of_classes_are_targets_of_cross_entropy(dtype: torch.dtype) -> None:
+    y = torch.randn(16, 4).softmax(1).to(dtype)
+    assert prune(net().to(dtype), "snip", sparsity=0.5, data=[(DATA[0][0].to(dtype), y)]).sparsity == 0.5

@@ -49,7 +49,8 @@ def matched(shapes: Shapes, model: nn.Module, *, loose: bool = False) -> dict[st
     found = {name: name for name in shapes if name in wanted and (not loose or shapes[name] == wanted[name])}
     by_core = _by_core(wanted)
     for name in shapes:
-        target = by_core.get(_core(name)) or by_core.get(_core(name) + ".weight")
+        core = _core(name)
+        target = by_core.get(core) or by_core.get(core + ".weight") or by_core.get(core + "_orig")  # of a model that is pruned by torch
         if name not in found and target is not None and target not in found.values() and (not loose or shapes[name] == wanted[target]):
             found[name] = target
     return {**found, **_resembling(shapes, wanted, found)} if loose else found

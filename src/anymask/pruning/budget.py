@@ -3,7 +3,7 @@
 import math
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -134,6 +134,14 @@ def report_ties(method: str, scores: Mapping[str, Tensor], kept: Mapping[str, Te
             TieWarning,
             stacklevel=3,
         )
+
+
+def report_recurrent(covered: Mapping[str, Tensor], dense: Iterable[Tensor], *, kinds: Sequence[str]) -> None:
+    """Say aloud when recurrent weights, which nobody asked for, are more than all that the mask is to cover."""
+    mine, theirs = (sum(weight.numel() for weight in weights) for weights in (covered.values(), dense))
+    if "recurrent" not in kinds and theirs > mine:
+        fix = f"kinds={[*kinds, 'recurrent']} prunes them, too"
+        warnings.warn(f"the mask covers {mine:,} weights, and {theirs:,} of recurrent layers stay dense: {fix}", stacklevel=3)
 
 
 def report_outputs(name: str, kept: Tensor) -> None:

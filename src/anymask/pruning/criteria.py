@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from anymask.errors import MaskError, TechniqueError
 from anymask.pruning.batches import Batches
 from anymask.pruning.select import wide
-from anymask.surgery import device_of, logits_of, run, twice_differentiable, uncapped
+from anymask.surgery import check_targets, device_of, logits_of, run, twice_differentiable, uncapped
 
 Weights = Mapping[str, Tensor]
 Criterion = Callable[[nn.Module, Weights, Batches], dict[str, Tensor]]
@@ -135,7 +135,7 @@ def grasp(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Ten
     wanted = _wanted(model, weights)
 
     def gradients(x: Tensor, y: Tensor, *, graph: bool) -> tuple[Tensor, ...]:
-        return _gradients(batches.loss(logits_of(run(model, x)) / GRASP_TEMPERATURE, y), wanted, graph=graph)
+        return _gradients(_loss(model, batches, x, y, temperature=GRASP_TEMPERATURE), wanted, graph=graph)
 
     stopped = [torch.zeros_like(weight) for weight in wanted.values()]
     product = _zeros(weights)
@@ -224,7 +224,13 @@ def _batch_gradients(model: nn.Module, weights: Weights, batches: Batches) -> It
     model.train()
     wanted = _wanted(model, weights)
     for x, y in batches.pairs:
-        yield dict(zip(wanted, _gradients(batches.loss(logits_of(run(model, x)), y), wanted), strict=True))
+        yield dict(zip(wanted, _gradients(_loss(model, batches, x, y), wanted), strict=True))
+
+
+def _loss(model: nn.Module, batches: Batches, x: Any, y: Any, *, temperature: float = 1) -> Tensor:
+    logits = logits_of(run(model, x)) / temperature
+    check_targets(batches.loss, logits, y)
+    return batches.loss(logits, y)
 
 
 def _wanted(model: nn.Module, weights: Weights) -> dict[str, Tensor]:

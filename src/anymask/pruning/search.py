@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from anymask.errors import SettingError
 from anymask.mask import Mask
-from anymask.prunables import bare, names, prunable
+from anymask.prunables import bare, names, prunable, recurrent
 from anymask.pruning import criteria
 from anymask.pruning.batches import Batches, Loss, input_shape, take
-from anymask.pruning.budget import at_least, keep_count, least_kept, report_collapse, report_outputs, report_ties, seed_of
+from anymask.pruning.budget import at_least, keep_count, least_kept, report_collapse, report_outputs, report_recurrent, report_ties, seed_of
 from anymask.pruning.lottery import Train, lottery_ticket
 from anymask.pruning.methods import Method, method_of
 from anymask.pruning.patterns import pattern as pattern_of
@@ -83,7 +83,7 @@ def prune(
         rounds: instead of the method's own.
         batches: how many batches are looked at, instead of the method's own (grasp and taylor 8, others 1).
         floor: the least number of weights that each layer keeps, within the same count.
-        kinds: "conv", "linear": which modules' weights the mask covers.
+        kinds: which modules' weights the mask covers: "conv", "linear", "recurrent" (RNN, LSTM, GRU), "embedding"; see `prunable`.
         exclude: names of modules or parameters to leave dense and out of the count.
         on_collapse: what to do when a layer would keep no weight: "warn" (CollapseWarning; also in
             `mask.info["collapsed"]`), "raise", or "avoid" (as floor=1).
@@ -91,7 +91,7 @@ def prune(
     Raises:
         UnknownName: for a method, scope, pattern or on_collapse that is not there.
         SettingError: for a number out of range, a text in place of a list of names, or when what the method needs is missing.
-        DataError: for data without a batch or without labels.
+        DataError: for data without a batch or without labels, and for labels that are no classes where `loss` was left out.
         MaskError: for scores that are not finite, a collapse that was to be refused, a pattern that does not fit a layer, a budget
             smaller than the floors, or nothing to prune.
         TechniqueError: for an output of the model without logits, with grasp for a model that cannot be differentiated twice, and with
@@ -121,6 +121,7 @@ def prune(
     rounds = at_least("rounds", rounds, 1)
     batches = at_least("batches", row.batches if batches is None else batches, 1)
     weights = {name: weight.detach() for name, weight in prunable(model, kinds=kinds, exclude=exclude).items()}
+    report_recurrent(weights, recurrent(model), kinds=kinds)
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     form, least = pattern_of(pattern), least_kept(floor, on_collapse=on_collapse)
     # Weights in float64 that were drawn with the same seed were drawn from the very numbers that `random` ranks by: it kept the largest.

@@ -28,7 +28,7 @@ from anymask.pauses import pause
 from anymask.prunables import bare
 from anymask.ranks import from_rank
 from anymask.sparse import as_dense
-from anymask.surgery import logits_of, needs_whole, twice_differentiable
+from anymask.surgery import check_targets, logits_of, needs_whole, twice_differentiable
 from anymask.techniques.batches import Batch, pairs
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -205,7 +205,9 @@ class _Network:
         inputs, targets = (tree_map(lambda t: t.to(self.device) if isinstance(t, Tensor) else t, part) for part in batch)
         args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
         buffers = {name: b.clone() for name, b in self.model.named_buffers()}  # batch norm writes into these, in place
-        return self.loss(logits_of(functional_call(self.model, {**self.frozen, **buffers, **weights}, args, kwargs)), targets)
+        logits = logits_of(functional_call(self.model, {**self.frozen, **buffers, **weights}, args, kwargs))
+        check_targets(self.loss, logits, targets)
+        return self.loss(logits, targets)
 
     def gradient(self, weights: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Loss of `batch`, its masked gradient, and that gradient's norm; all differentiable."""
