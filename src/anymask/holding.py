@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from anymask.errors import MaskError
+from anymask.errors import MaskError, SettingError
 from anymask.interrupts import uninterrupted
-from anymask.mask import Mask, local, shard
+from anymask.mask import Mask, local, needs_mask, shard
 from anymask.prunables import compact, trained
 
 
@@ -196,6 +196,7 @@ def hold(mask: Mask, model: nn.Module, optimizer: Optimizer) -> Hold:
     Raises:
         MaskError: when the mask is none or does not fit, or `optimizer` holds a mask already or none of the masked parameters, or has slots
             of dense layers that are sparse now; its `load_state_dict` raises this, too.
+        SettingError: when `model` or `optimizer` is none.
 
     Example:
         >>> import torch, anymask
@@ -206,13 +207,8 @@ def hold(mask: Mask, model: nn.Module, optimizer: Optimizer) -> Hold:
         >>> int((model.weight == 0).sum()), int((model.weight.grad == 0).sum())
         (2, 2)
     """
-    optimizer = innermost(optimizer)
-    if not isinstance(mask, Mask):  # formats, which would read a path, is beside this layer
-        raise MaskError(
-            f"mask came as {type(mask).__name__}",
-            allowed="an anymask.Mask",
-            fix="give anymask.load_mask(path) for a file, anymask.Mask(tensors) for a dict",
-        )
+    mask, optimizer = needs_mask(mask), innermost(optimizer)
+    mask.check(model)
     if held(optimizer) is not None:
         raise MaskError(
             f"this {type(optimizer).__name__} holds a mask already",
@@ -233,7 +229,13 @@ def innermost(optimizer: Any) -> Any:
     """The optimiser that makes the steps: Accelerate's and Lightning's wrappers step the one inside, and so call its hooks."""
     while getattr(optimizer, "optimizer", None) is not None:
         optimizer = optimizer.optimizer
-    return optimizer
+    if optimizer is None or hasattr(optimizer, "register_step_post_hook"):
+        return optimizer
+    raise SettingError(
+        f"the optimizer came as {type(optimizer).__name__}",
+        allowed="a torch.optim.Optimizer",
+        fix="check the order of the arguments: the model comes before it",
+    )
 
 
 def held(optimizer: Optimizer | None) -> Hold | None:

@@ -206,6 +206,17 @@ class Mask(Mapping[str, Tensor]):
         formats.save(self, path, format=format, weights=weights)
 
 
+def needs_mask(mask: Any) -> Mask:
+    """`mask`; raises MaskError where it is none."""
+    if isinstance(mask, Mask):
+        return mask
+    raise MaskError(
+        f"mask came as {type(mask).__name__}",
+        allowed="an anymask.Mask",
+        fix="give anymask.load_mask(path) for a file, anymask.Mask(tensors) for a dict",
+    )
+
+
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """Twelve digits of names, shapes and values."""
     found = hashlib.sha256()

@@ -199,6 +199,7 @@ def bare(model: nn.Module) -> nn.Module:
     Raises:
         MaskError: for FullyShardedDataParallel, whose flat parameters have no shape that a mask could fit, and for lazy layers that
             have none yet.
+        SettingError: for what is no module.
 
     Example:
         >>> import torch
@@ -206,6 +207,8 @@ def bare(model: nn.Module) -> nn.Module:
         >>> bare(torch.nn.DataParallel(model)) is model
         True
     """
+    if not isinstance(model, nn.Module):
+        raise SettingError(f"the model came as {type(model).__name__}", allowed="a torch.nn.Module", fix="check the order of the arguments")
     compiled = _imported("torch._dynamo.eval_frame", "OptimizedModule")
     while isinstance(model, (*compiled, nn.parallel.DistributedDataParallel, nn.DataParallel)):
         inside = model._orig_mod if isinstance(model, compiled) else model.module

@@ -178,7 +178,7 @@ class Recipe:
         Raises:
             TechniqueError: when techniques find nothing to apply to (naming them all, and the recipe without them; the model is
                 then as before), a recipe is attached already, or the model is an nn.DataParallel.
-            SettingError: when `state` is of another recipe, or a number is out of range.
+            SettingError: when `state` is of another recipe, a number is out of range, or `model` or `optimizer` is none.
         """
         if not 0 <= start < total_steps:
             raise SettingError(
@@ -186,13 +186,13 @@ class Recipe:
                 allowed="0 <= start < total_steps",
                 fix="give total_steps=epochs * len(loader)",
             )
+        inner = bare(model)
         if any(isinstance(module, nn.DataParallel) for module in model.modules()):
             raise TechniqueError(
                 "the model is within nn.DataParallel, whose replicas would use the ghosts of the first device",
                 allowed="plain models, torch.compile, DistributedDataParallel or fully_shard",
                 fix="use DistributedDataParallel, or attach to the model inside and train it on one device",
             )
-        inner = bare(model)
         if vars(inner).get(MARK):
             raise TechniqueError(
                 f"{type(inner).__name__} carries the recipe {vars(inner)[MARK]!r} already",

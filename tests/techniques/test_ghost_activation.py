@@ -145,7 +145,10 @@ def test_nested_owners_loops_branches_and_shortcuts_are_as_written_by_hand(where
 
 def test_keyword_examples_and_modules_without_an_example() -> None:
     assert attach(Wild(), {"x": torch.randn(2, 4)}).found == "7 ReLU"
-    assert attach(nn.Sequential(nn.ReLU(), nn.Hardswish())).found == "1 ReLU, 1 hardswish left as they are"
+    assert (
+        attach(nn.Sequential(nn.ReLU(), nn.Hardswish())).found
+        == "1 ReLU, 1 hardswish left as they are (no example: what its code calls is not seen)"
+    )
 
 
 def test_an_error_in_forward_leaves_no_mode_behind() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from anymask.errors import AnymaskError, MaskError, SettingError
-from anymask.mask import Mask
+from anymask.mask import Mask, needs_mask
 from anymask.prunables import effective
 from anymask.runlog import atomic
 from anymask.shipping import file, onnxfile
@@ -106,7 +106,7 @@ def ship(
     model, example = plain(model), example.detach().cpu()
     example = example.float() if example.is_floating_point() else example  # token ids stay integers
     if mask is not None:
-        _check_zeros(model, mask)
+        _check_zeros(model, needs_mask(mask))
     return write(model, example, path, values=values or "float16", info=info or {})
 
 

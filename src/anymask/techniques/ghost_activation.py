@@ -111,7 +111,8 @@ class GhostActivation(Technique):
         if not relus:
             raise self._nothing_soft(model, left, traced=context.example is not None)
         more = ", ".join(f"{count} {name}" for name, count in left.items())
-        ghosts = AttachedGhosts(model, child=_CHILD, found=f"{relus} ReLU" + (f", {more} left as they are" if more else ""))
+        seen = "" if context.example is not None else " (no example: what its code calls is not seen)"
+        ghosts = AttachedGhosts(model, child=_CHILD, found=f"{relus} ReLU" + (f", {more} left as they are" if more else "") + seen)
         ghost = _SoftReLU(self, device=device_of(model))
         handles: list[Any] = []
         for owner in owners:

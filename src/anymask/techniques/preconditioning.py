@@ -166,8 +166,10 @@ class _Preconditioning(Attached):
         if name in self._seen or not leads() or not self._layers[name].training or not self.looks:
             return
         self._follow()
-        if not x.numel() or not self._places[name].blocks:
-            return
+        layer = self._layers[name]
+        width = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+        if not x.numel() or not self._places[name].blocks or x.shape[-1 - len(getattr(layer, "kernel_size", ()))] != width:
+            return  # of another width: the layer itself is about to refuse it
         seed = (self._context.seed * 1_000_003 + self._step) * 10_007 + list(self._layers).index(name)
         draws = torch.Generator().manual_seed(seed % 2**63)
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
@@ -193,7 +195,8 @@ class _Preconditioning(Attached):
                 raise TechniqueError(
                     f"{Preconditioning.name} saw none of its layers run before this step",
                     allowed="layers that are called as modules, in training mode; compiled ones within `running.watched()`",
-                    fix="put `with running.watched():` around the forward pass, or leave it out of the recipe",
+                    fix="call model.train() (norms alone may stay in eval mode), put `with running.watched():` around the forward pass "
+                    "of a compiled model, or leave it out of the recipe",
                 )
             return
         made: dict[str, Tensor] = {}

@@ -96,9 +96,9 @@ def fit(
 
     Raises:
         TechniqueError: when the loss becomes NaN or infinite, a technique does not fit, or gmp had no step left for its last update.
-        SettingError: when `rewire` and `mask` or `sparsity` do not go together, sparse="on", `compile` or `deterministic` cannot be, the
-            checkpoint is of a training with another `rewire` or `diagnose`, or there are several ranks and the model is within
-            DistributedDataParallel already.
+        SettingError: when `train` is a DataLoader, `rewire` and `mask` or `sparsity` do not go together, sparse="on", `compile` or
+            `deterministic` cannot be, the checkpoint is of a training with another `rewire` or `diagnose`, or there are several ranks and
+            the model is within DistributedDataParallel already.
 
     Example:
         >>> from anymask import data, fit, models
@@ -111,6 +111,12 @@ def fit(
         >>> 0 <= result.test <= 1
         True
     """
+    if not hasattr(train, "epoch"):
+        raise SettingError(
+            f"train came as {type(train).__name__}",
+            allowed="an anymask.data.Batches",
+            fix="for a DataLoader, write the loop of README, In your own loop; images and labels of one size fit in data.Split(x, y)",
+        )
     protocol = protocol or Protocol()
     moving = dynamic_of(rewire, {}) if rewire is not None else None
     if recipe is None:
