@@ -127,7 +127,8 @@ class _Scaling(Attached):
     def _take_factors(self) -> None:
         self._factors = self._settings.factors(self._mask, self._replaced)
         least, most = (f(self._factors[name] for name in self._parameters) for f in (min, max))
-        self.found = f"updates of {len(self._parameters)} tensors, times {least:.3g} to {most:.3g}"
+        left = "" if len(self._parameters) == len(self._mask) else f" of the {len(self._mask)} of the mask"
+        self.found = f"updates of {len(self._parameters)} tensors{left}, times {least:.3g} to {most:.3g}"
         if self._factors != self._settings.factors(self._mask):
             self.found += f", no more because weight decay replaces weights {max(self._replaced.values()):.3g} times by itself"
 

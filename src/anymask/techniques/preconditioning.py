@@ -103,7 +103,7 @@ class Preconditioning(Technique):
         layers = {name: m for name, m in layers.items() if isinstance(m, (*CONVS, nn.Linear)) and mask[name].any()}
         if not layers:
             raise self.nothing("a masked convolution or linear layer", model, fix="give the mask of such layers")
-        return _Preconditioning(self, context, layers, total=len(weights))
+        return _Preconditioning(self, context, layers, total=len(mask))
 
 
 class _Preconditioning(Attached):
