@@ -20,8 +20,7 @@ from anymask.registry import lookup, unknown
 # (weight, dense gradient or None, generator of the CPU) -> scores of the weight's shape
 Scores = Callable[[Tensor, Tensor | None, torch.Generator], Tensor]
 
-DROP: dict[str, Scores] = {"magnitude": lambda weight, _, __: weight.abs()}  # the lowest of what is kept go
-GROW: dict[str, Scores] = {  # the highest of what is not kept come
+GROW: dict[str, Scores] = {  # the highest of what is not kept come, in place of the smallest weights
     "random": lambda weight, _, generator: torch.rand(weight.shape, generator=generator, dtype=torch.float64),
     "gradient": lambda _, gradient, __: _magnitude(gradient),
 }
@@ -37,8 +36,8 @@ class Dynamic:
         about: one line for `anymask list`.
         paper: arXiv id.
         start: the static method whose mask it begins with, or "dense".
-        drop: the criterion by which kept weights go, the lowest first: "magnitude".
-        grow: by what others come instead: "random", "gradient" (its magnitude, at all weights), or None: the mask only shrinks.
+        grow: by what others come in place of the smallest weights: "random", "gradient" (its magnitude, at all weights), or None: the
+            mask only shrinks.
         scope: "layer" (each layer keeps as many as it has); where it only shrinks, what the final budget is spread over: "global",
             or layers with densities "uniform", "er", "erk" or "balanced".
         fraction: share of each layer's kept weights that go at the first update, in (0, 1), falling along a cosine to 0 at `end`.
@@ -56,7 +55,6 @@ class Dynamic:
     about: str
     paper: str
     start: str = "random-erk"
-    drop: str = "magnitude"
     grow: str | None = None
     scope: str = "layer"
     fraction: float = 0.3
@@ -65,7 +63,6 @@ class Dynamic:
     end: str = "75%"
 
     def __post_init__(self) -> None:
-        lookup(DROP, self.drop, what="drop criterion")
         if self.grow is not None:
             lookup(GROW, self.grow, what="grow criterion")
         scopes = SHRINKING if self.shrinks else ("layer",)
@@ -183,7 +180,7 @@ def lots(seed: int, step: int) -> torch.Generator:
 def exchange(row: Dynamic, weight: Tensor, kept: Tensor, *, count: int, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
     """`kept` with `count` weights dropped and as many grown, a new bool tensor.
 
-    The lowest by the drop criterion go; then the highest by the grow criterion come, among all that are not kept then, those that
+    The smallest weights go; then the highest by the grow criterion come, among all that are not kept then, those that
     just went included.
 
     Args:
@@ -197,26 +194,23 @@ def exchange(row: Dynamic, weight: Tensor, kept: Tensor, *, count: int, gradient
         [True, False, True, False]
     """
     assert row.grow is not None
-    drop = DROP[row.drop](weight, gradient, generator)
-    survivors = _best(drop, int(kept.sum()) - count, among=kept, generator=generator)
+    survivors = _best(weight.abs(), int(kept.sum()) - count, among=kept, generator=generator)
     grow = GROW[row.grow](weight, gradient, generator)
     return survivors | _best(grow, count, among=~survivors, generator=generator)
 
 
-def thin(
-    row: Dynamic, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor], *, count: int, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """`kept` without all but the `count` highest of it by the drop criterion, in all layers together, one of each in any case.
+def thin(weights: Mapping[str, Tensor], kept: Mapping[str, Tensor], *, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """`kept` without all but the `count` largest weights of it, in all layers together, one of each in any case.
 
     Args:
         weights: on any device; `kept`: bool, of their shapes, on the CPU, True at least once in each.
 
     Example:
         >>> weights = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([1.0, 2.0])}
-        >>> thin(DYNAMIC["gmp"], weights, {n: w != 0 for n, w in weights.items()}, count=2, generator=lots(0, 1))["b"].tolist()
+        >>> thin(weights, {n: w != 0 for n, w in weights.items()}, count=2, generator=lots(0, 1))["b"].tolist()
         [False, True]
     """
-    scores = {name: DROP[row.drop](weight, None, generator).cpu()[kept[name]] for name, weight in weights.items()}
+    scores = {name: weight.abs().cpu()[kept[name]] for name, weight in weights.items()}
     chosen = keep_best(scores, count, generator=generator, floor=1)
     return {name: torch.zeros_like(kept[name]).masked_scatter_(kept[name], chosen[name]) for name in weights}
 

@@ -146,7 +146,7 @@ class Rewiring:
         for group in self._groups:
             weights = {name: self.hold.parameters[name] for name in group.names}
             count = cubic(group.first, group.last, passed)
-            kept |= thin(self.row, weights, kept, count=count, generator=generator)
+            kept |= thin(weights, kept, count=count, generator=generator)
         return kept, 1 - sum(int(t.sum()) for t in kept.values()) / before
 
     def _move(self, kept: Mapping[str, Tensor], fraction: float) -> None:

@@ -22,7 +22,7 @@ from anymask.pruning.methods import is_method, method_of
 from anymask.pruning.patterns import pattern
 from anymask.ranks import by_rank_0, leads
 from anymask.registry import lookup
-from anymask.runlog import atomic, settings_id
+from anymask.runlog import atomic
 from anymask.sweep.claims import clear_halves, make_once
 from anymask.sweep.pace import Pace
 from anymask.train import Computing
@@ -179,8 +179,7 @@ class Masks:
     def trainer(self, seed: int, *, folder: Path) -> Train:
         """What trains the rounds of a lottery ticket: the default recipe on the training images; one that stopped goes on."""
         train, _, _ = self.bench.batches(seed)
-        # Of the round that is not there yet. The settings in its name are of a time when such folders did not hold them.
-        unfinished = folder / f"unfinished-{settings_id(self.bench.settings(seed))}.pt"
+        unfinished = folder / "unfinished.pt"  # of the round that is not there yet
 
         def trainer(model: nn.Module, mask: Mask | None, first: int, last: int | None) -> None:
             computing = self.computing if mask is not None else replace(self.computing, sparse="auto")

@@ -84,6 +84,12 @@ class Clock:
 
     deadline: float | None = None
 
+    @classmethod
+    def within(cls, budget: str | float | None) -> "Clock":
+        """One that ends after `budget`: seconds, or a time as `budget_seconds` reads it; never for None."""
+        seconds = budget_seconds(budget) if isinstance(budget, str) else budget
+        return cls(None if seconds is None else time.monotonic() + seconds)
+
     def check(self, *, needs: float = 0.0) -> None:
         """Raise Stopped where fewer than `needs` seconds are left."""
         parent = multiprocessing.parent_process()
@@ -155,8 +161,7 @@ def sweep(
             allowed="1, or more with compile='graph' or 'fused'",
             fix="give --compile graph, or leave streams out",
         )
-    seconds = budget_seconds(budget) if isinstance(budget, str) else budget
-    clock = Clock(None if seconds is None else time.monotonic() + seconds)
+    clock = Clock.within(budget)
     folder, watcher = Path(folder), watcher or Watcher()
     benches = Benches() if ray is None and max(workers, streams) == 1 else None  # what others train with they read; none is kept here
     planned = tasks(plan, folder, computing, device=None if ray is None else "cpu", benches=benches)

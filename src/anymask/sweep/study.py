@@ -1,7 +1,6 @@
 """Studies: settings are searched on one half of seeds and data, and what was found is confirmed once on the other."""
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from anymask.sweep.claims import claimed
 from anymask.sweep.compare import Watcher
 from anymask.sweep.halves import confirmation_cut, tuning_cut
 from anymask.sweep.plan import Plan
-from anymask.sweep.run import Benches, Clock, Outcome, Stopped, Worker, budget_seconds, tasks
+from anymask.sweep.run import Benches, Clock, Outcome, Stopped, Worker, tasks
 from anymask.sweep.space import base_changes, rounded, switched_off
 from anymask.sweep.studyfile import Study
 from anymask.sweep.tuning import Rate, Trial, Tuning, reason_of, tuning_table, where, with_recipes
@@ -72,8 +71,7 @@ def study(
         TechniqueError: when nothing that was tried could be trained.
         KeyboardInterrupt, MemoryError: what is finished is kept.
     """
-    seconds = budget_seconds(budget) if isinstance(budget, str) else budget
-    clock = Clock(None if seconds is None else time.monotonic() + seconds)
+    clock = Clock.within(budget)
     folder, watcher = Path(folder), watcher or Watcher()
     _same_study(wanted, folder)
     how: dict[str, Any] = {"computing": computing, "clock": clock, "watcher": watcher}

@@ -14,7 +14,7 @@ from anymask.pauses import aside
 from anymask.ranks import by_rank_0, together
 from anymask.runlog import atomic
 
-FORMAT = "anymask-checkpoint-1"
+FORMAT = "anymask-checkpoint-2"
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -55,8 +55,7 @@ def load(path: Path, *, device: str, begun: dict[str, Any] | None = None) -> dic
         raise _bad(path) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise _bad(path)
-    before = state.get("begun", {})  # files of before do not say
-    if other := [name for name, now in (begun or {}).items() if before.get(name, now) != now]:
+    if other := [name for name, now in (begun or {}).items() if state["begun"].get(name) != now]:
         raise SettingError(
             f"the checkpoint {path} is of a training with another {' and another '.join(other)}",
             allowed="the training that it was begun by",

@@ -79,6 +79,7 @@ class Run:
         self.progress: dict[str, Any] = {
             "step": first_step,
             "seconds": 0.0,
+            "added": 0,
             "best": None,
             "curves": {"epoch": [], "train_loss": [], "validation_accuracy": [], "lr": [], "strength": {}},
         }
@@ -175,7 +176,7 @@ class Run:
                 self.recipe.replayed()
         else:
             self._make(x, y, last=last)
-        self.progress["added"] = self.progress.get("added", 0) + 1  # checkpoints of before have none
+        self.progress["added"] += 1
         if last:
             self._count()
 
@@ -339,7 +340,7 @@ class Run:
         return rewiring.rewire(self.hold, moving, **how, sparsity=sparsity, seed=seed, state=state)
 
     def _watched(self, diagnose: str, saved: dict[str, Any] | None) -> Diagnostics | None:
-        begun = diagnose if saved is None else saved.get("diagnose", "off")
+        begun = diagnose if saved is None else saved["diagnose"]
         if begun != diagnose:
             raise SettingError(
                 f"the checkpoint {self.file} is of a training with diagnose={begun!r}, and {diagnose!r} came",
