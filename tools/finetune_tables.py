@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from ledgers import ROOT, ledger
 from tables import table as markdown
@@ -26,18 +27,21 @@ def at(recipe: str, rate: str) -> str:
 
 def finetune_rates() -> str:
     """Validation accuracies at each learning rate: what the rates of `OWN` were chosen by."""
-    found: dict[tuple[str, float, str], dict[str, float]] = {}
-    for row in ledger("finetune-rates"):
+    return by_rate(ledger("finetune-rates"), ["network", "sparsity"], key=lambda s: (s["model"], f"{100 * s['sparsity']:g}%"))
+
+
+def by_rate(rows: list[dict[str, Any]], head: list[str], *, key: Callable[[dict[str, Any]], tuple[str, ...]]) -> str:
+    """Validation accuracies of one seed at each learning rate: a line for each `key` of the settings and each recipe."""
+    found: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in rows:
         s = row["settings"]
         recipe, _, rate = s["recipe"].partition("@lr=")
-        found.setdefault((s["model"], s["sparsity"], recipe), {})[rate or PROTOCOL] = 100 * row["accuracy"]["validation"]
+        found.setdefault((*key(s), f"`{recipe}`"), {})[rate or f"{s['lr']:g}"] = 100 * row["accuracy"]["validation"]
     rates = sorted({rate for by in found.values() for rate in by}, key=float)
-    by_network = sorted(found.items(), key=lambda item: ([*OWN].index(item[0][0]), item[0]))
-    lines = [
-        [model, f"{100 * sparsity:g}%", f"`{recipe}`", *(f"{by[rate]:.2f}" if rate in by else "-" for rate in rates)]
-        for (model, sparsity, recipe), by in by_network
-    ]
-    return markdown(["network", "sparsity", "recipe", *(f"lr {rate}" for rate in rates)], lines)
+    first = [*dict.fromkeys(names[0] for names in found)]
+    ordered = sorted(found.items(), key=lambda item: (first.index(item[0][0]), item[0]))
+    lines = [[*names, *(f"{by[rate]:.2f}" if rate in by else "-" for rate in rates)] for names, by in ordered]
+    return markdown([*head, "recipe", *(f"lr {rate}" for rate in rates)], lines)
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,9 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor], *, name: str) -> 
     except RuntimeError as error:
         said = " ".join(str(error).split())[:300]
         raise SettingError(
-            f"the weights are not those of {name} ({said})", allowed="its state dict", fix="name the right --model"
+            f"the weights are not those of {name} ({said})",
+            allowed="its state dict",
+            fix="name the right --model, and the --input that it takes",
         ) from None
 
 

@@ -13,9 +13,9 @@ _GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 
 def refusal(path: Path, why: str, *, fix: str = "make the file again: mask.save(path), or a whole copy of the original") -> FileFormatError:
-    """The error for a file that holds no mask that can be read."""
+    """The error for a file that holds nothing that can be read."""
     allowed = f"a whole file of format {FORMAT}, or one that docs/formats.md lists"
-    return FileFormatError(f"{path} is not a mask that can be read ({why})", allowed=allowed, fix=fix)
+    return FileFormatError(f"{path} cannot be read as a mask or checkpoint ({why})", allowed=allowed, fix=fix)
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def input_shape(data: Iterable[Any] | None, example: Tensor | None) -> tuple[int
         raise DataError(
             f"the input came as {type(example).__name__}",
             allowed="a tensor (N, ...) with at least two dimensions, alone or first in a pair (x, y)",
-            fix="give example=x[:1]",
+            fix="give example=x[:1]; for a model of several inputs take another method, such as snip or magnitude",
         )
     return tuple(example.shape[1:])
 
