@@ -1,5 +1,6 @@
 """What is passed in the wrong place is named, in three parts."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,14 @@ OPTIMIZER = torch.optim.SGD(MODEL.parameters(), lr=0.1)
 MASK = anymask.prune(MODEL, "random", sparsity=0.5)
 X = torch.randn(2, 4)
 MISUSES = {
-    "a model for an optimiser": (lambda: anymask.hold(MASK, OPTIMIZER, MODEL), "the optimizer came as Sequential.*order"),
-    "an optimiser of no kind": (lambda: anymask.hold(MASK, MODEL, MODEL.parameters()), "the optimizer came as generator.*order"),
+    "a model for an optimiser": (lambda: anymask.hold(MASK, OPTIMIZER, MODEL), "the optimizer came as Sequential.*after the model"),
+    "an optimiser of no kind": (lambda: anymask.hold(MASK, MODEL, MODEL.parameters()), "the optimizer came as generator.*whose hooks"),
+    "no optimiser": (lambda: anymask.hold(MASK, MODEL, None), "the optimizer came as NoneType"),
+    "a state dict for a model": (lambda: MASK.check(MODEL.state_dict()), "the model came as OrderedDict.*the model itself"),
     "a path for a mask": (lambda: anymask.hold("a.mask", MODEL, OPTIMIZER), "mask came as str.*load_mask"),
     "a model for an optimiser of a recipe": (
         lambda: anymask.Recipe.preset("best").attach(OPTIMIZER, MODEL, total_steps=1),
-        "the model came as SGD.*order",
+        "the model came as SGD.*in its place",
     ),
     "an optimiser of no kind of a recipe": (
         lambda: anymask.Recipe.preset("best").attach(MODEL, [], total_steps=1),
@@ -41,12 +44,15 @@ def test_what_is_in_the_wrong_place_is_named(name: str, tmp_path: Path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_batch_of_the_wrong_width_is_refused_by_the_layer_that_it_is_for() -> None:
-    optimizer = torch.optim.SGD(MODEL.parameters(), lr=0.1)
-    hold = anymask.hold(MASK, MODEL, optimizer)
-    running = anymask.Recipe.preset("best:preconditioning").attach(MODEL, optimizer, total_steps=1)
-    for wrong in (torch.randn(2, 3), torch.randn(2, 5)):
-        with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
-            MODEL(wrong)
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Linear(4, 8), (2, 3)), (nn.Linear(4, 8), (2, 5)), (nn.Conv2d(4, 8, 1), (2, 3, 9, 9)), (nn.Conv2d(4, 8, 1), (2, 3))],
+)
+def test_a_batch_of_the_wrong_shape_is_named_where_preconditioning_looks(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(layer)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    anymask.hold(anymask.prune(model, "random", sparsity=0.5), model, optimizer)
+    running = anymask.Recipe.preset("best:preconditioning").attach(model, optimizer, total_steps=1)
+    with pytest.raises(AnymaskError, match=f"the input of 0.weight came to preconditioning as {re.escape(str(shape))}.*Allowed: 4 "):
+        model(torch.randn(shape))
     running.leave()
-    hold.release()

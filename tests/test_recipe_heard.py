@@ -53,6 +53,26 @@ def test_a_short_training_of_which_no_step_was_heard_is_found_out_at_its_end() -
         running.finish()
 
 
+def test_steps_that_a_scaler_skips_at_the_beginning_are_no_error() -> None:
+    model, optimizer = net()
+    anymask.hold(anymask.prune(model, "random", sparsity=0.5), model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    running = Recipe.preset("best:density_lr").attach(model, optimizer, total_steps=25)
+    for step in range(18):
+        loss = model(torch.randn(2, 1, 8, 8)).sum() * (float("inf") if step < 17 else 1)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        running.step()
+        if step == 0:
+            state = running.state_dict()
+    assert running.finish(early=True) is model
+    running = Recipe.preset("best:density_lr").attach(model, optimizer, total_steps=25, state=state)
+    running.step()
+    assert running.finish(early=True) is model
+
+
 def test_a_loop_that_leaves_out_the_loss_of_the_recipe_is_refused_at_its_first_step() -> None:
     model, optimizer = net()
     recipe = Recipe.preset("tost:label_smoothing,ghost_activation")

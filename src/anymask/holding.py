@@ -208,7 +208,6 @@ def hold(mask: Mask, model: nn.Module, optimizer: Optimizer) -> Hold:
         (2, 2)
     """
     mask, optimizer = needs_mask(mask), innermost(optimizer)
-    mask.check(model)
     if held(optimizer) is not None:
         raise MaskError(
             f"this {type(optimizer).__name__} holds a mask already",
@@ -229,12 +228,12 @@ def innermost(optimizer: Any) -> Any:
     """The optimiser that makes the steps: Accelerate's and Lightning's wrappers step the one inside, and so call its hooks."""
     while getattr(optimizer, "optimizer", None) is not None:
         optimizer = optimizer.optimizer
-    if optimizer is None or hasattr(optimizer, "register_step_post_hook"):
+    if hasattr(optimizer, "register_step_post_hook"):
         return optimizer
     raise SettingError(
         f"the optimizer came as {type(optimizer).__name__}",
-        allowed="a torch.optim.Optimizer",
-        fix="check the order of the arguments: the model comes before it",
+        allowed="a torch.optim.Optimizer, whose hooks are called",
+        fix="give the one that trains the model, after the model",
     )
 
 

@@ -208,7 +208,11 @@ def bare(model: nn.Module) -> nn.Module:
         True
     """
     if not isinstance(model, nn.Module):
-        raise SettingError(f"the model came as {type(model).__name__}", allowed="a torch.nn.Module", fix="check the order of the arguments")
+        raise SettingError(
+            f"the model came as {type(model).__name__}",
+            allowed="a torch.nn.Module",
+            fix="give the model itself, in its place among the arguments",
+        )
     compiled = _imported("torch._dynamo.eval_frame", "OptimizedModule")
     while isinstance(model, (*compiled, nn.parallel.DistributedDataParallel, nn.DataParallel)):
         inside = model._orig_mod if isinstance(model, compiled) else model.module

@@ -201,7 +201,7 @@ class Recipe:
             )
         vars(inner).pop(MARK, None)  # it is the copy of one that carried a recipe
         shed(inner)
-        optimizer = innermost(optimizer)
+        optimizer = None if optimizer is None else innermost(optimizer)
         carried = held(optimizer)
         mask = mask if mask is not None else (carried.mask if carried is not None else None)
         steps: dict[str, Any] = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch, "start": start}

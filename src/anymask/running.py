@@ -134,7 +134,7 @@ class RunningRecipe:
             DataError: at the first call, when `attach` was left with cross entropy and the targets are no classes.
         """
         output = logits_of(output)
-        if not self._asked:
+        if not torch.compiler.is_compiling() and not self._asked:
             check_targets(self._context.loss, output, target)
         self._asked = True
         value = self._context.loss(output, target)
@@ -217,7 +217,8 @@ class RunningRecipe:
                 fix="call step() after each optimiser step, give the true total_steps, or finish(early=True) to cut them off",
             )
         try:
-            self._check_heard(1)
+            if not early:
+                self._check_heard(2)
         finally:
             self.leave()
         self._check_plain()
@@ -319,7 +320,8 @@ class RunningRecipe:
             raise TechniqueError(
                 f"{', '.join(names)} heard of no step of this {kind}, and step() was called {self._waits} times",
                 allowed="the optimiser whose own step() changes the weights",
-                fix="give hold and attach the optimiser inside yours, where that has steps of other names (first_step of SAM)",
+                fix="call step() once after each step of the optimiser, not for each batch; where steps have other names (first_step of "
+                "SAM), give hold and attach the optimiser inside",
             )
 
     def _stepping(self, _optimizer: Any, args: Any, kwargs: Any) -> Any:

@@ -258,19 +258,20 @@ def check_targets(loss: Any, logits: Tensor, target: Any) -> None:
     """Refuse numbers as targets (N, ...) where `loss` was left at cross entropy of logits (N, C, ...): it gives 0, or nonsense.
 
     Raises:
-        DataError: for floating-point targets that are no probabilities of the classes.
+        DataError: for floating-point targets that are no probabilities of the classes; a sample without any (all 0) passes.
 
     Example:
         >>> check_targets(F.cross_entropy, torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [0.3, 0.7]]))
     """
-    if loss is not F.cross_entropy or not isinstance(target, Tensor) or not target.is_floating_point() or torch.compiler.is_compiling():
+    if loss is not F.cross_entropy or not isinstance(target, Tensor) or not target.is_floating_point():
         return
     shares = target.shape == logits.shape and target.dim() > 1 and target.shape[1] > 1
-    if not shares or bool((target < 0).any()) or bool(((target.sum(1) - 1).abs() > _OFF).any()):
+    sums = target.sum(1) if shares else target
+    if not shares or bool((target < 0).any()) or bool(((sums != 0) & ((sums - 1).abs() > _OFF)).any()):
         raise DataError(
             f"targets came as {str(target.dtype).removeprefix('torch.')} of shape {tuple(target.shape)}, and the loss is cross entropy",
             allowed=f"numbers of classes, or probabilities in the shape of the outputs, {tuple(logits.shape)}, which sum to 1",
-            fix="give the loss of your training, such as loss=torch.nn.functional.mse_loss",
+            fix="give class numbers as integers, y.long(), or the loss of your training, such as loss=torch.nn.functional.mse_loss",
         )
 
 

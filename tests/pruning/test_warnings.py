@@ -105,18 +105,22 @@ TARGETS = {
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize("method", ["snip", "grasp", "taylor", "force"])
+@pytest.mark.parametrize("method", ["snip", "grasp"])
 def test_targets_of_a_regression_want_its_loss(name: str, method: str) -> None:
     y, outputs = TARGETS[name]
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, outputs))
     data = [(DATA[0][0], y)]
     with pytest.raises(DataError, match=r"targets came as float32 .* the loss is cross entropy.*loss=torch.nn.functional.mse_loss"):
         prune(model, method, sparsity=0.5, data=data)
-    if y.shape == (16, outputs) and not bool((y == 1).all()):
-        assert prune(model, method, sparsity=0.5, data=data, loss=nn.functional.mse_loss).sparsity == 0.5
+
+
+def test_a_regression_is_pruned_with_its_loss() -> None:
+    model, data = net(), [(DATA[0][0], torch.randn(16, 4))]
+    assert prune(model, "snip", sparsity=0.5, data=data, loss=nn.functional.mse_loss).sparsity == 0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_probabilities_of_classes_are_targets_of_cross_entropy(dtype: torch.dtype) -> None:
     y = torch.randn(16, 4).softmax(1).to(dtype)
+    y[3] = 0  # a sample without any
     assert prune(net().to(dtype), "snip", sparsity=0.5, data=[(DATA[0][0].to(dtype), y)]).sparsity == 0.5

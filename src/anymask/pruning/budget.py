@@ -137,7 +137,7 @@ def report_ties(method: str, scores: Mapping[str, Tensor], kept: Mapping[str, Te
 
 
 def report_recurrent(covered: Mapping[str, Tensor], dense: Iterable[Tensor], *, kinds: Sequence[str]) -> None:
-    """Say aloud when recurrent weights, which nobody asked for, are more than all that the mask is to cover."""
+    """Say aloud when recurrent weights, which are not among `kinds`, are more than all that the mask is to cover."""
     mine, theirs = (sum(weight.numel() for weight in weights) for weights in (covered.values(), dense))
     if "recurrent" not in kinds and theirs > mine:
         fix = f"kinds={[*kinds, 'recurrent']} prunes them, too"

@@ -166,15 +166,25 @@ class _Preconditioning(Attached):
         if name in self._seen or not leads() or not self._layers[name].training or not self.looks:
             return
         self._follow()
-        layer = self._layers[name]
-        width = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
-        if not x.numel() or not self._places[name].blocks or x.shape[-1 - len(getattr(layer, "kernel_size", ()))] != width:
-            return  # of another width: the layer itself is about to refuse it
+        if not x.numel() or not self._places[name].blocks:
+            return
+        self._check_width(name, x)
         seed = (self._context.seed * 1_000_003 + self._step) * 10_007 + list(self._layers).index(name)
         draws = torch.Generator().manual_seed(seed % 2**63)
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         rows = inputs_of(self._layers[name], x, samples=self._settings.samples, draws=draws)
         self._seen[name] = self._home(name, self._places[name].covariances(rows))
+
+    def _check_width(self, name: str, x: Tensor) -> None:
+        layer = self._layers[name]
+        axes, width = len(getattr(layer, "kernel_size", ())), getattr(layer, "in_features", None) or layer.in_channels
+        if x.dim() <= axes or x.shape[-1 - axes] != width:
+            raise TechniqueError(
+                f"the input of {name} came to {Preconditioning.name} as {tuple(x.shape)}",
+                allowed=f"{width} {'channels' if axes else 'numbers a sample'}, as {type(layer).__name__} says that it takes",
+                fix="check the shape of the batch; where this layer reshapes its input by itself, leave it out of the mask, "
+                f"or {Preconditioning.name} out of the recipe",
+            )
 
     # -- the step
     @torch.no_grad()

@@ -115,7 +115,7 @@ def fit(
         raise SettingError(
             f"train came as {type(train).__name__}",
             allowed="an anymask.data.Batches",
-            fix="for a DataLoader, write the loop of README, In your own loop; images and labels of one size fit in data.Split(x, y)",
+            fix="give data.Batches(data.Split(images, labels), batch_size=128); for a DataLoader write the loop in README",
         )
     protocol = protocol or Protocol()
     moving = dynamic_of(rewire, {}) if rewire is not None else None
