@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, stdev
 
+import adamw_tables
 import finetune_tables
 import gpu_tables
 import long_tables
@@ -192,6 +193,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "tuning-early": tuning_early,
     "references": references,
     "cifar100-table": lambda: table(ledger("cifar100")) + "\n" + seconds("cifar100"),
+    **adamw_tables.PARTS,
     **finetune_tables.PARTS,
     **gpu_tables.PARTS,
     **long_tables.PARTS,

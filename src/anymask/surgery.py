@@ -1,6 +1,7 @@
 """Looking into models: what they are made of, what they take and give."""
 
 import copy
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -263,7 +264,7 @@ def check_targets(loss: Any, logits: Tensor, target: Any) -> None:
     Example:
         >>> check_targets(F.cross_entropy, torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [0.3, 0.7]]))
     """
-    if loss is not F.cross_entropy or not isinstance(target, Tensor) or not target.is_floating_point():
+    if inspect.unwrap(loss) is not F.cross_entropy or not isinstance(target, Tensor) or not target.is_floating_point():
         return
     shares = target.shape == logits.shape and target.dim() > 1 and target.shape[1] > 1
     sums = target.sum(1) if shares else target

@@ -1,7 +1,9 @@
 """The Trainer of transformers with the callback, on a small ViT and a small BERT made from their configurations."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,12 +12,13 @@ from torch import nn
 import anymask
 from anymask.errors import MaskError, SettingError, TechniqueError
 from anymask.surgery import form as fingerprint  # Accelerate leaves attributes
-from anymask.techniques import Distillation, Preconditioning
+from anymask.techniques import Attached, Context, Distillation, Preconditioning, Technique
 
 try:
     from transformers import (
         BertConfig,
         BertForSequenceClassification,
+        BertForTokenClassification,
         GPT2Config,
         GPT2LMHeadModel,
         Trainer,
@@ -151,6 +154,40 @@ def test_the_loss_of_a_causal_language_model_is_its_own():
         torch.testing.assert_close(sparse.loss(output, labels), output.loss)
         count = 4 * (labels[:, 1:] != -100).sum()
         torch.testing.assert_close(sparse.loss(output, labels, count), output.loss / 4)
+
+
+@dataclass(frozen=True)
+class Asks(Technique):
+    """Asks for the loss of the first batch before the training begins, as LRsI does."""
+
+    name: ClassVar[str] = "asks"
+    seam: ClassVar[str] = "init"
+
+    def attach(self, context: Context) -> Attached:
+        inputs, labels = context.data[0]
+        mine = context.loss(context.model(**inputs).logits, labels)
+        torch.testing.assert_close(mine, context.model(**inputs, labels=labels).loss)
+        attached = Attached()
+        attached.found = "asked"
+        return attached
+
+
+@pytest.mark.parametrize("kind", ["causal", "tokens", "sentences"])
+def test_techniques_that_ask_for_the_loss_before_the_training_get_that_of_the_model(tmp_path, kind):
+    rows = [{"input_ids": s["input_ids"], "labels": s["labels"] if kind == "sentences" else s["input_ids"] % 3} for s in sentences()]
+    if kind == "causal":
+        model = GPT2LMHeadModel(
+            GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None)
+        )
+    else:
+        model = bert() if kind == "sentences" else BertForTokenClassification(bert().config)
+    for module in model.modules():
+        module.p = 0.0  # of dropouts: the loss is asked for twice
+    model, mask = pruned(model)
+    recipe = anymask.Recipe((Asks(), *anymask.Recipe.preset("tost:lrsi,label_smoothing").techniques))
+    sparse = AnyMask("zeros", recipe)
+    trainer(tmp_path, model, rows, sparse, loss=sparse.loss, max_steps=2).train()
+    assert zeros_kept(mask, model)
 
 
 def test_numbers_are_compared_with_the_one_output_of_each():

@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +78,28 @@ class AnyMask(TrainerCallback):
                 does. Labels of numbers (N,) go with logits (N, 1), for a `loss` of regression.
             num_items_in_batch: labels of all the batches that make up one step; the loss is then this batch's share of theirs.
         """
-        logits = outputs if isinstance(outputs, Tensor) else outputs["logits"]
-        if self._next_token:
-            labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
-        if labels.is_floating_point() and logits.shape == (*labels.shape, 1):
-            logits = logits.squeeze(-1)
-        if labels.dim() == logits.dim() - 1 and labels.dim() > 1:
-            logits, labels = logits.flatten(0, -2), labels.flatten()
+        logits, labels = self._aligned(outputs if isinstance(outputs, Tensor) else outputs["logits"], labels)
         value = self.wanted.loss(logits, labels) if self.session is None else self.session.loss(logits, labels)
         return value if num_items_in_batch is None else value * ((labels != -100).sum() / num_items_in_batch)
+
+    def _aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of tokens as (N * T, C) and (N * T,), each label about its logits; what is aligned already as it came."""
+        if labels.is_floating_point() and logits.shape == (*labels.shape, 1):
+            return logits.squeeze(-1), labels
+        if labels.dim() < 2 or labels.dim() != logits.dim() - 1:
+            return logits, labels
+        if self._next_token:
+            labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
+        return logits.flatten(0, -2), labels.flatten()
+
+    def _base_loss(self) -> Loss:
+        """The base loss, for techniques that ask for the loss of what the model gives by itself (LRsI)."""
+
+        @wraps(self.wanted.loss)  # which label smoothing asks for
+        def loss(logits: Tensor, labels: Tensor) -> Tensor:
+            return self.wanted.loss(*self._aligned(logits, labels))
+
+        return loss
 
     def close(self) -> bool:
         """Leave a training that was interrupted; True when ghosts were cut off. The next training does so by itself."""
@@ -107,7 +121,7 @@ class AnyMask(TrainerCallback):
         # Accelerate's loader tells the accelerator how far it is; the one inside does not.
         base = getattr(loader, "base_dataloader", loader)
         self.session = Session(
-            self.wanted,
+            replace(self.wanted, loss=self._base_loss()),
             model,
             innermost(kwargs["optimizer"]),
             total_steps=state.max_steps,

@@ -1,5 +1,6 @@
 """Smoothed labels."""
 
+import inspect
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -57,7 +58,7 @@ class LabelSmoothing(Technique):
             raise SettingError(f"eps came as {self.eps}", allowed="a share in (0, 1)", fix="0.1 is the paper's")
 
     def attach(self, context: Context) -> "_Smoothing":
-        if context.loss is not F.cross_entropy:
+        if inspect.unwrap(context.loss) is not F.cross_entropy:
             raise TechniqueError(
                 f"label_smoothing on the loss {getattr(context.loss, '__name__', context.loss)!r}",
                 allowed="torch.nn.functional.cross_entropy",
