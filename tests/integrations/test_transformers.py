@@ -298,9 +298,9 @@ def test_batches_of_a_split_of_ones_own_are_moved_whole():
 
     sparse = AnyMask(None, LEARNED, split=split)
     args, state = SimpleNamespace(device=torch.device("meta"), gradient_accumulation_steps=1), SimpleNamespace(max_steps=1, global_step=0)
-    loader = [([torch.ones(1)], torch.ones(1))]
+    loader, model = [([torch.ones(1)], torch.ones(1))], Convolutions()
     with pytest.raises(SeenError, match=r"\['meta', 'meta'\]"):
-        sparse.on_train_begin(args, state, None, model=Convolutions(), optimizer=None, train_dataloader=loader)
+        sparse.on_train_begin(args, state, None, model=model, optimizer=torch.optim.SGD(model.parameters()), train_dataloader=loader)
 
 
 def test_a_loss_that_is_never_asked_for_is_refused(tmp_path):
