@@ -107,10 +107,13 @@ def test_a_pruned_model_is_fine_tuned_without_losing_a_zero(tmp_path, make, rows
     assert "anymask/strength/label_smoothing" in logged[0]
 
 
-def test_a_teacher_is_learned_from(tmp_path):
-    model, _ = pruned(bert())
-    sparse = AnyMask("zeros", anymask.Recipe((Distillation(),)), teacher=bert())
-    fit = trainer(tmp_path, model, sentences(), sparse, loss=sparse.loss)
+@pytest.mark.parametrize("of", ["sentences", "tokens"])
+def test_a_teacher_is_learned_from(tmp_path, of):
+    kind = BertForTokenClassification if of == "tokens" else BertForSequenceClassification
+    model, _ = pruned(kind(bert().config))
+    rows = [{**row, "labels": row["input_ids"] % 3} if of == "tokens" else row for row in sentences()]
+    sparse = AnyMask("zeros", anymask.Recipe((Distillation(),)), teacher=kind(bert().config))
+    fit = trainer(tmp_path, model, rows, sparse, loss=sparse.loss)
     fit.train()
     assert "anymask/strength/distillation" in next(row for row in fit.state.log_history if "loss" in row)
 

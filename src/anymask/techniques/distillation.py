@@ -158,6 +158,8 @@ class _Taught(Attached):
             )
         (args, kwargs), self.seen = self.seen, None  # not kept: a batch may be large
         taught = self.settings.say(self.teacher, *args, **kwargs)
+        if taught.dim() > 2 and taught.flatten(0, -2).shape == output.shape:  # of tokens, which a trainer's loss has in a row
+            taught = taught.flatten(0, -2)
         if taught.shape != output.shape:
             raise TechniqueError(
                 f"the teacher gave {tuple(taught.shape)} where the network gave {tuple(output.shape)}",
