@@ -1,6 +1,7 @@
 """The parts of docs/ about `best` with AdamW, made of results/adamw-rates and results/adamw."""
 
 from collections.abc import Callable, Mapping
+from statistics import fmean
 from typing import Any
 
 from finetune_tables import by_rate
@@ -53,7 +54,22 @@ def adamw() -> str:
         ]
         for c, mask in ordered
     ]
-    return markdown(head, lines)
+    scratch = {(s["mask"], s["seed"]) for row in rows if _begun(s := row["settings"]) == "from scratch"}
+    found_by = {recipe: _by_sgd(rows, recipe, scratch) for recipe in ("default", "best")}
+    by_sgd = " and ".join(f"{fmean(found):.2f} with `{recipe}`" for recipe, found in found_by.items())
+    return f"{markdown(head, lines)}\nFrom scratch with SGD, at the protocol's rate, the same masks and seeds end at {by_sgd}.\n"
+
+
+def _by_sgd(rows: Rows, recipe: str, scratch: set[tuple[str, int]]) -> list[float]:
+    """Test accuracies, in %, of the same network and images with SGD."""
+    like = next(row["settings"] for row in rows if _begun(row["settings"]) == "from scratch")
+    same = ("data_hash", "model", "epochs", "sparsity", "schedule")
+    found = {
+        (s["mask"], s["seed"]): 100 * row["accuracy"]["test"]
+        for row in ledger("best")
+        if (s := row["settings"])["recipe"] == recipe and all(s[key] == like[key] for key in same)
+    }
+    return [found[of] for of in sorted(scratch)]
 
 
 def adamw_short() -> str:
