@@ -252,3 +252,10 @@ def test_momentum_of_0_gives_the_same_steps_and_lets_a_fused_sgd_meet_a_late_gra
         found.append([*early.parameters(), *late.parameters()])
     for ours, plain in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain)
+
+
+def test_adamw_at_a_rate_of_sgd_is_said_aloud() -> None:
+    with pytest.warns(UserWarning, match=r"AdamW came with lr=0.1, which suits SGD: 0.001 to 0.01"):
+        Protocol(optimizer="adamw").make_optimizer(nn.Linear(2, 2))
+    Protocol(optimizer="adamw", lr=0.03).make_optimizer(nn.Linear(2, 2))
+    Protocol().make_optimizer(nn.Linear(2, 2))

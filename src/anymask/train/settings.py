@@ -1,6 +1,7 @@
 """How a network is trained: the protocol."""
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -17,6 +18,7 @@ from anymask.registry import lookup
 from anymask.surgery import evaluating
 
 OPTIMIZERS = ("sgd", "adamw")
+_LARGE = 0.1  # the default, for SGD; at 0.03 AdamW was behind already (results/adamw-rates)
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("float32", "bfloat16", "float16")
 
@@ -115,6 +117,8 @@ class Protocol:
         # One kernel for all weights. Not with GradScaler: fused optimisers skip a step without their hooks knowing of it.
         fused = all(p.is_cuda for p in model.parameters()) and self.precision != "float16"
         if self.optimizer == "adamw":
+            if self.lr >= _LARGE:
+                warnings.warn(f"AdamW came with lr={self.lr:g}, which suits SGD: 0.001 to 0.01 is what AdamW likes", stacklevel=2)
             return AdamW(groups, lr=self.lr, fused=fused or None)
         made = SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov and self.momentum > 0, fused=fused or None)
         return with_momentum(made) if fused and self.momentum else made
