@@ -82,6 +82,22 @@ def _tuned(rows: Rows) -> list[Overall]:
     return [o for o in overall(paired(_beside(rows, TUNED), baseline=TUNED)) if o.interval]
 
 
+def rate_shares() -> str:
+    """What share of the gain of `best` the tuned rate alone gives `default`, over the masks and seeds that have all three."""
+    rows = _beside(ledger("best"), TUNED)
+    there = {(*_cell(row), row["settings"]["seed"]) for row in rows if row["settings"]["recipe"] == TUNED}
+    wanted = [row for row in ledger("best") if (*_cell(row), row["settings"]["seed"]) in there]
+    by: dict[tuple[str, float], dict[str, Overall]] = {}
+    for o in overall(paired(wanted)):
+        by.setdefault((o.settings["model"], o.settings["sparsity"]), {})[o.recipe] = o
+    said = [
+        f"{tuned.mean / best.mean:.0%} on {model} at {100 * sparsity:g}% (n = {tuned.n})"
+        for (model, sparsity), found in by.items()
+        if (tuned := found[TUNED]).mean is not None and (best := found["best"]).mean
+    ]
+    return f"Of what `best` gains there, the tuned rate alone gives `default` {', '.join(said)}.\n"
+
+
 def _beside_dense(rows: Rows, place: tuple[Any, ...], sparsity: float) -> Pairs:
     """`best` beside the dense network of the same seed, over the masks that need no training to be found."""
     found: dict[int, list[float]] = {}
@@ -365,6 +381,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "best-table": best,
     "best-short": best_short,
     "first-line": first_line,
+    "rate-shares": rate_shares,
     "best-before": partial(best_before, "best-before"),
     "best-without-ghosts": partial(best_before, "best-without-ghosts"),
     "best-costs": best_costs,
