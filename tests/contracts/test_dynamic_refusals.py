@@ -71,7 +71,6 @@ def test_a_parameter_that_another_optimiser_trains_is_refused(method):
         ({"evry": "1it"}, UnknownName, "every"),
         ({"fraction": 1.0}, SettingError, r"\(0, 1\)"),
         ({"scope": "erkk"}, UnknownName, "scope"),
-        ({"drop": "gradient"}, UnknownName, "magnitude"),
         ({"grow": "momentum"}, UnknownName, "gradient"),
     ],
 )

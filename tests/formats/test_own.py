@@ -209,7 +209,9 @@ def test_a_header_that_is_not_ours_is_refused(file, bent):
 
 def test_other_safetensors_are_refused(file):
     file.write_bytes(torch_bytes({"w": torch.ones(3)}))
-    with pytest.raises(FileFormatError, match=rf"{file} is not a mask .* \(no mask, and no matrix .*\).* a whole file of format {FORMAT}"):
+    with pytest.raises(
+        FileFormatError, match=rf"{file} cannot be read as a mask .*\(no mask, and no matrix .*\).* a whole file of format {FORMAT}"
+    ):
         load_mask(file)
     assert read(file, torch_bytes({"w": torch.ones(3)}, metadata={"format": FORMAT})) is None
 

@@ -3,7 +3,7 @@
 import math
 import operator
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -136,11 +136,11 @@ def report_ties(method: str, scores: Mapping[str, Tensor], kept: Mapping[str, Te
         )
 
 
-def report_recurrent(covered: Mapping[str, Tensor], dense: Iterable[Tensor], *, kinds: Sequence[str]) -> None:
-    """Say aloud when recurrent weights, which are not among `kinds`, are more than all that the mask is to cover."""
+def report_recurrent(covered: Mapping[str, Tensor], dense: Iterable[Tensor]) -> None:
+    """Say aloud when recurrent weights, which stay dense unless somebody names them, are more than all that the mask is to cover."""
     mine, theirs = (sum(weight.numel() for weight in weights) for weights in (covered.values(), dense))
-    if "recurrent" not in kinds and theirs > mine:
-        fix = f"kinds={[*kinds, 'recurrent']} prunes them, too"
+    if theirs > mine:
+        fix = "kinds=['conv', 'linear', 'recurrent'] prunes them, too"
         warnings.warn(f"the mask covers {mine:,} weights, and {theirs:,} of recurrent layers stay dense: {fix}", stacklevel=3)
 
 

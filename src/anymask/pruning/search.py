@@ -22,6 +22,7 @@ from anymask.pruning.selector import Selector, selector
 from anymask.randomness import isolated_random
 from anymask.surgery import copied, device_of
 
+KINDS = ("conv", "linear")
 HOW_TO_GIVE = {
     "data": ("data", "data=loader of (x, y) batches"),
     "example": ("the shape of an input", "example=x[:1], or data=loader"),
@@ -46,7 +47,7 @@ def prune(
     rounds: int | None = None,
     batches: int | None = None,
     floor: int = 0,
-    kinds: Iterable[str] = ("conv", "linear"),
+    kinds: Iterable[str] = KINDS,
     exclude: Iterable[str] = (),
     on_collapse: str = "warn",
 ) -> Mask:
@@ -121,7 +122,8 @@ def prune(
     rounds = at_least("rounds", rounds, 1)
     batches = at_least("batches", row.batches if batches is None else batches, 1)
     weights = {name: weight.detach() for name, weight in prunable(model, kinds=kinds, exclude=exclude).items()}
-    report_recurrent(weights, recurrent(model), kinds=kinds)
+    if kinds == KINDS:  # nobody has chosen them
+        report_recurrent(weights, recurrent(model))
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     form, least = pattern_of(pattern), least_kept(floor, on_collapse=on_collapse)
     # Weights in float64 that were drawn with the same seed were drawn from the very numbers that `random` ranks by: it kept the largest.
