@@ -28,8 +28,10 @@ KINDS: dict[str, tuple[Owner, ...]] = {
     "recurrent": ((nn.RNNBase, r"weight_[ih]h_l\d+(_reverse)?"), (nn.RNNCellBase, "weight_[ih]h")),
 }
 
+USUAL = ("conv", "linear")  # the kinds that a mask covers where nobody names others
 
-def prunable(model: nn.Module, *, kinds: Iterable[str] = ("conv", "linear"), exclude: Iterable[str] = ()) -> dict[str, nn.Parameter]:
+
+def prunable(model: nn.Module, *, kinds: Iterable[str] = USUAL, exclude: Iterable[str] = ()) -> dict[str, nn.Parameter]:
     """The parameters of `model` that a mask may cover, by name, in the model's own order.
 
     A tensor that several modules share (tied weights) is there once, under its first name; it is of the first of its kinds,
@@ -118,7 +120,7 @@ def effective(model: nn.Module) -> list[Tensor]:
     """
     found: list[Any] = []
     for kind, module, names in _owners(model):
-        if kind in ("conv", "linear"):
+        if kind in USUAL:
             stored = (re.sub(_COMPUTED + "$", "", name) for name, _ in module.named_parameters(recurse=False))
             found += [getattr(module, name) for name in (*stored, *getattr(module, "parametrizations", ())) if re.fullmatch(names, name)]
     return list({id(weight): weight for weight in found}.values())

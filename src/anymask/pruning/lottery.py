@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from anymask.errors import MaskError, SettingError
 from anymask.mask import Mask
-from anymask.prunables import names, prunable
+from anymask.prunables import USUAL, names, prunable
 from anymask.pruning.budget import at_least, keep_count, least_kept, report_collapse, seed_of
 from anymask.pruning.lottery_folder import LotteryFolder
 from anymask.pruning.patterns import pattern as pattern_of
@@ -55,7 +55,7 @@ def lottery_ticket(
     training: Mapping[str, Any] | None = None,
     seed: int = 0,
     floor: int = 0,
-    kinds: Iterable[str] = ("conv", "linear"),
+    kinds: Iterable[str] = USUAL,
     exclude: Iterable[str] = (),
     on_collapse: str = "warn",
 ) -> Ticket:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from anymask.errors import SettingError
 from anymask.mask import Mask
-from anymask.prunables import bare, names, prunable, recurrent
+from anymask.prunables import USUAL, bare, names, prunable, recurrent
 from anymask.pruning import criteria
 from anymask.pruning.batches import Batches, Loss, input_shape, take
 from anymask.pruning.budget import at_least, keep_count, least_kept, report_collapse, report_outputs, report_recurrent, report_ties, seed_of
@@ -22,7 +22,6 @@ from anymask.pruning.selector import Selector, selector
 from anymask.randomness import isolated_random
 from anymask.surgery import copied, device_of
 
-KINDS = ("conv", "linear")
 HOW_TO_GIVE = {
     "data": ("data", "data=loader of (x, y) batches"),
     "example": ("the shape of an input", "example=x[:1], or data=loader"),
@@ -47,7 +46,7 @@ def prune(
     rounds: int | None = None,
     batches: int | None = None,
     floor: int = 0,
-    kinds: Iterable[str] = KINDS,
+    kinds: Iterable[str] = USUAL,
     exclude: Iterable[str] = (),
     on_collapse: str = "warn",
 ) -> Mask:
@@ -122,7 +121,7 @@ def prune(
     rounds = at_least("rounds", rounds, 1)
     batches = at_least("batches", row.batches if batches is None else batches, 1)
     weights = {name: weight.detach() for name, weight in prunable(model, kinds=kinds, exclude=exclude).items()}
-    if kinds == KINDS:  # nobody has chosen them
+    if kinds == USUAL:  # nobody has chosen them
         report_recurrent(weights, recurrent(model))
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     form, least = pattern_of(pattern), least_kept(floor, on_collapse=on_collapse)

@@ -76,13 +76,8 @@ class Run:
         self.per_epoch = math.ceil(len(train) / protocol.accumulate)
         self.total = protocol.epochs * self.per_epoch
         self.loss = torch.zeros((), device=self.device)  # summed on the device: nothing waits for it inside an epoch; on each rank its part
-        self.progress: dict[str, Any] = {
-            "step": first_step,
-            "seconds": 0.0,
-            "added": 0,
-            "best": None,
-            "curves": {"epoch": [], "train_loss": [], "validation_accuracy": [], "lr": [], "strength": {}},
-        }
+        self.progress: dict[str, Any] = {"step": first_step, "seconds": 0.0, "added": 0, "best": None}
+        self.progress["curves"] = {"epoch": [], "train_loss": [], "validation_accuracy": [], "lr": [], "strength": {}}
         self.optimizer, self.rate = protocol.make_optimizer(model), protocol.lr
         self.hold = None if mask is None else hold(mask, model, self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device, enabled=protocol.precision == "float16")
